@@ -1,0 +1,317 @@
+"""The HTTP surface: routes that parse, call and return, the lifespan, and the one error handler.
+
+Run it with `uvicorn src.api:app`.
+"""
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Annotated, Any, Literal, TypedDict
+
+from fastapi import Depends, FastAPI, Path, Query, Request
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from config import ConfigError, Settings, load_settings
+from src import errors, metrics, responses, status
+from src.clock import Clock, SystemClock
+from src.gateway import Gateway
+from src.logs import request_id, set_up_logging
+from src.middleware import Access, Observe
+from src.models import Candles, OrderBook, Ticker, Trades
+from src.redis_store import RedisAway
+
+MAX_SYMBOLS = 100
+
+
+class State(TypedDict):
+    """What the lifespan hands to every request."""
+
+    gateway: Gateway
+
+
+COMMON = (
+    errors.MalformedRequest, errors.Unauthorized, errors.MethodNotAllowed, errors.UriTooLong,
+    errors.TooManyRequests, errors.HeadersTooLarge, errors.InternalError,
+)  # fmt: skip
+UPSTREAM = (
+    errors.UnknownSymbol, errors.UnknownExchange, errors.InvalidParameter, errors.RequestRejected, errors.GeoBlocked,
+    errors.UpstreamError, errors.BadUpstreamData, errors.NoPrice, errors.ExchangeUnavailable,
+    errors.ExchangeRateLimited, errors.ExchangeBanned, errors.CircuitOpen, errors.BudgetSpent, errors.Overloaded,
+    errors.MarketsLoading, errors.NoExchangeAvailable, errors.TooOld, errors.ExchangeTimeout, errors.DeadlineExceeded,
+)  # fmt: skip
+NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "The `If-None-Match` tag is still right."}}
+DATA = NOT_MODIFIED | responses.describe(*COMMON, *UPSTREAM)
+OWN = responses.describe(*COMMON)
+ADMIN = responses.describe(*COMMON, errors.NotFound, errors.UnknownExchange, errors.InvalidParameter)
+
+Symbol = Annotated[
+    str, Path(description="`BTC-USDT` or `BTC/USDT`, in any case; `BTC-USDT:USDT` for a swap.", examples=["BTC-USDT"])
+]
+Exchange = Annotated[
+    str | None, Query(max_length=32, description="Ask only this exchange; without it, the first that can answer.")
+]
+MaxAge = Annotated[
+    float | None,
+    Query(
+        ge=0,
+        le=86400,
+        allow_inf_nan=False,
+        description="Nothing older than these seconds will do; 0 fetches now. Never silently exceeded.",
+    ),
+]
+Timeframe = Literal["1m", "5m", "15m", "30m", "1h", "4h", "1d", "1w"]
+Since = Annotated[int | None, Query(ge=0, le=4102444800000, description="UTC milliseconds of the first candle.")]
+Symbols = Annotated[
+    str, Query(min_length=1, description=f"Up to {MAX_SYMBOLS} symbols, with commas.", examples=["BTC/USDT,ETH-USDT"])
+]
+
+
+def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
+    """Build the app; its lifespan starts and stops the gateway."""
+    clock = clock or SystemClock()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+        async with AsyncExitStack() as stack:
+            gateway = Gateway(settings, clock)
+            stack.push_async_callback(gateway.close)
+            await gateway.start()
+            stack.callback(asyncio.create_task(metrics.measure_loop_lag(clock)).cancel)
+            yield {"gateway": gateway}
+
+    app = FastAPI(
+        title="Virtuoso",
+        version=metrics.VERSION,
+        description="A self-hosted market-data gateway: one address, three exchanges, honest ages.",
+        lifespan=lifespan,
+        openapi_url="/openapi.json" if settings.docs_enabled else None,
+        redoc_url=None,
+    )
+    _add_routes(app, settings)
+    _add_handlers(app)
+    app.add_middleware(Access, settings=settings, clock=clock)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "HEAD"],
+            allow_headers=["X-API-Key", "If-None-Match", "X-Request-ID"],
+            expose_headers=["Age", "ETag", "Cache-Status", "Retry-After", "X-Request-ID", "RateLimit"],
+        )
+    app.add_middleware(Observe)
+    metrics.initialise(settings.enabled_exchanges, ("/ticker/{symbol}", "/tickers"))
+    return app
+
+
+def _add_routes(app: FastAPI, settings: Settings) -> None:
+    def get(path: str, handler: Any, tag: str, described: dict[int | str, dict[str, Any]], model: Any = None) -> None:
+        answers = described | ({200: {"model": model}} if model else {})
+        app.add_api_route(path, handler, tags=[tag], responses=answers, response_class=Response, response_model=None)
+
+    get("/ticker/{symbol:path}", get_ticker, "market data", DATA, Ticker)
+    get("/tickers", get_tickers, "market data", DATA)
+    get("/orderbook/{symbol:path}", get_order_book, "market data", DATA, OrderBook)
+    get("/ohlcv/{symbol:path}", get_ohlcv, "market data", DATA, Candles)
+    get("/trades/{symbol:path}", get_trades, "market data", DATA, Trades)
+    get("/markets", get_markets, "market data", DATA)
+    get("/exchanges", get_exchanges, "status", OWN)
+    get("/health", get_health, "status", OWN | {503: {"description": "Nothing can be answered."}})
+    get("/health/live", get_live, "status", OWN)
+    get("/health/ready", get_ready, "status", OWN | {503: {"description": "No market list is loaded yet."}})
+    if settings.metrics_enabled:
+        get("/metrics", get_metrics, "status", OWN)
+    admin: dict[str, Callable[..., Any]] = {
+        "/admin/cache/clear": clear_cache,
+        "/admin/breakers/reset": reset_breakers,
+        "/admin/maintenance/{task}": record_maintenance,
+    }
+    for path, handler in admin.items():
+        app.add_api_route(
+            path, handler, methods=["POST"], tags=["admin"], responses=ADMIN, response_class=Response,
+            response_model=None, dependencies=[Depends(_require_admin)],
+        )  # fmt: skip
+
+
+async def get_ticker(request: Request, symbol: Symbol, exchange: Exchange = None, max_age: MaxAge = None) -> Response:
+    """Give the price and 24 hour figures of one market."""
+    return responses.answer(request, await _gateway(request).ticker(symbol, exchange, max_age))
+
+
+async def get_tickers(
+    request: Request, symbols: Symbols, exchange: Exchange = None, max_age: MaxAge = None
+) -> Response:
+    """Give many tickers at once; `exchange=all` gives every exchange's, by symbol and exchange.
+
+    The status is 200 even if some or all could not be had: `errors` holds a problem for each of those.
+    """
+    wanted = list(dict.fromkeys(text.strip() for text in symbols.split(",") if text.strip()))
+    if not 1 <= len(wanted) <= MAX_SYMBOLS:
+        raise errors.InvalidParameter(f"symbols: {len(wanted)} were given, 1 to {MAX_SYMBOLS} are allowed")
+    exchange = exchange and exchange.lower()
+    return responses.batch(request, await _gateway(request).tickers(wanted, exchange, max_age))
+
+
+async def get_order_book(
+    request: Request,
+    symbol: Symbol,
+    exchange: Exchange = None,
+    max_age: MaxAge = None,
+    limit: Annotated[int, Query(ge=1, le=200, description="Levels on each side.")] = 50,
+) -> Response:
+    """Give the best levels of an order book."""
+    return responses.answer(request, await _gateway(request).order_book(symbol, exchange, max_age, limit))
+
+
+async def get_ohlcv(
+    request: Request,
+    symbol: Symbol,
+    timeframe: Annotated[Timeframe, Query(description="Length of one candle.")] = "1m",
+    limit: Annotated[int, Query(ge=1, le=1000, description="Most candles; kraken keeps 720.")] = 100,
+    since: Since = None,
+    exchange: Exchange = None,
+    max_age: MaxAge = None,
+) -> Response:
+    """Give candles, oldest first; the newest may still be growing."""
+    served = await _gateway(request).ohlcv(symbol, exchange, max_age, timeframe, limit, since)
+    return responses.answer(request, served)
+
+
+async def get_trades(
+    request: Request,
+    symbol: Symbol,
+    exchange: Exchange = None,
+    max_age: MaxAge = None,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Most trades; bybit gives 60 for spot.")] = 50,
+) -> Response:
+    """Give the newest public trades, oldest first."""
+    return responses.answer(request, await _gateway(request).trades(symbol, exchange, max_age, limit))
+
+
+async def get_markets(
+    request: Request,
+    exchange: Exchange = None,
+    base: Annotated[str | None, Query(max_length=24, description="As in `BTC`.")] = None,
+    quote: Annotated[str | None, Query(max_length=24, description="As in `USDT`.")] = None,
+) -> Response:
+    """List the markets that can be asked for, each with the exchanges that list it."""
+    gateway = _gateway(request)
+    name = gateway.markets.check_exchange(exchange) if exchange else None
+    if not gateway.is_ready():
+        raise errors.MarketsLoading("no market list is there yet; ask again shortly")
+    found = gateway.markets.select(name, base and base.upper(), quote and quote.upper())
+    return responses.json({"count": len(found), "markets": found})
+
+
+async def get_exchanges(request: Request) -> Response:
+    """Tell of each exchange: breaker, budget, last success, market list. Asks nobody."""
+    return responses.json(status.exchanges(_gateway(request)))
+
+
+async def get_health(request: Request) -> Response:
+    """Tell how the gateway is, part by part. Asks nobody."""
+    health = status.health(_gateway(request))
+    return responses.json(health, 503 if health["status"] == "unhealthy" else 200)
+
+
+async def get_live() -> Response:
+    """Tell that the process answers."""
+    return responses.json({"status": "live"})
+
+
+async def get_ready(request: Request) -> Response:
+    """Tell whether at least one market list is loaded, so that symbols can be answered."""
+    ready = _gateway(request).is_ready()
+    return responses.json({"status": "ready" if ready else "loading"}, 200 if ready else 503)
+
+
+async def get_metrics(request: Request) -> Response:
+    """Give the metrics in Prometheus' text format. Asks nobody."""
+    status.update_gauges(_gateway(request))
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _require_admin(request: Request) -> None:
+    """Let in who has the admin token; raises `NotFound` when none is configured, `Unauthorized` otherwise."""
+    token = _gateway(request).settings.admin_token.get_secret_value()
+    if not token:
+        raise errors.NotFound("the admin API is off; set ADMIN_TOKEN to switch it on")
+    given = request.headers.get("authorization", "")
+    if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        raise errors.AdminTokenMissing("send the header Authorization: Bearer with the admin token")
+
+
+async def clear_cache(
+    request: Request, exchange: Exchange = None, symbol: Annotated[str | None, Query(max_length=64)] = None
+) -> Response:
+    """Forget cached answers: all, or of one exchange or symbol. Never touches what is not ours in Redis."""
+    gateway = _gateway(request)
+    name = gateway.markets.check_exchange(exchange) if exchange else None
+    canonical = gateway.markets.canonical(symbol) if symbol else None
+    try:
+        cleared, redis = await gateway.cache.clear(name, canonical), "cleared" if gateway.store.configured else "none"
+    except RedisAway:
+        cleared, redis = None, "does not answer: its entries stay until they expire"
+    return responses.json({"cleared": cleared, "redis": redis})
+
+
+async def reset_breakers(request: Request) -> Response:
+    """Close every breaker and forget every ban, whatever the exchanges said."""
+    return responses.json({"reset": await _gateway(request).manager.reset_breakers()})
+
+
+async def record_maintenance(request: Request, task: Literal["daily", "check", "warm"]) -> Response:
+    """Note that a maintenance task succeeded now."""
+    await _gateway(request).record_maintenance(task)
+    return responses.json({"recorded": task})
+
+
+def _gateway(request: Request) -> Gateway:
+    gateway: Gateway = request.state.gateway
+    return gateway
+
+
+def _add_handlers(app: FastAPI) -> None:
+    """Translate what is raised anywhere into a problem document."""
+
+    async def ours(_: Request, error: Exception) -> Response:
+        assert isinstance(error, errors.GatewayError)  # noqa: S101 - it is registered for nothing else
+        return responses.problem(error)
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)  # noqa: S101
+        first = error.errors()[0]
+        return responses.problem(errors.InvalidParameter(f"{first['loc'][-1]}: {first['msg']}"))
+
+    async def framework(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # noqa: S101
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "GET")
+            wrong = errors.MethodNotAllowed(f"{request.method} is not served here; allowed: {allowed}")
+            return responses.problem(wrong, {"Allow": allowed})
+        return responses.problem(errors.NotFound("nothing is served at this path; try /ticker/BTC-USDT or /health"))
+
+    async def unforeseen(_: Request, __: Exception) -> Response:
+        wrong = errors.InternalError("the gateway failed; its log tells more under this request's id")
+        return responses.problem(wrong, {"X-Request-ID": request_id.get()})
+
+    app.add_exception_handler(errors.GatewayError, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, framework)
+    app.add_exception_handler(Exception, unforeseen)
+
+
+def __getattr__(name: str) -> FastAPI:
+    """Make `app` when a server asks for it: importing this module reads no environment (PEP 562)."""
+    if name != "app":
+        raise AttributeError(name)
+    try:
+        settings = load_settings()
+    except ConfigError as error:
+        raise SystemExit(f"virtuoso cannot start: {error}") from None
+    set_up_logging(settings.log_level, settings.log_format, settings.secrets)
+    return create_app(settings)

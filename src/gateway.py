@@ -1,0 +1,322 @@
+"""What the product does: symbol and exchanges chosen, the cache in front of the manager, fallback, old values.
+
+Every way into the gateway comes through here, so all of them share one entry per exchange, kind, symbol and variant.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from config import Settings
+from src import metrics
+from src.cache import Cache, Lookup, Outcome
+from src.clock import Clock
+from src.entry import Entry, Key, encode
+from src.errors import (
+    CallerError,
+    DeadlineExceeded,
+    ExchangeTimeout,
+    GatewayError,
+    GeoBlocked,
+    InvalidParameter,
+    MarketsLoading,
+    NoExchangeAvailable,
+    NoPrice,
+    TooOld,
+    UnknownSymbol,
+)
+from src.exchanges import ExchangeManager, Fetched, weight_of
+from src.market_loader import MarketLoader
+from src.models import MarketData
+from src.redis_store import PREFIX, RedisAway, RedisStore
+
+ALL = "all"
+Fetch = Callable[[str, str], Awaitable[Fetched[Any]]]  # called with an exchange and a symbol
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An answer as it will be sent; `ttl` is the seconds it stays fresh, negative when it is stale."""
+
+    body: bytes
+    etag: str | None  # None: not known yet, the body was marked
+    age: float
+    ttl: float
+    result: str
+
+
+class Gateway:
+    """Joins the parts; one object per process. Its methods raise `GatewayError`, and nothing else."""
+
+    def __init__(self, settings: Settings, clock: Clock) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.store = RedisStore(settings.redis_address, clock)
+        self.manager = ExchangeManager(settings, self.store, clock)
+        self.loader = MarketLoader(self.manager, settings, self.store, clock)
+        self.cache = Cache(settings, self.store, clock)
+        self.markets = self.manager.markets
+        self.started_at = clock.time()
+        self.maintenance: dict[str, float] = {}  # task -> UTC seconds of its last success
+        self._ttls = {
+            "ticker": settings.ticker_ttl_seconds,
+            "orderbook": settings.orderbook_ttl_seconds,
+            "ohlcv": settings.ohlcv_ttl_seconds,
+            "trades": settings.trades_ttl_seconds,
+        }
+
+    async def ticker(self, symbol: str, exchange: str | None, max_age: float | None) -> Served:
+        """Answer with one ticker."""
+        return await self._serve("ticker", symbol, exchange, max_age, "", self.manager.ticker)
+
+    async def order_book(self, symbol: str, exchange: str | None, max_age: float | None, limit: int) -> Served:
+        """Answer with the best `limit` levels of an order book."""
+
+        def fetch(name: str, market: str) -> Awaitable[Fetched[Any]]:
+            return self.manager.order_book(name, market, limit)
+
+        return await self._serve("orderbook", symbol, exchange, max_age, str(limit), fetch, size=limit)
+
+    async def ohlcv(
+        self, symbol: str, exchange: str | None, max_age: float | None, timeframe: str, limit: int, since: int | None
+    ) -> Served:
+        """Answer with candles; `since` is UTC milliseconds and must not lie ahead."""
+        if since is not None and since > self.clock.time() * 1000:
+            raise InvalidParameter("since lies in the future; it is UTC milliseconds, up to now")
+
+        def fetch(name: str, market: str) -> Awaitable[Fetched[Any]]:
+            return self.manager.ohlcv(name, market, timeframe, limit, since)
+
+        variant = f"{timeframe}:{limit}:{'' if since is None else since}"
+        return await self._serve("ohlcv", symbol, exchange, max_age, variant, fetch)
+
+    async def trades(self, symbol: str, exchange: str | None, max_age: float | None, limit: int) -> Served:
+        """Answer with the newest trades."""
+
+        def fetch(name: str, market: str) -> Awaitable[Fetched[Any]]:
+            return self.manager.trades(name, market, limit)
+
+        return await self._serve("trades", symbol, exchange, max_age, str(limit), fetch)
+
+    async def tickers(
+        self, symbols: Sequence[str], exchange: str | None, max_age: float | None
+    ) -> dict[tuple[str, str], Served | GatewayError]:
+        """Answer with many tickers, each by (symbol, exchange or ""); misses of one exchange are one call.
+
+        With the exchange `all` every enabled one answers for itself; else one answers for each symbol, as in `ticker`.
+        """
+        deadline = self.clock.monotonic() + self.settings.request_timeout
+        wanted, answers = self._places(symbols, exchange)
+        attempts: dict[tuple[str, str], dict[Key, GatewayError]] = {place: {} for place in wanted}
+        while self.clock.monotonic() < deadline:
+            rest = {
+                place: [key for key in keys if key not in attempts[place]]
+                for place, keys in wanted.items()
+                if place not in answers
+            }
+            heads = {place: self._pick(keys, max_age) for place, keys in rest.items() if keys}
+            if not heads:
+                break
+            outcomes = await self._batch(set(heads.values()), deadline, max_age)
+            for place, key in heads.items():
+                outcome = outcomes[key]
+                if isinstance(outcome, GatewayError):
+                    attempts[place][key] = outcome
+                else:
+                    answers[place] = self._served(outcome)
+        for place in [place for place in wanted if place not in answers]:
+            answers[place] = self._stand_in(wanted[place], attempts[place], max_age)
+        return answers
+
+    def _places(
+        self, symbols: Sequence[str], exchange: str | None
+    ) -> tuple[dict[tuple[str, str], list[Key]], dict[tuple[str, str], Served | GatewayError]]:
+        """Name each ticker asked for, with the keys that can answer it, or with the error why none can."""
+        wanted: dict[tuple[str, str], list[Key]] = {}
+        refused: dict[tuple[str, str], Served | GatewayError] = {}
+        if exchange not in (None, ALL):
+            self.markets.check_exchange(str(exchange))  # wrong for all of them is no matter of one
+        for text in symbols:
+            for name in self.manager.names if exchange == ALL else [""]:
+                try:
+                    keys = self._keys("ticker", text, name or exchange, "")
+                    wanted[keys[0].symbol, name] = keys
+                except (CallerError, MarketsLoading) as error:
+                    refused[text, name] = error
+        return wanted, refused
+
+    async def _batch(self, keys: set[Key], deadline: float, max_age: float | None) -> dict[Key, Outcome]:
+        """Look up tickers of several exchanges at once, with one call for the misses of each."""
+        groups: dict[tuple[str, str], list[Key]] = defaultdict(list)
+        for key in keys:
+            market = self.markets.find(key.exchange, key.symbol.upper())
+            groups[key.exchange, market.type if market else ""].append(key)
+        ttl = self._ttls["ticker"]
+        found = await asyncio.gather(
+            *(self.cache.get_many(group, ttl, self._load_tickers, deadline, max_age) for group in groups.values())
+        )
+        return {key: outcome for part in found for key, outcome in part.items()}
+
+    async def _serve(
+        self,
+        kind: str,
+        text: str,
+        exchange: str | None,
+        max_age: float | None,
+        variant: str,
+        fetch: Fetch,
+        size: int = 1,
+    ) -> Served:
+        """Answer from the first exchange that can, in order; from an old value when none can."""
+        deadline = self.clock.monotonic() + self.settings.request_timeout
+        keys = self._keys(kind, text, exchange, variant)
+
+        async def load(wanted: Sequence[Key]) -> dict[Key, Entry | GatewayError]:
+            key = wanted[0]
+            return {key: await self._load_one(key, fetch)}
+
+        attempts: dict[Key, GatewayError] = {}
+        while len(attempts) < len(keys) and (not attempts or self.clock.monotonic() < deadline):
+            key = self._pick([key for key in keys if key not in attempts], max_age, size)
+            try:
+                return self._served(await self.cache.get(key, self._ttls[kind], load, deadline, max_age))
+            except GatewayError as error:
+                attempts[key] = error
+        answer = self._stand_in(keys, attempts, max_age)
+        if isinstance(answer, GatewayError):
+            raise answer
+        return answer
+
+    async def _load_one(self, key: Key, fetch: Fetch) -> Entry | GatewayError:
+        """Fetch one entry; a refusal is a value, as it is remembered."""
+        try:
+            return self._entry(await fetch(key.exchange, key.symbol), key.kind)
+        except (CallerError, NoPrice) as error:
+            return error
+
+    async def _load_tickers(self, keys: Sequence[Key]) -> dict[Key, Entry | GatewayError]:
+        """Load tickers of one exchange and type: one by the call for one, more by the call for lists."""
+        if len(keys) == 1:
+            return {keys[0]: await self._load_one(keys[0], self.manager.ticker)}
+        fetched = await self.manager.tickers(keys[0].exchange, [key.symbol for key in keys])
+        loaded: dict[Key, Entry | GatewayError] = {}
+        for key in keys:
+            value = fetched.value[key.symbol]
+            if isinstance(value, GatewayError):
+                loaded[key] = value
+            else:
+                loaded[key] = self._entry(Fetched(value, fetched.started, fetched.received), key.kind)
+        return loaded
+
+    def _entry(self, fetched: Fetched[MarketData], kind: str) -> Entry:
+        body = encode(fetched.value)
+        return Entry.of(body, fetched.started, fetched.received, self._ttls[kind], self.cache.jitter)
+
+    def _keys(self, kind: str, text: str, exchange: str | None, variant: str) -> list[Key]:
+        """Return the keys of the exchanges that list the symbol, in order of preference.
+
+        Raises `MalformedRequest`, `UnknownExchange`, `UnknownSymbol`, or `MarketsLoading` while it cannot be told.
+        """
+        names = self.manager.names if exchange is None else (self.markets.check_exchange(exchange),)
+        symbol = self.markets.canonical(text)
+        listed = [(name, market) for name in names if (market := self.markets.find(name, symbol)) is not None]
+        if listed:
+            return [Key(name, kind, market.symbol, variant) for name, market in listed]
+        loading = [name for name in names if name not in self.markets.loaded_at]
+        if loading or not names:
+            which = ", ".join(loading) or "no exchange is enabled"
+            raise MarketsLoading(f"the market list is not there yet: {which}; ask again shortly", symbol=symbol)
+        close = self.markets.suggestions(symbol)
+        hint = f"; close to it: {', '.join(close)}" if close else "; see /markets"
+        raise UnknownSymbol(
+            f"{symbol} is not listed on {' or '.join(names)}{hint}", symbol=symbol, suggestions=close or None
+        )
+
+    def _pick(self, keys: Sequence[Key], max_age: float | None, size: int = 1) -> Key:
+        """Return the first key that memory or its exchange can answer now; else the first, for Redis or the error."""
+        for key in keys:
+            cost = weight_of(key.exchange, key.kind, size)
+            if self.cache.has_fresh(key, max_age) or self.manager.is_available(key.exchange, cost):
+                return key
+        return keys[0]
+
+    def _served(self, lookup: Lookup) -> Served:
+        entry, result = lookup
+        age = entry.age(self.clock.monotonic())
+        if result.startswith("stale"):
+            return Served(entry.marked_stale(), None, age, min(entry.ttl - age, -1.0), result)
+        return Served(entry.body, entry.etag, age, entry.ttl - age, result)
+
+    def _stand_in(
+        self, keys: Sequence[Key], attempts: dict[Key, GatewayError], max_age: float | None
+    ) -> Served | GatewayError:
+        """Return the youngest old value in place of a failed load, or else the error that tells the caller most.
+
+        A caller's error is never hidden behind an old value.
+        """
+        failed = [key for key in keys if not isinstance(attempts.get(key), CallerError)]
+        entries = [entry for key in failed if (entry := self.cache.stale(key, max_age)) is not None]
+        if not entries:
+            return _verdict(list(attempts.values()), max_age)
+        metrics.cache_requests_total.labels("stale_error").inc()
+        return self._served(Lookup(max(entries, key=lambda entry: entry.born), "stale_error"))
+
+    def is_ready(self) -> bool:
+        """Whether at least one exchange's markets are loaded."""
+        return bool(self.markets.loaded_at)
+
+    async def start(self) -> None:
+        """Make the clients and begin the background work; nothing has to be reachable."""
+        await self.manager.start()
+        self.loader.start()
+        await self._recall_maintenance()
+
+    async def close(self) -> None:
+        """End all of it, in reverse."""
+        await self.cache.close()
+        await self.loader.close()
+        await self.manager.close()
+        await self.store.close()
+
+    async def record_maintenance(self, task: str) -> None:
+        """Remember that a maintenance task succeeded now, in Redis too, so that a restart does not forget it."""
+        self.maintenance[task] = now = self.clock.time()
+        try:
+            await self.store.run("maintenance", lambda redis: redis.hset(f"{PREFIX}maintenance", task, str(now)))
+        except RedisAway:
+            return
+
+    async def _recall_maintenance(self) -> None:
+        try:
+            known = await self.store.run("maintenance", lambda redis: redis.hgetall(f"{PREFIX}maintenance"))
+            self.maintenance = {_text(task): float(_text(when)) for task, when in known.items()}
+        except (RedisAway, ValueError):
+            return
+
+
+def _verdict(errors: list[GatewayError], max_age: float | None) -> GatewayError:
+    """Say in one error why nobody answered."""
+    if not errors:
+        return DeadlineExceeded("no time was left to ask an exchange; ask again")
+    first, last = errors[0], errors[-1]
+    told = "; ".join(error.detail for error in errors)
+    wait = min((error.retry_after for error in errors if error.retry_after is not None), default=None)
+    more: dict[str, Any] = {
+        "symbol": first.symbol,
+        "retry_after": wait,
+        "attempts": [{"exchange": error.exchange, "code": error.code, "detail": error.detail} for error in errors],
+    }
+    if max_age is not None and first.status == 502:
+        return TooOld(f"nothing newer than {max_age:g} s could be had: {told}", **more)
+    same = len({error.code for error in errors}) == 1
+    if len(errors) == 1 or (same and isinstance(first, CallerError | GeoBlocked | NoPrice)):
+        return first
+    if isinstance(last, DeadlineExceeded) or (same and isinstance(first, ExchangeTimeout)):
+        return DeadlineExceeded(f"the time ran out: {told}", **more)
+    return NoExchangeAvailable(told, **more)
+
+
+def _text(raw: bytes | str) -> str:
+    return raw if isinstance(raw, str) else raw.decode()

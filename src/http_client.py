@@ -1,0 +1,76 @@
+"""The HTTP session under ccxt: bodies are bounded, redirects refused, and the answer's status can be asked for.
+
+ccxt keeps the last status and headers in attributes all tasks share, and reads any body to its end. Here each task
+finds its own answer in a context variable.
+"""
+
+import ssl
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+
+import aiohttp
+import certifi
+
+MAX_DATA_BYTES = 4 * 1024 * 1024  # the largest list of tickers is a tenth of this
+MAX_MARKETS_BYTES = 64 * 1024 * 1024  # binance's market list is some 15 MB
+
+
+@dataclass(slots=True)
+class Answer:
+    """What one call brought back; `max_bytes` is set by the caller, the rest by the session."""
+
+    max_bytes: int = MAX_DATA_BYTES
+    status: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    is_json: bool = False
+    says_too_frequent: bool = False  # how bybit's 403 for a limit differs from its 403 for a country
+
+
+answer: ContextVar[Answer] = ContextVar("answer")
+
+
+class BoundedResponse(aiohttp.ClientResponse):
+    """Reads no more than the task's answer allows."""
+
+    async def read(self) -> bytes:
+        """Return the body; raises `aiohttp.ClientPayloadError` when it is longer than allowed."""
+        if self._body is None:
+            body, mine = bytearray(), answer.get()
+            async for chunk in self.content.iter_any():
+                body += chunk
+                if len(body) > mine.max_bytes:
+                    self.close()
+                    raise aiohttp.ClientPayloadError("the body is too long")
+            self._body = bytes(body)
+            text = self._body.strip()
+            mine.is_json = text[:1] + text[-1:] in (b"{}", b"[]")
+            mine.says_too_frequent = b"too frequent" in text[:1000].lower()
+        return await super().read()
+
+
+async def _note_status(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    response = await handler(request)
+    mine = answer.get()
+    mine.status, mine.headers = response.status, response.headers
+    if 300 <= response.status < 400:  # an exchange's API has no reason to send us elsewhere
+        response.close()
+        raise aiohttp.ClientPayloadError("redirects are not followed")
+    return response
+
+
+@cache
+def _ssl_context() -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=certifi.where())  # 16 ms of blocking, so once and for all clients
+
+
+def open_session(max_connections: int) -> aiohttp.ClientSession:
+    """Open a session; it has no cookies, and no timeouts of its own as every call carries a deadline."""
+    connector = aiohttp.TCPConnector(ssl=_ssl_context(), limit=max_connections, happy_eyeballs_delay=0.25)
+    return aiohttp.ClientSession(
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        response_class=BoundedResponse,
+        middlewares=(_note_status,),
+    )

@@ -1,0 +1,111 @@
+"""Every metric the gateway exports. Labels are route templates and fixed words, never a symbol: there are few.
+
+Gauges that mirror a state are set at each scrape (`status.update_gauges`), so they are true without any traffic.
+What was not measured is not exported.
+"""
+
+import asyncio
+import platform
+
+from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
+
+from src.circuit_breaker import STATES
+from src.clock import Clock
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # the time each child was made doubles the series and tells nothing
+
+VERSION = "0.1.0"
+OPERATIONS = ("ticker", "tickers", "orderbook", "ohlcv", "trades", "markets", "time")
+OUTCOMES = (
+    "success",
+    "error",
+    "timeout",
+    "bad_data",
+    "unavailable",
+    "rate_limited",
+    "banned",
+    "geo_blocked",
+    "rejected",
+)
+CACHE_RESULTS = ("hit_memory", "hit_redis", "miss", "stale_revalidate", "stale_error", "negative", "coalesced")
+TIERS = ("memory", "redis")
+EVICTIONS = ("size", "expired", "cleared")
+TASKS = ("daily", "check", "warm")
+LAG_INTERVAL_SECONDS = 0.025  # how often the loop is asked to wake up; a stall shorter than this may hide
+
+FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+AGES = (0.1, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300)
+
+build_info = Gauge("virtuoso_build_info", "The running version; always 1.", ["version", "python"])
+http_requests_total = Counter("virtuoso_http_requests_total", "Answers sent.", ["route", "method", "code"])
+http_request_duration_seconds = Histogram(
+    "virtuoso_http_request_duration_seconds", "Time from request to last byte.", ["route"], buckets=FAST
+)
+http_requests_in_progress = Gauge("virtuoso_http_requests_in_progress", "Requests being answered now.")
+exchange_requests_total = Counter(
+    "virtuoso_exchange_requests_total", "Calls made to an exchange.", ["exchange", "operation", "outcome"]
+)
+exchange_request_duration_seconds = Histogram(
+    "virtuoso_exchange_request_duration_seconds", "Time of a call to an exchange.", ["exchange", "operation"],
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)  # fmt: skip
+exchange_in_flight = Gauge("virtuoso_exchange_in_flight", "Calls to an exchange under way.", ["exchange"])
+exchange_last_success_timestamp_seconds = Gauge(
+    "virtuoso_exchange_last_success_timestamp_seconds", "When an exchange last answered well.", ["exchange"]
+)
+exchange_budget_used_ratio = Gauge(
+    "virtuoso_exchange_budget_used_ratio", "Share of the request budget used in its window.", ["exchange"]
+)
+exchange_markets = Gauge("virtuoso_exchange_markets", "Markets listed by an exchange.", ["exchange"])
+circuit_state = Gauge("virtuoso_circuit_state", "1 for the state a breaker is in, else 0.", ["exchange", "state"])
+circuit_transitions_total = Counter("virtuoso_circuit_transitions_total", "Changes into a state.", ["exchange", "to"])
+circuit_rejected_total = Counter(
+    "virtuoso_circuit_rejected_total", "Calls a breaker did not let through.", ["exchange"]
+)
+cache_requests_total = Counter("virtuoso_cache_requests_total", "Lookups by how they were answered.", ["result"])
+cache_served_age_seconds = Histogram(
+    "virtuoso_cache_served_age_seconds", "Age of the data when it was served.", ["route"], buckets=AGES
+)
+cache_tier_operations_total = Counter(
+    "virtuoso_cache_tier_operations_total", "Operations on a cache tier.", ["tier", "operation", "outcome"]
+)
+cache_tier_operation_duration_seconds = Histogram(
+    "virtuoso_cache_tier_operation_duration_seconds", "Time of an operation on a tier.", ["tier", "operation"],
+    buckets=FAST[:-3],
+)  # fmt: skip
+cache_tier_up = Gauge("virtuoso_cache_tier_up", "Whether a tier answers; absent when it is not configured.", ["tier"])
+cache_entries = Gauge("virtuoso_cache_entries", "Entries in memory.")
+cache_evictions_total = Counter("virtuoso_cache_evictions_total", "Entries that left memory.", ["reason"])
+event_loop_lag_seconds = Histogram(
+    "virtuoso_event_loop_lag_seconds", "How late the event loop woke up.",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1),
+)  # fmt: skip
+maintenance_last_success_timestamp_seconds = Gauge(
+    "virtuoso_maintenance_last_success_timestamp_seconds", "When a maintenance task last succeeded.", ["task"]
+)
+
+
+def initialise(exchanges: tuple[str, ...], routes: tuple[str, ...]) -> None:
+    """Create the label sets that are known beforehand, so that a rate over them begins at zero."""
+    build_info.labels(version=VERSION, python=platform.python_version()).set(1)
+    for result in CACHE_RESULTS:
+        cache_requests_total.labels(result)
+    for reason in EVICTIONS:
+        cache_evictions_total.labels(reason)
+    for route in routes:
+        http_requests_total.labels(route, "GET", "200")
+        http_request_duration_seconds.labels(route)
+    for exchange in exchanges:
+        circuit_rejected_total.labels(exchange)
+        for state in STATES:
+            circuit_transitions_total.labels(exchange, state)
+        for operation in OPERATIONS:
+            exchange_requests_total.labels(exchange, operation, "success")
+
+
+async def measure_loop_lag(clock: Clock) -> None:
+    """Record, for ever, how late this task is woken: that is how long every other task waits too."""
+    while True:
+        before = clock.monotonic()
+        await asyncio.sleep(LAG_INTERVAL_SECONDS)
+        event_loop_lag_seconds.observe(max(0.0, clock.monotonic() - before - LAG_INTERVAL_SECONDS))

@@ -1,0 +1,208 @@
+"""The request budget of each exchange: what all replicas together may ask of it from one address.
+
+A window of weight in small buckets, kept in Redis when it is there and in memory when it is not. Three things keep
+this from being a library: the clock is an argument, a refusal names the seconds until the weight fits, and the
+exchange's own count can raise ours. The same script carries a hold (a ban, a Retry-After): one replica's ban stops all.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from src.clock import Clock
+from src.errors import BudgetSpent, ExchangeBanned, ExchangeRateLimited
+from src.redis_store import PREFIX, RedisAway, RedisStore
+
+BUCKETS = 10  # a window is counted in tenths: weight comes back at most a tenth of the window too late, never too early
+
+# KEYS[1] hash: bucket number -> weight, "hold" -> "until_ms cause". ARGV: cost (0 only looks), limit, bucket ms,
+# buckets, at-least (raise the count to this). Returns: 1 when admitted, weight used, ms to wait, hold ms left, cause.
+SPEND = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local cost, limit, width, buckets = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local current, used, live, hold, cause = math.floor(now / width), 0, {}, 0, ''
+local fields = redis.call('HGETALL', KEYS[1])
+for i = 1, #fields, 2 do
+  if fields[i] == 'hold' then
+    local till, why = string.match(fields[i + 1], '^(%d+) (.*)$')
+    hold, cause = math.max(0, tonumber(till) - now), why
+  elseif tonumber(fields[i]) >= current - buckets then
+    used = used + tonumber(fields[i + 1])
+    live[#live + 1] = {tonumber(fields[i]), tonumber(fields[i + 1])}
+  else
+    redis.call('HDEL', KEYS[1], fields[i])
+  end
+end
+local function add(weight)
+  redis.call('HINCRBY', KEYS[1], string.format('%d', current), weight)
+  redis.call('PEXPIRE', KEYS[1], math.max(width * (buckets + 1), hold, redis.call('PTTL', KEYS[1])))
+  used = used + weight
+end
+if tonumber(ARGV[5]) > used then add(tonumber(ARGV[5]) - used) end
+if hold > 0 or used + cost <= limit then
+  if hold == 0 and cost > 0 then add(cost) end
+  return {hold == 0 and 1 or 0, used, 0, hold, cause}
+end
+table.sort(live, function(a, b) return a[1] < b[1] end)
+local excess, wait = used + cost - limit, width * (buckets + 1)
+for _, bucket in ipairs(live) do
+  excess = excess - bucket[2]
+  if excess <= 0 then wait = (bucket[1] + buckets + 1) * width - now break end
+end
+return {0, used, wait, 0, ''}
+"""
+
+HOLD = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local till = now + ARGV[1]
+if till <= tonumber(string.match(redis.call('HGET', KEYS[1], 'hold') or '', '^%d+') or 0) then return end
+redis.call('HSET', KEYS[1], 'hold', string.format('%d', till) .. ' ' .. ARGV[2])
+redis.call('PEXPIRE', KEYS[1], math.max(tonumber(ARGV[1]), redis.call('PTTL', KEYS[1])))
+"""
+
+
+class Window:
+    """Weight spent in the last `seconds`, in memory; conservative, as it counts by whole buckets."""
+
+    def __init__(self, limit: int, seconds: float, clock: Clock) -> None:
+        self.limit = limit
+        self._width = seconds / BUCKETS
+        self._clock = clock
+        self._buckets: deque[list[int]] = deque(maxlen=BUCKETS + 1)  # [bucket number, weight], oldest first
+
+    def used(self) -> int:
+        """Weight that counts now."""
+        oldest = self._current() - BUCKETS
+        while self._buckets and self._buckets[0][0] < oldest:
+            self._buckets.popleft()
+        return sum(weight for _, weight in self._buckets)
+
+    def wait_for(self, cost: int) -> float:
+        """Seconds until `cost` fits; 0 when it fits now. A cost above the whole limit counts as the limit."""
+        excess = self.used() + min(cost, self.limit) - self.limit
+        if excess <= 0:
+            return 0.0
+        wait = 0.0
+        for number, weight in self._buckets:
+            wait = (number + BUCKETS + 1) * self._width - self._clock.monotonic()
+            excess -= weight
+            if excess <= 0:
+                break
+        return wait
+
+    def add(self, cost: int) -> None:
+        """Count weight as spent now."""
+        current = self._current()
+        if not self._buckets or self._buckets[-1][0] != current:
+            self._buckets.append([current, 0])
+        self._buckets[-1][1] += cost
+
+    def raise_to(self, used: int) -> None:
+        """Count at least `used`, as somebody who sees more than we do said."""
+        if (missing := used - self.used()) > 0:
+            self.add(missing)
+
+    def _current(self) -> int:
+        return math.floor(self._clock.monotonic() / self._width)
+
+
+class _Reply(NamedTuple):
+    admitted: bool
+    used: int
+    wait_seconds: float
+    hold_seconds: float
+    cause: str
+
+
+class RateLimiter:
+    """Admits calls to exchanges within their budgets: `budgets` maps an exchange to (weight, seconds)."""
+
+    def __init__(self, budgets: Mapping[str, tuple[int, int]], store: RedisStore, clock: Clock) -> None:
+        self._store = store
+        self._seconds = {exchange: seconds for exchange, (_, seconds) in budgets.items()}
+        # Follows the shared count, so that it goes on from there when Redis is lost.
+        self._windows = {exchange: Window(weight, seconds, clock) for exchange, (weight, seconds) in budgets.items()}
+
+        self._away: set[str] = set()  # asked while Redis was away: it has to be told of that before it may admit
+
+    def used_ratio(self, exchange: str) -> float:
+        """Share of the budget used in its window, as far as this process knows; above 1 when the exchange said so."""
+        return self._windows[exchange].used() / self._windows[exchange].limit
+
+    def is_spent(self, exchange: str, cost: int) -> bool:
+        """Whether `cost` would be refused now, as far as this process knows."""
+        return self._windows[exchange].wait_for(cost) > 0
+
+    async def acquire(self, exchange: str, cost: int) -> None:
+        """Spend `cost`. Raises `BudgetSpent` with the seconds to wait, or the reason of a hold other replicas know."""
+        window = self._windows[exchange]
+        try:
+            reply = await self._spend(exchange, min(cost, window.limit), self._untold(exchange))
+            self._away.discard(exchange)
+        except RedisAway:
+            self._away.add(exchange)
+            wait = window.wait_for(cost)
+            reply = _Reply(wait == 0, window.used(), wait, 0.0, "")
+            if reply.admitted:
+                window.add(min(cost, window.limit))
+        window.raise_to(reply.used)
+        if reply.hold_seconds:
+            banned = reply.cause == ExchangeBanned.cause
+            raise (ExchangeBanned if banned else ExchangeRateLimited)(
+                f"{exchange} told another replica to wait ({reply.cause}); ask again later or ask another exchange",
+                exchange=exchange,
+                retry_after=reply.hold_seconds,
+            )
+        if not reply.admitted:
+            raise BudgetSpent(
+                f"the request budget of {exchange} ({window.limit} per {self._seconds[exchange]} s) is spent; "
+                "ask again later or ask another exchange",
+                exchange=exchange,
+                retry_after=reply.wait_seconds,
+            )
+
+    async def correct(self, exchange: str, used: int) -> None:
+        """Take over the exchange's own count of what this address has used, when it is higher than ours."""
+        window = self._windows[exchange]
+        if used <= window.used():
+            return
+        window.raise_to(used)
+        try:
+            await self._spend(exchange, 0, at_least=used)
+        except RedisAway:
+            return
+
+    async def hold(self, exchange: str, seconds: float, cause: str) -> None:
+        """Tell every replica not to ask the exchange for `seconds`."""
+        try:
+            await self._store.run(
+                "hold", lambda redis: redis.eval(HOLD, 1, _key(exchange), math.ceil(seconds * 1000), cause)
+            )
+        except RedisAway:
+            return
+
+    async def release(self, exchange: str) -> None:
+        """Forget a hold, as a reset of the breaker asks for."""
+        try:
+            await self._store.run("hold", lambda redis: redis.hdel(_key(exchange), "hold"))
+        except RedisAway:
+            return
+
+    def _untold(self, exchange: str) -> int:
+        # Not on every call: ours lags above the shared count, and the two would keep each other up.
+        return self._windows[exchange].used() if exchange in self._away else 0
+
+    async def _spend(self, exchange: str, cost: int, at_least: int = 0) -> _Reply:
+        limit, width = self._windows[exchange].limit, self._seconds[exchange] * 1000 // BUCKETS
+        raw = await self._store.run(
+            "budget", lambda redis: redis.eval(SPEND, 1, _key(exchange), cost, limit, width, BUCKETS, at_least)
+        )
+        admitted, used, wait, hold, cause = raw
+        return _Reply(bool(admitted), int(used), max(wait, 1) / 1000, hold / 1000, cause.decode())
+
+
+def _key(exchange: str) -> str:
+    return f"{PREFIX}budget:{{{exchange}}}"

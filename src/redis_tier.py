@@ -1,0 +1,120 @@
+"""The second tier: entries in Redis, and the short lock by which all replicas together load a value once."""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from redis.asyncio import Redis
+
+from src.clock import Clock
+from src.entry import Entry, Key
+from src.redis_store import RedisAway, RedisStore
+
+MAX_PENDING_WRITES = 1000  # writes under way beside the answers; past that they are dropped, not queued
+LOCK_POLL_SECONDS = 0.025
+
+# Stores a value unless a newer one is there, and gives up the lock if it is ours. Any broken old value is overwritten.
+# KEYS: value, lock. ARGV: payload (empty: none), milliseconds to keep it, lock token.
+STORE = """
+local old = redis.pcall('GETRANGE', KEYS[1], 0, 15)
+local newer = type(old) == 'string' and tonumber(old) and tonumber(old) > (tonumber(string.sub(ARGV[1], 1, 16)) or 0)
+if ARGV[1] ~= '' and not newer then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
+if redis.call('GET', KEYS[2]) == ARGV[3] then redis.call('DEL', KEYS[2]) end
+"""
+
+
+class RedisTier:
+    """Reads, writes and locks entries. Nothing here raises for Redis' sake: what it cannot do is a miss."""
+
+    def __init__(
+        self, store: RedisStore, clock: Clock, *, jitter: float, keep_seconds: float, lock_seconds: float
+    ) -> None:
+        """`keep_seconds` is how long past its TTL an entry is kept, `lock_seconds` what a dead holder may cost."""
+        self._store = store
+        self._clock = clock
+        self._jitter = jitter
+        self._keep_seconds = keep_seconds
+        self._lock_seconds = lock_seconds
+        self._token = os.urandom(8).hex()
+        self._writes: set[asyncio.Task[None]] = set()
+
+    async def read(self, keys: Sequence[Key], ttl: float) -> dict[Key, Entry]:
+        """Return the entries Redis has, fresh or not."""
+        try:
+            raw = await self._store.run("get", _mget([key.redis() for key in keys]))
+        except RedisAway:
+            return {}
+        entries = {key: self._parse(value, ttl) for key, value in zip(keys, raw, strict=True)}
+        return {key: entry for key, entry in entries.items() if entry is not None}
+
+    async def lock_or_find(self, key: Key, ttl: float, accept: Callable[[Entry], bool]) -> tuple[bool, Entry | None]:
+        """Take the right to load the key for all replicas, or wait for the value of the one that has it.
+
+        Returns whether the lock is ours, and the entry if one that `accept` takes came first. (False, None) means that
+        neither could be had in time: load it without a lock.
+        """
+        give_up = self._clock.monotonic() + self._lock_seconds
+        while True:
+            try:
+                locked, raw = await self._store.run("lock", lambda redis: self._try_lock(redis, key))
+            except RedisAway:
+                return False, None
+            entry = self._parse(raw, ttl)
+            if entry is not None and accept(entry):
+                if locked:
+                    self.write(key, None)
+                return False, entry
+            if locked or self._clock.monotonic() >= give_up:
+                return locked, None
+            await asyncio.sleep(LOCK_POLL_SECONDS)
+
+    def write(self, key: Key, entry: Entry | None) -> None:
+        """Store an entry (if there is one) and give up the lock, beside the answer: nobody waits for it."""
+        if not self._store.configured or len(self._writes) >= MAX_PENDING_WRITES:
+            return
+        payload = b"" if entry is None else entry.dump(self._clock)
+        keep = 1 if entry is None else max(1, int((entry.ttl + self._keep_seconds) * 1000))
+        task = asyncio.create_task(self._write_now(key, payload, keep))
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+
+    async def clear(self, exchange: str | None, symbol: str | None) -> int:
+        """Remove the entries of one exchange or symbol, or all; returns how many. Raises `RedisAway`."""
+        await self.drain()  # or a write that began before would come after
+        if not self._store.configured:
+            return 0
+        return await self._store.delete_matching(f"data:{{{exchange or '*'}:*:{_literal(symbol)}:*}}")
+
+    async def drain(self) -> None:
+        """Wait for the writes under way; each is bounded by the timeout of a command."""
+        if self._writes:
+            await asyncio.wait(set(self._writes))
+
+    async def _write_now(self, key: Key, payload: bytes, keep_ms: int) -> None:
+        names = (key.redis(), key.redis("lock"))
+        try:
+            await self._store.run("set", lambda redis: redis.eval(STORE, 2, *names, payload, keep_ms, self._token))
+        except RedisAway:
+            return
+
+    async def _try_lock(self, redis: Redis, key: Key) -> tuple[bool, object]:
+        async with redis.pipeline(transaction=False) as pipe:
+            pipe.set(key.redis("lock"), self._token, nx=True, px=int(self._lock_seconds * 1000))
+            pipe.get(key.redis())
+            locked, raw = await pipe.execute(raise_on_error=False)
+        if isinstance(locked, Exception):  # Redis is full or read-only: there is no lock to be had
+            raise locked
+        return locked is True, raw
+
+    def _parse(self, raw: object, ttl: float) -> Entry | None:
+        return Entry.parse(raw, ttl, self._jitter, self._clock)
+
+
+def _mget(names: list[str]) -> Callable[[Redis], Awaitable[list[Any]]]:
+    return lambda redis: redis.mget(names)
+
+
+def _literal(symbol: str | None) -> str:
+    """Escape what a Redis pattern would read as more than itself."""
+    return "*" if symbol is None else "".join(f"\\{sign}" if sign in "*?[]^\\" else sign for sign in symbol)

@@ -1,0 +1,250 @@
+"""The three exchanges, simulated in their own wire formats over real HTTP, for the demo, tests and benchmarks.
+
+Each has a listener of its own, so that one can really be killed: `python -m src.sandbox --port 9100` puts the control
+on 9100, bybit on 9101, binance on 9102 and kraken on 9103. `curl localhost:9100/control` shows knobs and calls by path,
+a POST to /control/reset clears all knobs, and this spoils one exchange, in place of the knobs it had:
+
+    curl localhost:9100/control/bybit -d '{"status": 503, "only": "ticker", "times": 3}'
+
+latency_ms answers late, hang never; refuse closes the port and all connections, reset aborts the request's own; status,
+body, size (bytes of JSON), redirect (an address) and geo_block replace the answer; headers come on top; drip sends a
+byte per 100 ms; rate_limit is what a window allows (0 as documented, -1 no limit); price multiplies all prices;
+clock_skew_ms shifts the time it tells. They hold for paths that contain `only`, and for so many requests as `times`.
+"""
+
+import argparse
+import asyncio
+import logging
+import signal
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Mapping
+
+import orjson
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict
+
+from src.sandbox_market import Market
+from src.sandbox_wire import Binance, Bybit, Call, Exchange, Kraken, RefusalError
+
+logger = logging.getLogger(__name__)
+
+
+class Knobs(BaseModel):
+    """What is spoiled at one exchange; the module's text explains each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    latency_ms: float = 0.0
+    status: int = 0
+    headers: dict[str, str] = {}
+    body: str | None = None
+    hang: bool = False
+    drip: bool = False
+    size: int = 0
+    redirect: str = ""
+    refuse: bool = False
+    reset: bool = False
+    geo_block: bool = False
+    rate_limit: int = 0
+    only: str = ""
+    times: int = 0
+    price: float = 1.0
+    clock_skew_ms: int = 0
+
+
+KNOBS = web.RequestKey("knobs", Knobs)
+Next = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def respond(status: int, body: object, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Send texts as HTML and all else as JSON."""
+    kind, payload = ("text/html", body.encode()) if isinstance(body, str) else ("application/json", orjson.dumps(body))
+    return web.Response(body=payload, status=status, headers={"Content-Type": kind, **(headers or {})})
+
+
+class Listener:
+    """One exchange on its own TCP port, with the knobs that spoil it."""
+
+    def __init__(self, exchange: Exchange, host: str, port: int, now: Callable[[], float]) -> None:
+        self.exchange, self.host, self.port, self.now = exchange, host, port, now
+        self.knobs, self.changed = Knobs(), asyncio.Event()
+        self.calls: Counter[str] = Counter()
+        self.requests: deque[tuple[str, dict[str, str]]] = deque(maxlen=1_000)
+        self.runner: web.AppRunner | None = None
+
+    def app(self) -> web.Application:
+        app = web.Application(middlewares=[self.spoil])
+        app.router.add_route("*", "/{path:.*}", self.answer)
+        return app
+
+    async def answer(self, request: web.Request) -> web.Response:
+        knobs, exchange, now = request[KNOBS], self.exchange, self.now()
+        market = Market(now, (1 + exchange.bias) * knobs.price, exchange.half_spread)
+        told = int(now * 1000) + knobs.clock_skew_ms
+        try:
+            text, headers = exchange.answer(Call(request.path, request.query, market, told, knobs.rate_limit))
+        except RefusalError as refusal:
+            return respond(*refusal.args)
+        return respond(200, orjson.Fragment(text), headers)
+
+    @web.middleware
+    async def spoil(self, request: web.Request, handler: Next) -> web.StreamResponse:
+        """Count the request, then do what the knobs say."""
+        self.calls[request.path] += 1
+        self.requests.append((request.path_qs, dict(request.headers)))
+        knobs = request[KNOBS] = self.take(request.path)
+        await asyncio.sleep(knobs.latency_ms / 1000)
+        if knobs.hang:
+            await self.changed.wait()
+        if knobs.reset and request.transport is not None:
+            request.transport.abort()
+        response = self.canned(knobs) or await handler(request)
+        response.headers.update(knobs.headers)
+        return await drip(request, response) if knobs.drip and isinstance(response, web.Response) else response
+
+    def canned(self, knobs: Knobs) -> web.Response | None:
+        """Return what the knobs answer in place of the exchange, if anything."""
+        status = knobs.status or 200
+        if knobs.geo_block:
+            return respond(*self.exchange.geo_block)
+        if knobs.redirect:
+            return respond(302, "", {"Location": knobs.redirect})
+        if knobs.size:
+            return respond(status, ["x" * (knobs.size - 4)])
+        if knobs.status or knobs.body is not None:
+            return respond(status, f"status {status}" if knobs.body is None else knobs.body)
+        return None
+
+    def take(self, path: str) -> Knobs:
+        """Return the knobs that apply to this path, and use up one of their times."""
+        knobs = self.knobs
+        if knobs.only not in path:
+            return Knobs()
+        if knobs.times:
+            self.knobs = knobs.model_copy(update={"times": knobs.times - 1}) if knobs.times > 1 else Knobs()
+        return knobs
+
+    async def set(self, knobs: Knobs) -> None:
+        """Replace the knobs, forgive the rate limit, open or close the port, and wake what hangs."""
+        self.knobs = knobs
+        self.exchange.forgive()
+        await (self.close() if knobs.refuse else self.open())
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    async def open(self) -> None:
+        """Listen, always on the same port once it is known."""
+        if self.runner is None:
+            self.runner, self.port = await listen(self.app(), self.host, self.port)
+
+    async def close(self) -> None:
+        """Stop listening and end the open connections."""
+        if self.runner is not None:
+            await self.runner.cleanup()
+            self.runner = None
+
+
+async def listen(app: web.Application, host: str, port: int) -> tuple[web.AppRunner, int]:
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.01)
+    await runner.setup()
+    site = web.TCPSite(runner, host, port)
+    await site.start()
+    return runner, site.port
+
+
+async def drip(request: web.Request, whole: web.Response) -> web.StreamResponse:
+    slow = web.StreamResponse(status=whole.status, headers=whole.headers)
+    await slow.prepare(request)
+    for byte in whole.body if isinstance(whole.body, bytes) else b"":
+        await slow.write(bytes([byte]))
+        await asyncio.sleep(0.1)
+    return slow
+
+
+class Sandbox:
+    """All exchanges and the control listener."""
+
+    def __init__(
+        self, host: str = "127.0.0.1", port: int = 0, now: Callable[[], float] = time.time, filler: int = 0
+    ) -> None:
+        self.host, self.port = host, port
+        exchanges: list[Exchange] = [Bybit(filler), Binance(filler), Kraken(filler)]
+        numbered = enumerate(exchanges, port + 1)
+        self.listeners = {own.name: Listener(own, host, port and number, now) for number, own in numbered}
+        self.calls = {name: listener.calls for name, listener in self.listeners.items()}
+        self.requests = {name: listener.requests for name, listener in self.listeners.items()}
+
+    async def start(self) -> None:
+        app = web.Application()
+        app.add_routes([web.get("/control", self.show), web.post("/control/{name}", self.turn)])
+        self.control, self.port = await listen(app, self.host, self.port)
+        await asyncio.gather(*(listener.open() for listener in self.listeners.values()))
+
+    async def stop(self) -> None:
+        """Close all listeners and end what hangs."""
+        await asyncio.gather(self.control.cleanup(), *(listener.close() for listener in self.listeners.values()))
+
+    @property
+    def urls(self) -> dict[str, str]:
+        return {name: f"http://{self.host}:{listener.port}" for name, listener in self.listeners.items()}
+
+    @property
+    def control_url(self) -> str:
+        return f"http://{self.host}:{self.port}/control"
+
+    def count(self, exchange: str, text: str = "") -> int:
+        return sum(number for path, number in self.calls[exchange].items() if text in path)
+
+    def clear_counts(self) -> None:
+        for listener in self.listeners.values():
+            listener.calls.clear()
+            listener.requests.clear()
+
+    async def set(self, exchange: str, **knobs: object) -> None:
+        """Replace the knobs of one exchange; None means the default."""
+        given = {name: value for name, value in knobs.items() if value is not None}
+        await self.listeners[exchange].set(Knobs.model_validate(given))
+
+    async def reset(self) -> None:
+        for name in self.listeners:
+            await self.set(name)
+
+    async def show(self, request: web.Request) -> web.Response:
+        own = self.listeners.items()
+        return respond(200, {name: {"knobs": it.knobs.model_dump(), "calls": it.calls} for name, it in own})
+
+    async def turn(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        try:
+            await (self.reset() if name == "reset" else self.set(name, **orjson.loads(await request.read())))
+        except KeyError:
+            return respond(404, {"error": f"the exchanges are {', '.join(self.listeners)}"})
+        except (ValueError, TypeError):
+            return respond(400, {"error": f"the knobs are {', '.join(Knobs.model_fields)}; see the module's text"})
+        return await self.show(request)
+
+
+async def serve(host: str, port: int, filler: int) -> None:
+    """Run until SIGINT or SIGTERM."""
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    sandbox = Sandbox(host, port, filler=filler)
+    await sandbox.start()
+    logger.info("sandbox listens: control %s, exchanges %s", sandbox.control_url, sandbox.urls)
+    await stopped.wait()
+    await sandbox.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The exchanges, simulated.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=9100, help="control port; the exchanges take the next three")
+    parser.add_argument("--filler", type=int, default=0, help="this many extra markets on every exchange")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    asyncio.run(serve(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What the gateway says of itself: `/exchanges`, `/health` and the gauges. Nothing here asks anybody."""
+
+import math
+import platform
+from typing import Any
+
+from config import EXCHANGES
+from src import metrics
+from src.circuit_breaker import STATES
+from src.gateway import Gateway
+
+
+def exchanges(gateway: Gateway) -> dict[str, Any]:
+    """Describe every known exchange as it is now."""
+    names = gateway.manager.names
+    return {
+        name: {"enabled": name in names} | (_exchange(gateway, name) if name in names else {}) for name in EXCHANGES
+    }
+
+
+def _exchange(gateway: Gateway, name: str) -> dict[str, Any]:
+    exchange, markets = gateway.manager[name], gateway.markets
+    breaker, wait = exchange.breaker, exchange.breaker.retry_after
+    return {
+        "breaker": {
+            "state": breaker.state,
+            "cause": breaker.cause,
+            "opened_at": _ms(breaker.opened_at),
+            "retry_at": _ms(gateway.clock.time() + wait) if 0 < wait < math.inf else None,
+        },
+        "last_success": _ms(exchange.last_success),
+        "budget_used": round(gateway.manager.limiter.used_ratio(name), 4),
+        "in_flight": exchange.in_flight,
+        "markets": {
+            "count": markets.count(name),
+            "loaded_at": _ms(markets.loaded_at.get(name)),
+            "error": gateway.loader.errors.get(name),
+        },
+    }
+
+
+def health(gateway: Gateway) -> dict[str, Any]:
+    """Tell how the gateway is: `healthy`, `degraded` or `unhealthy`, with a reason for each part.
+
+    Unhealthy is only what cannot answer at all: no list to know symbols by, or every exchange off and no value kept.
+    """
+    names = gateway.manager.names
+    breakers = {name: gateway.manager[name].breaker for name in names}
+    states = {name: breaker.state for name, breaker in breakers.items()}
+    tripped = [f"{name} is {state} ({breakers[name].cause})" for name, state in states.items() if state != "closed"]
+    unloaded = [name for name in names if name not in gateway.markets.loaded_at]
+    all_open, kept = all(state == "open" for state in states.values()), len(gateway.cache)
+    redis = "" if gateway.store.up or not gateway.store.configured else "does not answer"
+    parts = {
+        "exchanges": _part("; ".join(tripped), "unhealthy" if all_open and not kept else "degraded"),
+        "markets": _part(
+            f"not loaded: {', '.join(unloaded) or 'no exchange is enabled'}" if unloaded or not names else "",
+            "unhealthy" if len(unloaded) == len(names) else "degraded",
+        ),
+        "redis": _part(redis, "degraded", "ok" if gateway.store.configured else "not configured: memory only"),
+        "cache": _part("", "degraded", f"{kept} entries in memory"),
+    }
+    statuses = {part["status"] for part in parts.values()}
+    return {
+        "status": next(status for status in ("unhealthy", "degraded", "healthy") if status in statuses),
+        "parts": parts,
+        "exchanges": states,
+        "timestamp": _ms(gateway.clock.time()),
+        "version": metrics.VERSION,
+        "python": platform.python_version(),
+        "uptime_seconds": round(gateway.clock.time() - gateway.started_at, 3),
+    }
+
+
+def update_gauges(gateway: Gateway) -> None:
+    """Set the gauges that mirror a state, for a scrape."""
+    metrics.cache_entries.set(len(gateway.cache))
+    metrics.cache_tier_up.labels("memory").set(1)
+    if gateway.store.configured:
+        metrics.cache_tier_up.labels("redis").set(gateway.store.up)
+    for task in metrics.TASKS:
+        if task in gateway.maintenance:
+            metrics.maintenance_last_success_timestamp_seconds.labels(task).set(gateway.maintenance[task])
+    for name in gateway.manager.names:
+        exchange = gateway.manager[name]
+        metrics.exchange_in_flight.labels(name).set(exchange.in_flight)
+        metrics.exchange_budget_used_ratio.labels(name).set(gateway.manager.limiter.used_ratio(name))
+        metrics.exchange_markets.labels(name).set(gateway.markets.count(name))
+        state = exchange.breaker.state
+        for known in STATES:
+            metrics.circuit_state.labels(name, known).set(known == state)
+        if exchange.last_success is not None:
+            metrics.exchange_last_success_timestamp_seconds.labels(name).set(exchange.last_success)
+
+
+def _part(fault: str, status: str, fine: str = "ok") -> dict[str, str]:
+    return {"status": status if fault else "healthy", "reason": fault or fine}
+
+
+def _ms(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds * 1000)

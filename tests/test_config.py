@@ -1,0 +1,285 @@
+"""Settings: their names, where they come from, and what is said of a bad one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from config import EXCHANGES, ConfigError, load_settings, setting_names
+
+ROOT = Path(__file__).parents[1]
+NO_FILE = Path("/nonexistent/.env")
+CANARY = "c4nary-5ecret"
+SECRETS = {
+    **{f"{name.upper()}_{end}": f"{CANARY}-{name}-{end}" for name in EXCHANGES for end in ("API_KEY", "API_SECRET")},
+    "HTTPS_PROXY": f"http://user:{CANARY}-proxy@127.0.0.1:3128",
+    "REDIS_PASSWORD": f"{CANARY}-password",
+    "REDIS_URL": f"rediss://user:{CANARY}-url@127.0.0.1:6379/2",
+    "API_KEYS": f"bot:{CANARY}-bot,{CANARY}-other",
+    "ADMIN_TOKEN": f"{CANARY}-admin",
+}
+
+
+def plain(value: object) -> object:
+    """Take a secret out of its wrapper."""
+    return value.get_secret_value() if hasattr(value, "get_secret_value") else value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "path", "expected"),
+    [
+        ("BYBIT_ENABLED", "false", "bybit.enabled", False),
+        ("BINANCE_ENABLED", "0", "binance.enabled", False),
+        ("KRAKEN_ENABLED", "True", "kraken.enabled", True),
+        ("BYBIT_API_KEY", "abc", "bybit.api_key", "abc"),
+        ("BYBIT_KEY", "abc", "bybit.api_key", "abc"),
+        ("BINANCE_API_SECRET", "abc", "binance.api_secret", "abc"),
+        ("BINANCE_SECRET", "abc", "binance.api_secret", "abc"),
+        ("KRAKEN_KEY", "abc", "kraken.api_key", "abc"),
+        ("KRAKEN_SECRET", "abc", "kraken.api_secret", "abc"),
+        ("KRAKEN_REST_URL", "http://127.0.0.1:9103/", "kraken.rest_url", "http://127.0.0.1:9103"),
+        ("KRAKEN_BUDGET", "10/2", "kraken.budget", (10, 2)),
+        ("CACHE_MEMORY_SIZE", "7", "cache_memory_size", 7),
+        ("CACHE_MEMORY_TTL", "2.5", "cache_memory_ttl", 2.5),
+        ("REDIS_HOST", "cache", "redis_address", "redis://cache:6379/0"),
+        ("REDIS_HOST", "", "redis_address", ""),
+        ("REDIS_HOST", "  ", "redis_address", ""),
+        ("REDIS_PORT", "6380", "redis_address", "redis://localhost:6380/0"),
+        ("REDIS_PASSWORD", "p@ss/w", "redis_address", "redis://:p%40ss%2Fw@localhost:6379/0"),
+        ("REDIS_URL", "rediss://other:1/3", "redis_address", "rediss://other:1/3"),
+        ("MAX_CONCURRENT", "9", "max_concurrent", 9),
+        ("REQUEST_TIMEOUT", "1.5", "request_timeout", 1.5),
+        ("CB_THRESHOLD", "3", "cb_threshold", 3),
+        ("LOG_LEVEL", "debug", "log_level", "DEBUG"),
+        ("LOG_FORMAT", "JSON", "log_format", "json"),
+        ("MARKET_TYPES", "spot, swap", "market_types", ("spot", "swap")),
+        ("CORS_ORIGINS", "https://a.example,https://b.example", "cors_origins", ("https://a.example", "https://b.example")),
+        ("GATEWAY_URL", "https://gateway.example/", "gateway_url", "https://gateway.example"),
+    ],
+)  # fmt: skip
+def test_setting_is_read(name: str, text: str, path: str, expected: object) -> None:
+    """Each name in the environment reaches its field, blanks and capitals aside."""
+    value: Any = load_settings({name: text}, NO_FILE)
+    for part in path.split("."):
+        value = getattr(value, part)
+    assert plain(value) == expected
+
+
+def test_defaults() -> None:
+    """Without any environment all three exchanges are on, Redis is looked for here, and the address is open."""
+    settings = load_settings({}, NO_FILE)
+    assert settings.enabled_exchanges == EXCHANGES
+    assert [settings.exchange(name).budget for name in EXCHANGES] == [(600, 5), (6000, 60), (5, 5)]
+    assert settings.redis_address == "redis://localhost:6379/0"
+    assert (settings.cache_memory_size, settings.cache_memory_ttl) == (1000, 30)
+    assert (settings.max_concurrent, settings.request_timeout, settings.cb_threshold) == (100, 5, 5)
+    assert (settings.ticker_ttl_seconds, settings.stale_seconds) == (15, 60)
+    assert not settings.api_keys
+    assert settings.secrets == ()
+
+
+def test_every_setting_can_be_left_empty() -> None:
+    """An empty value is the default, but for REDIS_HOST, where it means no Redis."""
+    empty = dict.fromkeys(setting_names(), "")
+    assert load_settings(empty | {"REDIS_HOST": "localhost"}, NO_FILE) == load_settings({}, NO_FILE)
+
+
+def test_every_setting_is_described_once() -> None:
+    """A description is one sentence, and a default is one its own field accepts."""
+    for name, (field, _) in setting_names().items():
+        assert field.description, name
+        assert field.description.endswith("."), name
+        assert "\n" not in field.description, name
+
+
+def test_redis_url_wins() -> None:
+    """A whole URL stands above host, port and password, also above an empty host."""
+    parts = {"REDIS_HOST": "", "REDIS_PORT": "1", "REDIS_PASSWORD": "x", "REDIS_URL": "redis://there:2/0"}
+    assert load_settings(parts, NO_FILE).redis_address == "redis://there:2/0"
+
+
+def test_long_name_of_a_key_wins() -> None:
+    """Where both names of an exchange's key are set, the long one counts."""
+    settings = load_settings({"KRAKEN_KEY": "short", "KRAKEN_API_KEY": "long"}, NO_FILE)
+    assert settings.kraken.api_key.get_secret_value() == "long"
+
+
+def test_api_keys_have_names() -> None:
+    """Keys carry the name given, or their place in the list."""
+    keys = load_settings({"API_KEYS": "bot:12345678, 87654321"}, NO_FILE).api_keys
+    assert {name: key.get_secret_value() for name, key in keys.items()} == {"bot": "12345678", "key2": "87654321"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, ("bybit", "binance", "kraken")),
+        ({"EXCHANGE_ORDER": "kraken"}, ("kraken", "bybit", "binance")),
+        ({"EXCHANGE_ORDER": "kraken,bybit"}, ("kraken", "bybit", "binance")),
+        ({"EXCHANGE_ORDER": "kraken,bybit", "BYBIT_ENABLED": "no"}, ("kraken", "binance")),
+        ({f"{name.upper()}_ENABLED": "false" for name in EXCHANGES}, ()),
+    ],
+)
+def test_order_and_enabled(environment: dict[str, str], expected: tuple[str, ...]) -> None:
+    """The exchanges named come first, the others follow, and those switched off are left out."""
+    assert load_settings(environment, NO_FILE).enabled_exchanges == expected
+
+
+def test_unknown_exchange_has_no_settings() -> None:
+    """Only the three names lead to settings; a name is never looked up as an attribute."""
+    with pytest.raises(KeyError):
+        load_settings({}, NO_FILE).exchange("secrets")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("BYBIT_ENABLED", "perhaps", "true or false"),
+        ("BYBIT_REST_URL", "api.bybit.com", "https://host"),
+        ("BINANCE_REST_URL", "file:///etc/passwd", "https://host"),
+        ("BINANCE_REST_URL", "http://[x", "allowed"),
+        ("KRAKEN_WS_URL", "first\nsecond", "https://host"),
+        ("KRAKEN_BUDGET", "5", "weight/seconds"),
+        ("KRAKEN_BUDGET", "0/5", "weight/seconds"),
+        ("KRAKEN_BUDGET", "5/-5", "weight/seconds"),
+        ("EXCHANGE_ORDER", "bybit,mtgox", "bybit, binance, kraken"),
+        ("EXCHANGE_ORDER", "bybit,bybit", "bybit, binance, kraken"),
+        ("EXCHANGE_ORDER", ",", "bybit, binance, kraken"),
+        ("MARKET_TYPES", "option", "spot, swap"),
+        ("EXCHANGE_TIMEOUT_SECONDS", "0", "a number above 0 up to 60"),
+        ("EXCHANGE_TIMEOUT_SECONDS", "nan", "a number above 0 up to 60"),
+        ("EXCHANGE_TIMEOUT_SECONDS", "inf", "a number above 0 up to 60"),
+        ("CB_THRESHOLD", "0", "a whole number from 1 to 1000"),
+        ("CB_THRESHOLD", "2.5", "a whole number from 1 to 1000"),
+        ("CACHE_MEMORY_SIZE", "1e3", "a whole number from 1 to 1000000"),
+        ("CACHE_MEMORY_TTL", "soon", "a number above 0 up to 86400"),
+        ("STALE_SECONDS", "-1", "a number from 0 to 86400"),
+        ("TTL_JITTER_RATIO", "0.9", "a number from 0 to 0.5"),
+        ("REDIS_PORT", "65536", "a whole number from 1 to 65535"),
+        ("MAX_CONCURRENT", "many", "a whole number from 1 to 10000"),
+        ("REQUEST_TIMEOUT", "-5", "a number above 0 up to 120"),
+        ("LOG_LEVEL", "loud", "DEBUG, INFO, WARNING, ERROR"),
+        ("LOG_FORMAT", "xml", "text, json"),
+        ("GATEWAY_URL", "localhost:8000", "https://host"),
+    ],
+)
+def test_bad_value_is_explained(name: str, value: str, allowed: str) -> None:
+    """A bad value stops the start with one line: which setting, and what would have been accepted."""
+    with pytest.raises(ConfigError) as caught:
+        load_settings({name: value}, NO_FILE)
+    text = str(caught.value)
+    assert text.startswith(name)
+    assert allowed in text
+    assert text.isprintable(), "one line, whatever the value holds"
+    assert len(text) < 250
+
+
+def test_long_bad_value_is_cut() -> None:
+    """A value of any length makes a line of bounded length."""
+    with pytest.raises(ConfigError) as caught:
+        load_settings({"REDIS_PORT": "9" * 5000}, NO_FILE)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("REDIS_URL", f"http://:{CANARY}@host:6379/0"),
+        ("REDIS_URL", f"{CANARY}@host"),
+        ("REDIS_URL", f"redis://:[{CANARY}]@host:6379/0"),
+        ("REDIS_URL", f"redis://:{CANARY}\u2100@host:6379/0"),
+        ("REDIS_URL", f"redis://:{CANARY}#x@host:6379/0"),
+        ("REDIS_URL", "redis://host:port/0"),
+        ("HTTPS_PROXY", f"socks5://user:{CANARY}@host:1080"),
+        ("HTTPS_PROXY", f"http://user:{CANARY}[@host:1080"),
+        ("API_KEYS", f"a:{CANARY},a:{CANARY}"),
+        ("API_KEYS", f"bad name:{CANARY}"),
+        ("API_KEYS", "c4nary"),
+        ("BYBIT_REST_URL", f"https://user:{CANARY}@api.bybit.com"),
+        ("GATEWAY_URL", f"https://user:{CANARY}@gateway.example"),
+    ],
+)
+def test_bad_secret_is_not_shown(name: str, value: str) -> None:
+    """What is said of a bad value that carries a secret names the setting, says what is allowed, and not the value."""
+    with pytest.raises(ConfigError) as caught:
+        load_settings({name: value}, NO_FILE)
+    text = str(caught.value)
+    assert text.startswith(f"{name} ")
+    assert "allowed: " in text
+    assert "c4nary" not in text
+    assert text.isprintable()
+
+
+def test_bad_value_carries_no_cause() -> None:
+    """The error holds no chain in which a traceback would print the values."""
+    with pytest.raises(ConfigError) as caught:
+        load_settings({**SECRETS, "CB_THRESHOLD": "0"}, NO_FILE)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+def test_settings_show_no_secret() -> None:
+    """However the settings are printed, no secret is in it; the list of secrets has them all."""
+    settings = load_settings(SECRETS, NO_FILE)
+    for text in (repr(settings), str(settings), settings.model_dump_json(), repr(settings.bybit), f"{settings!r:s}"):
+        assert CANARY not in text
+    held = " ".join(settings.secrets)
+    for value in ("proxy", "password", "url", "bot", "other", "admin", "bybit-API_KEY", "kraken-API_SECRET"):
+        assert f"{CANARY}-{value}" in settings.secrets, value
+    assert held.count(CANARY) >= len(SECRETS)
+    assert list(settings.secrets) == sorted(settings.secrets, key=len, reverse=True)
+
+
+def test_settings_are_frozen() -> None:
+    """Nothing can be changed after the start, in an exchange's settings neither."""
+    settings = load_settings({}, NO_FILE)
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.cb_threshold = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.bybit.enabled = False
+
+
+def test_file_is_read_and_environment_wins(tmp_path: Path) -> None:
+    """`.env` gives what the environment does not; an empty value in the environment undoes the file's."""
+    file = tmp_path / ".env"
+    file.write_text(
+        "CB_THRESHOLD=7\nCACHE_MEMORY_SIZE=8\nMAX_CONCURRENT=9\nexport KRAKEN_SECRET='a b#c'\n# REDIS_PORT=1\n"
+    )
+    settings = load_settings({"CB_THRESHOLD": "3", "MAX_CONCURRENT": ""}, file)
+    assert (settings.cb_threshold, settings.cache_memory_size, settings.max_concurrent) == (3, 8, 100)
+    assert settings.kraken.api_secret.get_secret_value() == "a b#c"
+    assert settings.redis_port == 6379
+
+
+def test_file_and_environment_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without arguments it is the process' environment, and `.env` in the directory it runs in."""
+    (tmp_path / ".env").write_text("CB_THRESHOLD=7\nCACHE_MEMORY_SIZE=8\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CB_THRESHOLD", "3")
+    for name in ("CACHE_MEMORY_SIZE", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    settings = load_settings()
+    assert (settings.cb_threshold, settings.cache_memory_size) == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("CB_THRESHOLD", "0"), ("REDIS_URL", f"http://:{CANARY}@host"), ("LOG_LEVEL", "loud")]
+)
+def test_server_refuses_to_start(name: str, value: str, tmp_path: Path) -> None:
+    """The server ends with an error and exactly one line that names the setting: no traceback, no secret."""
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), name: value}
+    command = [sys.executable, "-m", "uvicorn", "src.api:app", "--port", "0"]
+    ended = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode != 0
+    assert ended.stdout == ""
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 1, ended.stderr
+    assert name in lines[0]
+    assert "allowed: " in lines[0]
+    assert CANARY not in lines[0]

@@ -1,0 +1,381 @@
+"""The edge to the exchanges: what their faults become, what they cost, and that nothing secret or signed leaves."""
+
+import inspect
+import json
+from itertools import pairwise
+from typing import Any
+
+import ccxt
+import pytest
+
+from src.ccxt_client import TRANSLATION, make_client, translate
+from src.errors import GatewayError, UpstreamError
+from src.exchanges import ExchangeManager, weight_of
+from src.http_client import Answer
+from src.redis_store import RedisStore
+from src.sandbox import Sandbox
+from tests.conftest import FakeClock, StartGateway, eventually, make_settings, recordings, sample
+
+EXCHANGES = ["bybit", "binance", "kraken"]
+CCXT_ERRORS = [error for _, error in inspect.getmembers(ccxt, inspect.isclass) if issubclass(error, ccxt.BaseError)]
+
+
+@pytest.mark.parametrize("error", CCXT_ERRORS, ids=lambda error: error.__name__)
+def test_every_error_ccxt_has_is_translated_without_its_text(error: type[Exception]) -> None:
+    """Whatever class a release of ccxt raises, ours comes out, and no word of the foreign one."""
+    ours = translate("kraken", error("https://secret.example/?signature=abc\r\nevil"), Answer())
+    assert isinstance(ours, GatewayError)
+    assert ours.exchange == "kraken"
+    assert "secret" not in ours.detail
+    assert "\n" not in ours.detail
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, AttributeError, TimeoutError, ConnectionError])
+def test_an_error_of_no_library_is_bad_upstream_data_or_a_timeout(error: type[Exception]) -> None:
+    """ccxt's parsers stumble over junk in many ways; each is the exchange's failure, none a 500."""
+    ours = translate("bybit", error("junk"), Answer())
+    assert isinstance(ours, UpstreamError)
+    assert ours.code == ("exchange_timeout" if error is TimeoutError else "bad_upstream_data")
+
+
+def test_the_nearest_ancestor_decides() -> None:
+    """Each class of the table stands for itself, whatever the order of the table."""
+    for foreign, ours in TRANSLATION.items():
+        if foreign is not Exception and issubclass(foreign, ccxt.BaseError):
+            assert type(translate("bybit", foreign("x"), Answer())) is ours
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+@pytest.mark.parametrize(
+    ("knobs", "status", "code"),
+    [
+        ({"status": 500}, 502, "exchange_unavailable"),
+        ({"status": 503}, 502, "exchange_unavailable"),
+        ({"status": 523}, 502, "exchange_unavailable"),
+        ({"reset": True}, 502, "exchange_unavailable"),
+        ({"refuse": True}, 502, "exchange_unavailable"),
+        ({"status": 429, "headers": {"Retry-After": "7"}}, 503, "exchange_rate_limited"),
+        ({"status": 418, "headers": {"Retry-After": "77"}}, 503, "exchange_banned"),
+        ({"status": 418, "body": "{}"}, 503, "exchange_banned"),
+        ({"geo_block": True}, 451, "geo_blocked"),
+        ({"status": 451}, 451, "geo_blocked"),
+        ({"status": 403, "body": '{"error":["denied"]}'}, 451, "geo_blocked"),
+        ({"hang": True}, 504, "exchange_timeout"),
+        ({"drip": True}, 504, "exchange_timeout"),
+        ({"body": ""}, 502, "bad_upstream_data"),
+        ({"body": "<html>"}, 502, "bad_upstream_data"),
+        ({"body": '{"retCode":0,"result":{'}, 502, "bad_upstream_data"),
+        ({"body": '{"retCode":0,"result":{}}'}, 502, "bad_upstream_data"),
+        ({"redirect": "http://127.0.0.1:1/"}, 502, "upstream_error"),
+        ({"size": 10_000_000}, 502, "upstream_error"),
+    ],
+    ids=str,
+)
+async def test_what_the_exchange_does_decides_what_the_client_reads(
+    start: StartGateway, sandbox: Sandbox, name: str, knobs: dict[str, Any], status: int, code: str
+) -> None:
+    """Each fault has its own status and code on every exchange, is never cached, and is never a 500."""
+    live = await start(exchange_timeout_seconds=0.3)
+    await sandbox.set(name, rate_limit=-1, only="icker", **knobs)
+    answer = await live.get(f"/ticker/BTC/USDT?exchange={name}")
+    assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
+    assert answer.json()["exchange"] == name
+    assert answer.headers["cache-control"] == "no-store"
+    assert "127.0.0.1" not in answer.text
+    await sandbox.reset()
+    live.gateway.manager[name].breaker.reset()
+    assert (await live.get(f"/ticker/BTC/USDT?exchange={name}")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("knobs", "cause", "seconds"),
+    [
+        ({"status": 429, "headers": {"Retry-After": "7"}}, "rate_limited", 7),
+        ({"status": 429}, "rate_limited", 60),
+        ({"status": 418, "headers": {"Retry-After": "300"}}, "banned", 300),
+        ({"status": 418}, "banned", 120),
+        ({"status": 403, "body": '{"retCode":10018,"retMsg":"access too frequent"}'}, "rate_limited", 600),
+        ({"geo_block": True}, "geo_blocked", 900),
+    ],
+    ids=str,
+)
+async def test_a_limit_or_block_opens_the_breaker_at_once_for_as_long_as_it_says(
+    start: StartGateway, sandbox: Sandbox, clock: FakeClock, knobs: dict[str, Any], cause: str, seconds: int
+) -> None:
+    """One 429, 418 or geo-block is enough: the breaker opens with its cause, for as long as Retry-After says."""
+    live = await start(cb_reset_seconds=30)
+    await sandbox.set("bybit", only="tickers", **knobs)
+    first = await live.get("/ticker/BTC/USDT?exchange=bybit")
+    told = first.json()["retry_after"]
+    breaker = (await live.get("/exchanges")).json()["bybit"]["breaker"]
+    assert (breaker["state"], breaker["cause"]) == ("open", cause)
+    assert (breaker["retry_at"] - breaker["opened_at"]) / 1000 == pytest.approx(seconds, abs=1.1)
+    assert told == pytest.approx(seconds, abs=1)
+    clock.advance(seconds - 1.5)
+    await live.get("/ticker/BTC/USDT?exchange=bybit")
+    assert sandbox.count("bybit", "tickers") == 1
+    await sandbox.reset()
+    clock.advance(2)
+    assert (await live.get("/ticker/BTC/USDT?exchange=bybit")).status_code == 200
+
+
+async def test_a_retry_after_may_be_a_date(start: StartGateway, sandbox: Sandbox) -> None:
+    """Both forms of Retry-After are read."""
+    live = await start()
+    await sandbox.set("binance", status=429, headers={"Retry-After": "Wed, 01 Jan 2020 00:00:00 GMT"})
+    answer = await live.get("/ticker/BTC/USDT?exchange=binance")
+    assert answer.json()["retry_after"] == 1
+
+
+async def test_a_geo_block_answers_451_while_the_breaker_is_open(start: StartGateway, sandbox: Sandbox) -> None:
+    """A pinned client of a blocked exchange reads why, with the cause, and the others still answer for it."""
+    live = await start()
+    await sandbox.set("bybit", geo_block=True)
+    answers = [await live.get("/ticker/BTC/USDT?exchange=bybit") for _ in range(3)]
+    assert {(answer.status_code, answer.json()["code"]) for answer in answers} == {(451, "geo_blocked")}
+    assert sandbox.count("bybit", "tickers") == 1
+    assert (await live.get("/ticker/BTC/USDT")).json()["exchange"] == "binance"
+
+
+async def test_no_signed_request_is_made_even_with_keys(start: StartGateway, sandbox: Sandbox) -> None:
+    """Keys are handed to the client, and still every request is a plain public GET without key or signature."""
+    keys = {f"{name}_{part}": f"canary-{name}-{part}" for name in EXCHANGES for part in ("api_key", "api_secret")}
+    live = await start(**keys)
+    for name in EXCHANGES:
+        for path in ("ticker/BTC-USDT", "orderbook/BTC-USDT", "ohlcv/BTC-USDT", "trades/BTC-USDT"):
+            assert (await live.get(f"/{path}?exchange={name}")).status_code == 200
+    await live.get("/tickers?symbols=BTC/USDT,ETH/USDT&exchange=all")
+    for name in EXCHANGES:
+        assert live.gateway.manager[name].client.apiKey == f"canary-{name}-api_key"
+        seen = str(sandbox.requests[name]).lower()
+        assert sandbox.requests[name]
+        assert not [
+            word for word in ("canary", "signature", "x-bapi-api-key", "api-sign", "mbx-apikey") if word in seen
+        ]
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+async def test_every_kind_of_data_comes_from_every_exchange(start: StartGateway, sandbox: Sandbox, name: str) -> None:
+    """Ticker, order book, candles, trades and time work on all three, one call each, with what a client expects."""
+    live = await start()
+    book = (await live.get(f"/orderbook/BTC-USDT?exchange={name}&limit=7")).json()
+    assert (len(book["bids"]), len(book["asks"])) == (7, 7)
+    assert book["bids"][0][0] < book["asks"][0][0]
+    candles = (await live.get(f"/ohlcv/BTC-USDT?exchange={name}&timeframe=1h&limit=5")).json()["candles"]
+    assert [later[0] - earlier[0] for earlier, later in pairwise(candles)] == [3_600_000] * 4
+    trades = (await live.get(f"/trades/BTC-USDT?exchange={name}&limit=5")).json()["trades"]
+    assert len(trades) == 5
+    assert {trade["side"] for trade in trades} <= {"buy", "sell"}
+    assert abs(await live.gateway.manager.clock_skew(name)) < 1.1
+    assert sandbox.count(name) == 4
+
+
+async def test_swaps_are_listed_when_asked_for(start: StartGateway) -> None:
+    """With MARKET_TYPES=spot,swap linear perpetuals answer beside spot, alone and in a batch."""
+    live = await start(market_types="spot,swap")
+    swap = (await live.get("/ticker/btc-usdt:usdt")).json()
+    assert (swap["symbol"], swap["exchange"]) == ("BTC/USDT:USDT", "bybit")
+    both = (await live.get("/tickers?symbols=BTC/USDT,BTC/USDT:USDT,ETH/USDT:USDT&exchange=binance")).json()
+    assert sorted(both["tickers"]) == ["BTC/USDT", "BTC/USDT:USDT", "ETH/USDT:USDT"]
+    assert both["errors"] == {}
+
+
+async def test_swaps_are_unknown_otherwise(start: StartGateway) -> None:
+    """Spot is the default: a swap is no listed symbol then."""
+    assert (await (await start()).get("/ticker/BTC/USDT:USDT")).status_code == 404
+
+
+def test_request_weights_are_those_binance_documents() -> None:
+    """A list of tickers and a deep book cost more; the other exchanges count calls."""
+    assert [weight_of("binance", "tickers", count) for count in (1, 20, 21, 100)] == [2, 2, 40, 40]
+    assert [weight_of("binance", "orderbook", limit) for limit in (5, 100, 101, 500)] == [5, 5, 25, 25]
+    assert [weight_of("binance", kind) for kind in ("ticker", "ohlcv", "trades", "markets")] == [2, 2, 4, 20]
+    assert weight_of("bybit", "tickers", 100) == weight_of("kraken", "orderbook", 200) == 1
+
+
+async def test_the_exchanges_own_count_corrects_the_budget(start: StartGateway, sandbox: Sandbox) -> None:
+    """Used weight that others on this address caused counts here too, once a header tells of it."""
+    live = await start(redis_host="")
+    await sandbox.set("binance", rate_limit=-1, headers={"X-MBX-USED-WEIGHT-1M": "5000"})
+    await live.get("/ticker/BTC/USDT?exchange=binance")
+    assert (await live.get("/exchanges")).json()["binance"]["budget_used"] == pytest.approx(5000 / 6000, abs=0.001)
+    await sandbox.set("bybit", rate_limit=-1, headers={"X-Bapi-Limit-Status": "0"})
+    await live.get("/ticker/BTC/USDT?exchange=bybit")
+    assert (await live.get("/exchanges")).json()["bybit"]["budget_used"] == 1
+
+
+async def test_a_spent_budget_falls_through_or_tells_how_long(
+    start: StartGateway, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """Past the budget the next exchange answers; a pinned one answers 503 with the seconds, and never asks upstream."""
+    live = await start(bybit_budget="3/10")  # one call of the three went to the market list
+    assert [(await live.get(f"/ticker/{base}/USDT")).json()["exchange"] for base in ("BTC", "ETH", "SOL")] == [
+        "bybit", "bybit", "binance",
+    ]  # fmt: skip
+    pinned = await live.get("/ticker/XRP/USDT?exchange=bybit")
+    assert (pinned.status_code, pinned.json()["code"]) == (503, "budget_spent")
+    assert int(pinned.headers["retry-after"]) == pinned.json()["retry_after"] <= 11
+    assert sandbox.count("bybit", "tickers") == 2
+    clock.advance(pinned.json()["retry_after"])
+    assert (await live.get("/ticker/XRP/USDT?exchange=bybit")).status_code == 200
+
+
+async def test_an_exchange_that_cannot_be_loaded_stops_nobody(
+    start: StartGateway, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """Start-up goes on, the others answer, health says which is missing, and it is there once it works again."""
+    await sandbox.set("bybit", status=500)
+    live = await start(wait=False)
+    await eventually(lambda: len(live.gateway.markets.loaded_at) == 2 and "bybit" in live.gateway.loader.errors)
+    assert (await live.get("/ticker/BTC/USDT")).json()["exchange"] == "binance"
+    health = (await live.get("/health")).json()
+    assert (health["status"], health["parts"]["markets"]["reason"]) == ("degraded", "not loaded: bybit")
+    only_there = await live.get("/ticker/BTC/USDT?exchange=bybit")
+    assert (only_there.status_code, only_there.json()["code"]) == (503, "markets_loading")
+    await sandbox.set("bybit", rate_limit=-1)
+    await eventually(lambda: "bybit" in live.gateway.markets.loaded_at)
+
+
+async def test_a_restart_needs_no_upstream_call(start: StartGateway, sandbox: Sandbox, redis: Any) -> None:
+    """The market lists come from Redis while they are young, and every kind of data works with them."""
+    await start(redis_url=redis.url)
+    await eventually(lambda: len(redis.client.keys("virtuoso:1:markets:*")) == 3)
+    second = await start(redis_url=redis.url)
+    assert sum(sandbox.count(name) for name in EXCHANGES) == 0
+    for name in EXCHANGES:
+        for path in ("ticker", "orderbook", "ohlcv", "trades"):
+            assert (await second.get(f"/{path}/BTC-USDT?exchange={name}&max_age=0")).status_code == 200
+
+
+async def test_an_old_or_broken_snapshot_is_replaced(
+    start: StartGateway, sandbox: Sandbox, redis: Any, clock: FakeClock
+) -> None:
+    """After the refresh time, or when it cannot be read, the exchange is asked for its list again."""
+    first = await start(redis_url=redis.url)
+    await eventually(lambda: len(redis.client.keys("virtuoso:1:markets:*")) == 3)
+    redis.client.set("virtuoso:1:markets:{kraken}:spot", b"junk")
+    clock.advance(3601)
+    await first.gateway.loader.load("kraken")
+    await first.gateway.loader.load("bybit")
+    assert (sandbox.count("kraken", "AssetPairs"), sandbox.count("bybit", "instruments")) == (1, 1)
+    assert redis.client.get("virtuoso:1:markets:{kraken}:spot") != b"junk"
+
+
+async def test_an_empty_market_list_is_refused(start: StartGateway, sandbox: Sandbox, clock: FakeClock) -> None:
+    """A list without markets is bad data: the old one stays."""
+    live = await start()
+    clock.advance(3601)
+    await sandbox.set("kraken", body='{"error":[],"result":{}}')
+    with pytest.raises(GatewayError):
+        await live.gateway.loader.load("kraken")
+    assert live.gateway.markets.count("kraken") > 10
+
+
+def test_addresses_can_be_moved() -> None:
+    """An override replaces scheme, host and port of every URL of an exchange; its own path goes in front."""
+    settings = make_settings(
+        bybit_rest_url="http://localhost:9/x", bybit_ws_url="ws://localhost:8",
+        binance_rest_url="https://data-api.binance.vision", https_proxy="http://user:canary@proxy:3128",
+    )  # fmt: skip
+    moved = make_client("bybit", settings, None)  # type: ignore[arg-type]
+    assert moved.urls["api"]["public"] == "http://localhost:9/x"
+    assert moved.aiohttp_proxy is None
+    binance = make_client("binance", settings, None)  # type: ignore[arg-type]
+    assert binance.urls["api"]["public"] == "https://data-api.binance.vision/api/v3"
+    assert binance.aiohttp_proxy == "http://user:canary@proxy:3128"
+    assert make_client("kraken", settings, None).urls["api"]["public"] == "https://api.kraken.com"  # type: ignore[arg-type]
+    assert "canary" not in repr(settings)
+
+
+async def test_calls_are_counted_by_exchange_operation_and_outcome(start: StartGateway, sandbox: Sandbox) -> None:
+    """Each call upstream shows in the metrics, with what came of it."""
+    live = await start()
+    before = {
+        outcome: sample("exchange_requests_total", exchange="kraken", operation="ticker", outcome=outcome)
+        for outcome in ("success", "bad_data")
+    }
+    await live.get("/ticker/BTC/USDT?exchange=kraken")
+    await sandbox.set("kraken", body="junk")
+    await live.get("/ticker/ETH/USDT?exchange=kraken")
+    for outcome, count in before.items():
+        assert sample("exchange_requests_total", exchange="kraken", operation="ticker", outcome=outcome) == count + 1
+
+
+RECORDED = [
+    ("binance", "ticker", "24hr", "binance_24hr_BTCUSDT.json", 6705.82),
+    ("kraken", "ticker", "Ticker", "kraken_2025-11_http_ticker.json", 105899.4),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "only", "file", "price"), RECORDED)
+async def test_recorded_answers_are_understood(
+    start: StartGateway, sandbox: Sandbox, name: str, kind: str, only: str, file: str, price: float
+) -> None:
+    """What the live exchange once sent becomes the ticker it should."""
+    folder = recordings()
+    if folder is None:
+        pytest.skip("no recordings of live exchanges are there (VIRTUOSO_RECORDINGS)")
+    live = await start()
+    await sandbox.set(name, only=only, body=(folder / file).read_text())
+    ticker = (await live.get(f"/{kind}/BTC-USDT?exchange={name}")).json()
+    assert ticker["price"] == ticker["last"] == price
+    assert ticker["bid"] <= ticker["ask"]
+    assert ("timestamp" in ticker) == (name == "binance")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "only", "file", "field"),
+    [
+        ("binance", "ohlcv/BTC-USDT?timeframe=5m", "klines", "binance_klines_5m.json", "candles"),
+        ("kraken", "orderbook/BTC-USDT?limit=5", "Depth", "kraken_2025-11_http_order_book.json", "bids"),
+    ],
+)
+async def test_recorded_books_and_candles_are_understood(
+    start: StartGateway, sandbox: Sandbox, name: str, path: str, only: str, file: str, field: str
+) -> None:
+    """What the live exchange once sent passes the gate."""
+    folder = recordings()
+    if folder is None:
+        pytest.skip("no recordings of live exchanges are there (VIRTUOSO_RECORDINGS)")
+    live = await start()
+    await sandbox.set(name, only=only, body=(folder / file).read_text())
+    answer = await live.get(f"/{path}&exchange={name}")
+    assert answer.status_code == 200, answer.text
+    assert answer.json()[field]
+
+
+async def test_recorded_lists_of_realistic_size_are_understood(start: StartGateway, sandbox: Sandbox) -> None:
+    """Whole recorded lists go through: 1,695 markets of binance, 419 tickers of bybit."""
+    folder = recordings()
+    if folder is None:
+        pytest.skip("no recordings of live exchanges are there (VIRTUOSO_RECORDINGS)")
+    body = (folder / "binance_spot_exchangeInfo_2021-10.json").read_text()
+    await sandbox.set("binance", only="exchangeInfo", body=body)
+    live = await start()
+    trading = [market for market in json.loads(body)["symbols"] if market["status"] == "TRADING"]
+    assert live.gateway.markets.count("binance") == pytest.approx(len(trading), abs=5)
+    recorded = {"retCode": 0} | json.loads((folder / "bybit_v5_tickers_spot_2023-08.json").read_text())
+    await sandbox.set("bybit", only="tickers", body=json.dumps(recorded))
+    batch = (await live.get("/tickers?symbols=BTC/USDT,ETH/USDT&exchange=bybit")).json()
+    assert sorted(batch["tickers"]) == ["BTC/USDT", "ETH/USDT"], batch
+
+
+async def test_a_market_that_never_traded_is_remembered_and_trips_nothing(
+    start: StartGateway, sandbox: Sandbox
+) -> None:
+    """No price and no volume: 502 with its code, asked once in a while, and the breaker stays closed."""
+    live = await start(cb_threshold=1)
+    ticker = {"symbol": "BTCUSDT", "lastPrice": "0.00", "volume": "0.00", "closeTime": 1}
+    await sandbox.set("binance", body=json.dumps(ticker), rate_limit=-1)
+    for _ in range(3):
+        answer = await live.get("/ticker/BTC/USDT?exchange=binance")
+        assert (answer.status_code, answer.json()["code"]) == (502, "no_price")
+    assert sandbox.count("binance", "24hr") == 1
+    assert live.gateway.manager["binance"].breaker.state == "closed"
+
+
+async def test_a_client_without_markets_is_never_asked(sandbox: Sandbox, clock: FakeClock) -> None:
+    """Closing a manager that hardly started leaves nothing open."""
+    manager = ExchangeManager(make_settings(sandbox), RedisStore("", clock), clock)
+    await manager.start()
+    await manager.close()

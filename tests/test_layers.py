@@ -1,0 +1,180 @@
+"""The shape of the code: imports point down, each edge has one owner, and the whole stays small."""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAX_LINES = 4500  # of code
+# A module may import those of lower levels, and neighbours as long as no circle comes of it. ARCHITECTURE.md holds the
+# same table for people.
+LEVELS = {
+    "config": 0,
+    "src.clock": 0,
+    "src.errors": 0,
+    "src.models": 0,
+    "src.markets": 0,
+    "src.logs": 0,
+    "src.http_client": 0,
+    "src.circuit_breaker": 1,
+    "src.metrics": 1,
+    "src.ccxt_client": 1,
+    "src.redis_store": 2,
+    "src.entry": 2,
+    "src.redis_tier": 2,
+    "src.rate_limiter": 2,
+    "src.cache": 3,
+    "src.exchanges": 3,
+    "src.market_loader": 3,
+    "src.gateway": 4,
+    "src.status": 5,
+    "src.responses": 5,
+    "src.middleware": 5,
+    "src.api": 6,
+    "maintenance": 6,
+    "src.demo": 6,
+}
+SANDBOX = {"src.sandbox", "src.sandbox_wire", "src.sandbox_market"}
+OWNERS = {
+    "ccxt": {"src.ccxt_client"},
+    "redis": {"src.redis_store", "src.redis_tier"},
+    "dotenv": {"config"},
+}
+# config reads it; demo hands its own on to the processes it starts, and reads no setting from it.
+ENVIRONMENT = {"config", "src.demo"}
+BANNED_NAMES = re.compile(r"(^|_)(utils?|helpers?|base|common|misc)$")
+
+
+def modules() -> dict[str, Path]:
+    """Find what the product is made of, by dotted name: the files at the root and in `src/`."""
+    found = {path.stem: path for path in ROOT.glob("*.py")}
+    return found | {f"src.{path.stem}": path for path in (ROOT / "src").rglob("*.py") if path.stem != "__init__"}
+
+
+def outside() -> list[Path]:
+    """Find the code that is not part of the product and may import all of it."""
+    return [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Name every module a file imports, wherever in the file; those of `src` by their full names."""
+    return frozenset(_imports(ast.parse(path.read_text())))
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "src":
+                yield from (f"src.{alias.name}" for alias in node.names)
+            else:
+                yield node.module or ""
+
+
+def own_imports(name: str) -> set[str]:
+    """Name the modules of the product that a module of it imports."""
+    return {other for other in imports(modules()[name]) if other.split(".")[0] in {"src", "config", "maintenance"}}
+
+
+def packages(name: str) -> set[str]:
+    """Name the top packages a module imports."""
+    return {other.split(".")[0] for other in imports(modules()[name])}
+
+
+def reads_environment(path: Path) -> bool:
+    """Whether a file reaches for the environment in any of the ways Python has."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        reached = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
+            reached = {node.attr}
+        if reached & {"environ", "environb", "getenv", "getenvb"}:
+            return True
+    return False
+
+
+def test_every_module_has_a_level() -> None:
+    """A new file has to be given its place, and a file that is gone gives its place up."""
+    assert set(modules()) == set(LEVELS) | SANDBOX
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_imports_never_point_up(name: str) -> None:
+    """No module imports one of a higher level."""
+    upward = {other for other in own_imports(name) if LEVELS.get(other, -1) > LEVELS[name]}
+    assert not upward
+
+
+def test_no_import_runs_in_a_circle() -> None:
+    """Neighbours on one level may import each other, but never in a circle."""
+    order = list(TopologicalSorter({name: own_imports(name) for name in LEVELS}).static_order())
+    assert len(order) >= len(LEVELS)
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_each_edge_has_its_owners(package: str) -> None:
+    """The libraries behind which another system begins are imported nowhere but at their edge."""
+    assert {name for name in modules() if package in packages(name)} == OWNERS[package]
+
+
+def test_one_reader_of_the_environment() -> None:
+    """Settings come from config.py; nothing else looks into the environment."""
+    assert {name for name, path in modules().items() if reads_environment(path)} == ENVIRONMENT
+
+
+def test_sandbox_knows_nothing_of_the_gateway() -> None:
+    """The simulated exchanges import only each other, so that they share no mistake with what they test."""
+    assert set().union(*(own_imports(name) for name in SANDBOX)) <= SANDBOX
+
+
+def test_gateway_knows_nothing_of_the_sandbox() -> None:
+    """Only the demo, the tests and the benchmarks use the simulated exchanges."""
+    users = {name for name in LEVELS if own_imports(name) & SANDBOX}
+    assert users <= {"src.demo"}
+
+
+def test_product_imports_no_tests() -> None:
+    """Nothing that is shipped needs the tests or the benchmarks."""
+    assert not {name for name in modules() if packages(name) & {"tests", "benchmarks"}}
+
+
+def test_importing_the_package_does_nothing() -> None:
+    """`src` itself is empty: importing one module loads no other."""
+    assert (ROOT / "src" / "__init__.py").read_text() == ""
+
+
+def test_it_stays_small() -> None:
+    """All Python but the tests, sandbox and benchmarks included, is no more code than one person can read."""
+    files = [*modules().values(), *(path for path in outside() if ROOT / "tests" not in path.parents)]
+    assert sum(code_lines(path.read_text()) for path in files) <= MAX_LINES
+
+
+def code_lines(source: str) -> int:
+    """Count as line counters do: lines that are not blank, comment or docstring."""
+    documented: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                documented.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    lines = enumerate(source.splitlines(), start=1)
+    return sum(bool(line.strip()) and line.strip()[0] != "#" and at not in documented for at, line in lines)
+
+
+def test_modules_are_named_after_what_happens_in_them() -> None:
+    """No module has a name under which anything could be put."""
+    assert not [name for name in modules() if BANNED_NAMES.search(name.rpartition(".")[2])]
+
+
+def test_architecture_shows_the_same_levels() -> None:
+    """The table in ARCHITECTURE.md is the one that is checked here."""
+    rows = re.findall(r"^\| (\d) \| `([\w/]+)\.py` \|", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE)
+    assert {path.replace("/", "."): int(level) for level, path in rows} == LEVELS
+    assert len(rows) == len(LEVELS)
