@@ -22,6 +22,7 @@ from src.redis_tier import RedisTier
 log = logging.getLogger(__name__)
 
 NEGATIVE_SIZE = 1000  # refusals remembered at once; only symbols that exist can get here, so more is never useful
+SAME_SECONDS = 0.002  # an entry that went through Redis comes back rounded, and is no older for that
 _HIT_MEMORY = metrics.cache_requests_total.labels("hit_memory")
 _MEMORY_HIT, _MEMORY_MISS = (metrics.cache_tier_operations_total.labels("memory", "get", it) for it in ("hit", "miss"))
 _MEMORY_SET = metrics.cache_tier_operations_total.labels("memory", "set", "success")
@@ -121,7 +122,9 @@ class Cache:
         `deadline` is monotonic; what is not there by then is a `DeadlineExceeded`, and its load goes on. Nothing older
         than `max_age` seconds is returned, except what arrived after this call began.
         """
-        at_hand = {key: outcome for key in keys if (outcome := self._at_hand(key, ttl, load, max_age)) is not None}
+        at_hand = {key: outcome for key in keys if (outcome := self._at_hand(key, max_age)) is not None}
+        aging = [key for key, outcome in at_hand.items() if getattr(outcome, "result", "") == "stale_revalidate"]
+        self._start([key for key in aging if key not in self._flights], ttl, load, max_age)
         missing = [key for key in keys if key not in at_hand]
         if not missing:
             return at_hand
@@ -147,15 +150,11 @@ class Cache:
         A load under way still answers its callers, but what it brings is not kept. Raises `RedisAway`, after memory is
         cleared, when Redis could not be.
         """
-        self._generation += 1
-        for key in [key for key in self._flights if _matches(key, exchange, symbol)]:
-            del self._flights[key]
-        cleared = [key for key in [*self._memory, *self._negative] if _matches(key, exchange, symbol)]
-        for key in cleared:
-            self._memory.pop(key, None)
-            self._negative.pop(key, None)
-        metrics.cache_evictions_total.labels("cleared").inc(len(cleared))
-        return max(len(cleared), await self._redis.clear(exchange, symbol))
+        cleared = self._forget(exchange, symbol)
+        try:
+            return max(cleared, await self._redis.clear(exchange, symbol))
+        finally:
+            self._forget(exchange, symbol)  # what came back from Redis before it was gone there
 
     async def close(self) -> None:
         """End every flight, and let the writes under way finish."""
@@ -163,6 +162,17 @@ class Cache:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._redis.drain()
+
+    def _forget(self, exchange: str | None, symbol: str | None) -> int:
+        self._generation += 1  # no flight that began before may keep what it brings
+        for key in [key for key in self._flights if _matches(key, exchange, symbol)]:
+            del self._flights[key]
+        gone = [key for key in [*self._memory, *self._negative] if _matches(key, exchange, symbol)]
+        for key in gone:
+            self._memory.pop(key, None)
+            self._negative.pop(key, None)
+        metrics.cache_evictions_total.labels("cleared").inc(len(gone))
+        return len(gone)
 
     def _drop_time(self, _key: Key, entry: Entry, _now: float) -> float:
         return entry.born + entry.ttl + self._keep_seconds
@@ -178,8 +188,8 @@ class Cache:
             return True
         return outcome.entry.age(self._clock.monotonic()) < max_age
 
-    def _at_hand(self, key: Key, ttl: float, load: Load, max_age: float | None) -> Outcome | None:
-        """What needs no waiting: a fresh entry, a remembered refusal, or an old entry while its refresh runs."""
+    def _at_hand(self, key: Key, max_age: float | None) -> Outcome | None:
+        """What needs no waiting: a fresh entry, a remembered refusal, or an old entry that a refresh can follow."""
         if (entry := self.peek(key, max_age)) is not None:
             return Lookup(entry, "hit_memory")
         if max_age is not None:
@@ -187,12 +197,11 @@ class Cache:
         if (refusal := self._negative.get(key)) is not None:
             metrics.cache_requests_total.labels("negative").inc()
             return refusal
-        entry = self._memory.get(key)
-        if entry is not None and entry.age(self._clock.monotonic()) < entry.ttl + self._revalidate_seconds:
-            self._start([] if key in self._flights else [key], ttl, load, max_age)
-            metrics.cache_requests_total.labels("stale_revalidate").inc()
-            return Lookup(entry, "stale_revalidate")
-        return None
+        entry, now = self._memory.get(key), self._clock.monotonic()
+        if entry is None or not entry.ttl <= entry.age(now) < entry.ttl + self._revalidate_seconds:
+            return None
+        metrics.cache_requests_total.labels("stale_revalidate").inc()
+        return Lookup(entry, "stale_revalidate")
 
     def _start(self, keys: list[Key], ttl: float, load: Load, max_age: float | None) -> None:
         if not keys:
@@ -233,10 +242,10 @@ class Cache:
 
     async def _fly(self, keys: list[Key], ttl: float, load: Load, max_age: float | None) -> dict[Key, Outcome]:
         """Bring the keys from Redis or upstream, into memory too."""
-        started = self._clock.monotonic()
+        generation, started = self._generation, self._clock.monotonic()
         results: dict[Key, Outcome] = {}
         for key, entry in (await self._redis.read(keys, ttl)).items():
-            if self._promote(key, entry, started, max_age):
+            if self._promote(key, entry, generation, started, max_age):
                 results[key] = Lookup(entry, "hit_redis")
         missing = [key for key in keys if key not in results]
         if not missing:
@@ -245,18 +254,18 @@ class Cache:
             raise Overloaded(f"{self._loads} loads are in flight, as many as are allowed; ask again shortly")
         self._loads += 1
         try:
-            return results | await self._load(missing, ttl, load, max_age, started)
+            return results | await self._load(missing, ttl, load, max_age, generation, started)
         finally:
             self._loads -= 1
 
     async def _load(
-        self, keys: Sequence[Key], ttl: float, load: Load, max_age: float | None, started: float
+        self, keys: Sequence[Key], ttl: float, load: Load, max_age: float | None, generation: int, started: float
     ) -> dict[Key, Outcome]:
         """Load what neither tier has, once for all replicas where it is one key; a batch is one call anyway."""
-        generation, locked = self._generation, False
+        locked = False
         if len(keys) == 1:
             locked, entry = await self._redis.lock_or_find(
-                keys[0], ttl, lambda entry: self._promote(keys[0], entry, started, max_age)
+                keys[0], ttl, lambda entry: self._promote(keys[0], entry, generation, started, max_age)
             )
             if entry is not None:
                 return {keys[0]: Lookup(entry, "hit_redis")}
@@ -274,6 +283,7 @@ class Cache:
         entry = value if isinstance(value, Entry) else None
         if entry is not None:
             self._remember(key, entry)
+            self._negative.pop(key, None)
         elif isinstance(value, CallerError | NoPrice):
             self._negative[key] = value
         if entry is not None or locked:
@@ -282,17 +292,17 @@ class Cache:
     def _remember(self, key: Key, entry: Entry) -> bool:
         """Keep an entry in memory unless a newer one is there; returns whether it is the newest now."""
         known = self._memory.get(key)
-        if known is not None and known.born > entry.born:
+        if known is not None and known.born > entry.born + SAME_SECONDS:
             return False
         self._memory[key] = entry
         _MEMORY_SET.inc()
         return True
 
-    def _promote(self, key: Key, entry: Entry, started: float, max_age: float | None) -> bool:
+    def _promote(self, key: Key, entry: Entry, generation: int, started: float, max_age: float | None) -> bool:
         """Take an entry of Redis into memory, where even an old one can stand in; returns whether it will do now."""
-        newest = self._remember(key, entry)
-        usable = entry.is_fresh(self._clock.monotonic()) and self._is_ok(Lookup(entry, "hit_redis"), started, max_age)
-        return newest and usable
+        if generation != self._generation or not self._remember(key, entry):
+            return False
+        return entry.is_fresh(self._clock.monotonic()) and self._is_ok(Lookup(entry, "hit_redis"), started, max_age)
 
 
 def _matches(key: Key, exchange: str | None, symbol: str | None) -> bool:

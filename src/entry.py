@@ -10,6 +10,8 @@ from src.clock import Clock
 from src.models import MarketData
 from src.redis_store import PREFIX
 
+# A replica whose clock is further ahead writes values that would be new again at every look: they are a miss.
+MAX_SKEW_SECONDS = 1.0
 _FRESH_TAIL, _STALE_TAIL = b'"stale":false}', b'"stale":true}'
 
 
@@ -23,7 +25,7 @@ class Key(NamedTuple):
 
     def redis(self, what: str = "data") -> str:
         """The key in Redis; the part in braces keeps a value and its lock in one slot of a cluster."""
-        return f"{PREFIX}{what}:{{{self.exchange}:{self.kind}:{self.symbol}:{self.variant}}}"
+        return f"{PREFIX}{what}:{{{self.exchange}|{self.kind}|{self.symbol}|{self.variant}}}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +70,10 @@ class Entry:
             return None
         now = clock.monotonic()
         offset = now - clock.time()
-        # A replica whose clock is ahead cannot make a value younger than new.
-        born, received = (min(now, int(raw[at : at + 16]) / 1000 + offset) for at in (0, 16))
-        return cls.of(raw[50:], born, received, ttl, jitter)
+        born, received = (int(raw[at : at + 16]) / 1000 + offset for at in (0, 16))
+        if received > now + MAX_SKEW_SECONDS:
+            return None
+        return cls.of(raw[50:], min(born, now), min(received, now), ttl, jitter)
 
 
 def encode(data: MarketData) -> bytes:

@@ -7,7 +7,7 @@ plausibility gate.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from operator import methodcaller
 from typing import Any, Generic, TypeVar
@@ -66,6 +66,19 @@ class Exchange:
     in_flight: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One call to make: `ask(client)` brings ccxt's answer, `build(raw, fetched_at=ms)` makes ours of it, or raises."""
+
+    exchange: str
+    operation: str
+    weight: int
+    ask: Callable[[Client], Awaitable[Any]]
+    build: Callable[..., T]
+    seconds: float | None = None  # longer than EXCHANGE_TIMEOUT_SECONDS for what no request waits for
+    got: Answer = field(default_factory=Answer)
+
+
 class ExchangeManager:
     """Asks the enabled exchanges. Every method that asks raises `UpstreamError` or `CallerError`, and nothing else."""
 
@@ -102,36 +115,38 @@ class ExchangeManager:
     async def ticker(self, name: str, symbol: str) -> Fetched[Ticker]:
         """Fetch one ticker."""
         build = partial(Ticker.from_ccxt, exchange=name, symbol=symbol)
-        return await self.call(name, "ticker", weight_of(name, "ticker"), methodcaller("fetch_ticker", symbol), build)
+        ask = methodcaller("fetch_ticker", symbol)
+        return await self.call(Call(name, "ticker", weight_of(name, "ticker"), ask, build))
 
     async def tickers(self, name: str, symbols: Sequence[str]) -> Fetched[dict[str, Ticker | GatewayError]]:
         """Fetch several tickers of one type of market with one call; what is wrong with one is its value."""
-        weight, ask = weight_of(name, "tickers", len(symbols)), methodcaller("fetch_tickers", list(symbols))
-        return await self.call(name, "tickers", weight, ask, partial(_tickers, exchange=name, symbols=symbols))
+        build = partial(_tickers, exchange=name, symbols=symbols)
+        ask = methodcaller("fetch_tickers", list(symbols))
+        return await self.call(Call(name, "tickers", weight_of(name, "tickers", len(symbols)), ask, build))
 
     async def order_book(self, name: str, symbol: str, limit: int) -> Fetched[OrderBook]:
         """Fetch the best `limit` levels of both sides."""
-        weight, ask = weight_of(name, "orderbook", limit), methodcaller("fetch_order_book", symbol, limit)
-        return await self.call(
-            name, "orderbook", weight, ask, partial(OrderBook.from_ccxt, exchange=name, symbol=symbol)
-        )
+        build = partial(OrderBook.from_ccxt, exchange=name, symbol=symbol)
+        ask = methodcaller("fetch_order_book", symbol, limit)
+        return await self.call(Call(name, "orderbook", weight_of(name, "orderbook", limit), ask, build))
 
     async def ohlcv(self, name: str, symbol: str, timeframe: str, limit: int, since: int | None) -> Fetched[Candles]:
         """Fetch up to `limit` candles, from `since` (UTC ms) or the newest ones."""
-        ask = methodcaller("fetch_ohlcv", symbol, timeframe, since, limit)
         build = partial(Candles.from_ccxt, exchange=name, symbol=symbol, timeframe=timeframe, since=since)
-        return await self.call(name, "ohlcv", weight_of(name, "ohlcv"), ask, build)
+        ask = methodcaller("fetch_ohlcv", symbol, timeframe, since, limit)
+        return await self.call(Call(name, "ohlcv", weight_of(name, "ohlcv"), ask, build))
 
     async def trades(self, name: str, symbol: str, limit: int) -> Fetched[Trades]:
         """Fetch up to `limit` of the newest trades."""
-        ask = methodcaller("fetch_trades", symbol, None, min(limit, MAX_TRADES.get(name, limit)))
         build = partial(Trades.from_ccxt, exchange=name, symbol=symbol)
-        return await self.call(name, "trades", weight_of(name, "trades"), ask, build)
+        ask = methodcaller("fetch_trades", symbol, None, min(limit, MAX_TRADES.get(name, limit)))
+        return await self.call(Call(name, "trades", weight_of(name, "trades"), ask, build))
 
     async def clock_skew(self, name: str) -> float:
         """Return how many seconds the exchange's clock is ahead of ours, half the round trip taken off."""
         before = self._clock.time()
-        fetched = await self.call(name, "time", weight_of(name, "time"), methodcaller("fetch_time"), _server_time)
+        call = Call(name, "time", weight_of(name, "time"), methodcaller("fetch_time"), _server_time)
+        fetched = await self.call(call)
         return fetched.value / 1000 - (before + self._clock.time()) / 2
 
     async def reset_breakers(self) -> list[str]:
@@ -142,59 +157,33 @@ class ExchangeManager:
             await self.limiter.release(name)
         return changed
 
-    async def call(
-        self,
-        name: str,
-        operation: str,
-        weight: int,
-        ask: Callable[[Client], Awaitable[Any]],
-        build: Callable[..., T],
-        *,
-        seconds: float | None = None,
-        got: Answer | None = None,
-    ) -> Fetched[T]:
-        """Ask an exchange through its breaker. A limit or block it tells of keeps the breaker open as long as it says.
-
-        `build(raw, fetched_at=ms)` makes the answer of what ccxt returned, or raises.
-        """
-        exchange = self._exchanges[name]
-        deadline = seconds or self._settings.exchange_timeout_seconds
+    async def call(self, call: Call[T]) -> Fetched[T]:
+        """Ask an exchange through its breaker; a limit or block it tells of keeps that open as long as it says."""
+        name, breaker = call.exchange, self._exchanges[call.exchange].breaker
         try:
-            return await exchange.breaker.call(
-                self._ask, name, operation, weight, ask, build, deadline, got or Answer()
-            )
+            return await breaker.call(self._ask, call)
         except CircuitOpen as rejected:
             metrics.circuit_rejected_total.labels(name).inc()
-            if exchange.breaker.cause == GeoBlocked.cause:  # a fact that waiting does not change: say so each time
-                wait = rejected.retry_after
-                raise GeoBlocked(
-                    f"{name} refuses this location; ask another exchange", exchange=name, retry_after=wait
-                ) from None
-            raise
+            if breaker.cause != GeoBlocked.cause:
+                raise
+            told = f"{name} refuses this location; ask another exchange"  # waiting changes nothing: say so each time
+            raise GeoBlocked(told, exchange=name, retry_after=rejected.retry_after) from None
         except (GeoBlocked, ExchangeRateLimited) as error:
-            exchange.breaker.open_until(self._clock.monotonic() + self._pause(error), error.cause)
+            breaker.open_until(self._clock.monotonic() + self._pause(error), error.cause)
             raise
 
-    async def _ask(
-        self,
-        name: str,
-        operation: str,
-        weight: int,
-        ask: Callable[[Client], Awaitable[Any]],
-        build: Callable[..., T],
-        seconds: float,
-        got: Answer,
-    ) -> Fetched[T]:
-        await self.limiter.acquire(name, weight)
+    async def _ask(self, call: Call[T]) -> Fetched[T]:
+        name, got = call.exchange, call.got
+        await self.limiter.acquire(name, call.weight)
         exchange, started, outcome = self._exchanges[name], self._clock.monotonic(), "error"
         token = answer.set(got)
         exchange.in_flight += 1
         try:
             # asyncio.timeout, not wait_for: the call stays in this task, where its answer is noted.
-            async with asyncio.timeout(seconds):
-                raw = await ask(exchange.client)
+            async with asyncio.timeout(call.seconds or self._settings.exchange_timeout_seconds):
+                raw = await call.ask(exchange.client)
             check_answer(name, got)
-            result = Fetched(build(raw, fetched_at=self._now_ms()), started, self._clock.monotonic())
+            result = Fetched(call.build(raw, fetched_at=self._now_ms()), started, self._clock.monotonic())
         except Exception as error:  # noqa: BLE001 - every one is translated and raised again
             ours = error if isinstance(error, GatewayError) else translate(name, error, got)
             outcome = "rejected" if isinstance(ours, CallerError | NoPrice) else getattr(ours, "cause", "error")
@@ -209,7 +198,7 @@ class ExchangeManager:
         finally:
             exchange.in_flight -= 1
             answer.reset(token)
-            self._observe(name, operation, outcome, self._clock.monotonic() - started)
+            self._observe(name, call.operation, outcome, self._clock.monotonic() - started)
             await self._correct_budget(name, got)
 
     def _now_ms(self) -> int:

@@ -11,7 +11,7 @@ from config import Settings
 from src.ccxt_client import MARKETS_TIMEOUT_SECONDS, MarketList, in_thread, read_markets, restore_markets
 from src.clock import Clock
 from src.errors import BadUpstreamData, GatewayError
-from src.exchanges import ExchangeManager, weight_of
+from src.exchanges import Call, ExchangeManager, weight_of
 from src.http_client import MAX_MARKETS_BYTES, Answer
 from src.redis_store import PREFIX, RedisAway, RedisStore
 
@@ -54,15 +54,9 @@ class MarketLoader:
             return
         got = Answer(max_bytes=MAX_MARKETS_BYTES)
         read = partial(read_markets, name, self._settings, got, self._clock.time())
-        fetched = await self._manager.call(
-            name,
-            "markets",
-            weight_of(name, "markets"),
-            lambda _: in_thread(read),
-            _plausible,
-            seconds=MARKETS_TIMEOUT_SECONDS,
-            got=got,
-        )
+        weight = weight_of(name, "markets")
+        call = Call(name, "markets", weight, lambda _: in_thread(read), _plausible, MARKETS_TIMEOUT_SECONDS, got)
+        fetched = await self._manager.call(call)
         self._adopt(name, fetched.value)
         await self._save(name, fetched.value)
 

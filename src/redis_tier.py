@@ -84,7 +84,7 @@ class RedisTier:
         await self.drain()  # or a write that began before would come after
         if not self._store.configured:
             return 0
-        return await self._store.delete_matching(f"data:{{{exchange or '*'}:*:{_literal(symbol)}:*}}")
+        return await self._store.delete_matching(f"data:{{{exchange or '*'}|*|{_literal(symbol)}|*}}")
 
     async def drain(self) -> None:
         """Wait for the writes under way; each is bounded by the timeout of a command."""
@@ -101,11 +101,13 @@ class RedisTier:
     async def _try_lock(self, redis: Redis, key: Key) -> tuple[bool, object]:
         async with redis.pipeline(transaction=False) as pipe:
             pipe.set(key.redis("lock"), self._token, nx=True, px=int(self._lock_seconds * 1000))
+            pipe.get(key.redis("lock"))
             pipe.get(key.redis())
-            locked, raw = await pipe.execute(raise_on_error=False)
+            locked, holder, raw = await pipe.execute(raise_on_error=False)
         if isinstance(locked, Exception):  # Redis is full or read-only: there is no lock to be had
             raise locked
-        return locked is True, raw
+        # Our own token from before: its release was lost in an outage, or a clear took its flight off the board.
+        return locked is True or holder == self._token.encode(), raw
 
     def _parse(self, raw: object, ttl: float) -> Entry | None:
         return Entry.parse(raw, ttl, self._jitter, self._clock)

@@ -120,6 +120,7 @@ async def test_memory_has_a_limit_of_its_own(bench: Bench) -> None:
     assert cache.has_fresh(KEY, 10)
     bench.clock.advance(0.001)
     assert (cache.peek(KEY), cache.peek(KEY, 10)) == (None, None)
+    assert await bench.ask() == ("miss", 2)  # and what is younger than its TTL is never called old
 
 
 async def test_a_hundred_cold_callers_make_one_load(bench: Bench) -> None:
@@ -169,6 +170,31 @@ async def test_an_old_value_is_served_while_one_refresh_runs(bench: Bench) -> No
     assert await bench.ask(max_age=1) == ("miss", 3), "who limits the age waits"
     bench.clock.advance(TTL + 10)
     assert await bench.ask() == ("miss", 4), "and so does everybody past the window"
+
+
+async def test_refreshes_of_a_batch_are_one_load(bench: Bench) -> None:
+    """Old values that are asked for together are served at once and refreshed together."""
+    cache = bench.make(revalidate_seconds=30)
+    keys = [key(f"X{number}/USDT") for number in range(5)]
+    for found_as in ("miss", "stale_revalidate"):
+        found = await cache.get_many(keys, TTL, bench.load, bench.clock.monotonic() + 5)
+        assert {outcome.result for outcome in found.values() if isinstance(outcome, Lookup)} == {found_as}
+        bench.clock.advance(TTL)
+    await bench.called(2)
+    assert sorted(bench.calls[1]) == keys
+
+
+async def test_a_success_ends_a_refusal(bench: Bench) -> None:
+    """Once the exchange has answered for a key, what it refused before is forgotten."""
+    bench.make(negative_ttl_seconds=600)
+    bench.refused = {KEY: REFUSAL}
+    for _ in range(2):
+        with pytest.raises(UnknownSymbol):
+            await bench.ask()
+    bench.refused = {}
+    assert await bench.ask(max_age=0) == ("miss", 2)
+    bench.clock.advance(TTL)
+    assert await bench.ask() == ("miss", 3)
 
 
 async def test_a_failed_refresh_keeps_the_old_value(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
@@ -387,8 +413,8 @@ def test_what_is_cached_cannot_be_changed() -> None:
 async def test_keys_are_versioned_and_canonical(start: StartGateway, sandbox: Sandbox) -> None:
     """Spellings of a symbol share an entry, other parameters do not; a value and its lock share a slot in Redis."""
     one = Key("bybit", "ohlcv", "BTC/USDT", "1m:100")
-    assert one.redis() == "virtuoso:1:data:{bybit:ohlcv:BTC/USDT:1m:100}"
-    assert one.redis("lock") == "virtuoso:1:lock:{bybit:ohlcv:BTC/USDT:1m:100}"
+    assert one.redis() == "virtuoso:1:data:{bybit|ohlcv|BTC/USDT|1m:100}"
+    assert one.redis("lock") == "virtuoso:1:lock:{bybit|ohlcv|BTC/USDT|1m:100}"
     live = await start()
     for path in ("ticker/btc-usdt", "ticker/BTC/USDT", "ticker/Btc-Usdt?exchange=BYBIT"):
         assert (await live.get(f"/{path}")).status_code == 200

@@ -114,20 +114,49 @@ async def test_a_limit_on_the_age_holds_for_redis_too(bench: Bench, redis: Redis
         assert await bench.ask(max_age=limit) == found
 
 
-async def test_a_clock_ahead_makes_nothing_younger_than_new(bench: Bench, redis: RedisServer) -> None:
-    """A value from a replica whose clock is ahead is new when it comes, and not from the future."""
+@pytest.mark.parametrize(("seconds", "found"), [(0.5, ("hit_redis", 1)), (100, ("miss", 2))])
+async def test_a_clock_ahead_makes_nothing_younger_than_new(
+    bench: Bench, redis: RedisServer, seconds: float, found: tuple[str, int]
+) -> None:
+    """A value from a clock a little ahead is new when it comes; one from far ahead would always be, and is a miss."""
     ahead = FakeClock()
-    ahead.advance(100)
+    ahead.advance(seconds)
     bench.clock, ours = ahead, bench.clock
     bench.make(redis_url=redis.url)
     await bench.ask()
     await settled(bench)
     bench.clock = ours
     bench.make(redis_url=redis.url)
-    assert await bench.ask() == ("hit_redis", 1)
+    assert await bench.ask() == found
     entry = bench.cache.peek(KEY)
     assert entry is not None
     assert entry.born == entry.received == ours.monotonic()
+
+
+async def test_past_its_own_limit_memory_looks_into_redis(bench: Bench, redis: RedisServer) -> None:
+    """An entry younger than its TTL is found in Redis again once memory's own limit is over: no load, not stale."""
+    bench.make(redis_url=redis.url, cache_memory_ttl=5)
+    await bench.ask()
+    await settled(bench)
+    bench.clock.advance(6)
+    assert await bench.ask() == ("hit_redis", 1)
+
+
+async def test_a_process_does_not_wait_for_its_own_lock(bench: Bench, redis: RedisServer) -> None:
+    """A lock of ours whose release got lost in an outage is ours still."""
+    cache = bench.make(redis_url=redis.url)
+    redis.client.set(LOCK, cache._redis._token)
+    assert await asyncio.wait_for(bench.ask(), 1) == ("miss", 1)
+
+
+async def test_a_clear_is_not_undone_by_reading_redis(bench: Bench, redis: RedisServer) -> None:
+    """Lookups during a clear may still bring the old value from Redis; none of them puts it back into memory."""
+    cache = bench.make(redis_url=redis.url)
+    for _ in range(30):
+        _, before = await bench.ask(max_age=0)
+        await settled(bench)
+        await asyncio.gather(cache.clear(), *(bench.ask() for _ in range(4)))
+        assert (await bench.ask())[1] > before
 
 
 BROKEN: dict[str, Callable[[bytes], bytes]] = {
@@ -353,11 +382,13 @@ async def test_a_clear_removes_only_what_is_ours_and_named(bench: Bench, redis: 
     }
     redis.client.mset(dict.fromkeys(foreign, "1"))
     keys = [KEY, key("A*C/USDT"), key("ABC/USDT"), key("[B]/USDT", "kraken"), Key("kraken", "ohlcv", "B/USDT", "1m:9")]
+    keys += [key("BTC/USDT:USDT", "kraken")]
     await cache.get_many(keys, TTL, bench.load, bench.clock.monotonic() + 5)
     kept = {one.redis() for one in keys}
     for what, gone in (
         ((None, "A*C/USDT"), [1]),
         (("bybit", "B/USDT"), []),
+        (("kraken", "BTC/USDT"), []),
         ((None, "[B]/USDT"), [3]),
         (("bybit",), [0, 2]),
     ):
@@ -366,7 +397,7 @@ async def test_a_clear_removes_only_what_is_ours_and_named(bench: Bench, redis: 
         assert names(redis) == kept | foreign
     for place in range(1200):
         redis.client.set(key(f"X{place}").redis(), "1")
-    assert await bench.make(redis_url=redis.url).clear() == 1201
+    assert await bench.make(redis_url=redis.url).clear() == 1202
     assert names(redis) == foreign
 
 
