@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 HOST ?= 127.0.0.1
 PORT ?= 8000
+SANDBOX_PORT ?= 9100
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -13,7 +14,7 @@ help: ## Show what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.demo ## Run it with sandbox exchanges and an embedded Redis; Ctrl-C stops all of it
-	@$(BIN)/python -m src.demo --host $(HOST) --port $(PORT)
+	@$(BIN)/python -m src.demo --host $(HOST) --port $(PORT) --sandbox-port $(SANDBOX_PORT)
 
 run: $(VENV)/.runtime ## Run it against the live exchanges, with the settings of the environment and .env
 	@$(BIN)/uvicorn src.api:app --host $(HOST) --port $(PORT)

@@ -93,10 +93,17 @@ def _api_keys(value: object) -> object:
     return keys
 
 
+def _host(value: object) -> object:
+    """Accept a name or an address, and nothing around it."""
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9._-]*|[0-9A-Fa-f:.]+", value):
+        raise ValueError("is no host; allowed: a name or an address, or nothing for memory only")
+    return value
+
+
 def _token(value: object) -> object:
     """Accept what can stand in a header as it is."""
-    if isinstance(value, str) and not re.fullmatch(r"[!-~]{0,256}", value):
-        raise ValueError("is no token; allowed: up to 256 printable ASCII characters without blanks")
+    if isinstance(value, str) and not re.fullmatch(r"([!-~]{8,256})?", value):
+        raise ValueError("is no token; allowed: 8 to 256 printable ASCII characters without blanks")
     return value
 
 
@@ -104,6 +111,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Url = Annotated[str, BeforeValidator(_url)]
 ProxyUrl = Annotated[SecretStr, _secret_url("http", "https")]
 RedisUrl = Annotated[SecretStr, _secret_url("redis", "rediss", "unix")]
+Host = Annotated[str, BeforeValidator(_host)]
 Token = Annotated[SecretStr, BeforeValidator(_token)]
 Budget = Annotated[tuple[int, int], BeforeValidator(_budget)]
 ApiKeys = Annotated[dict[str, SecretStr], BeforeValidator(_api_keys)]
@@ -140,7 +148,7 @@ class Settings(BaseModel):
     cb_threshold: int = Field(5, ge=1, le=1000, description="Failures in a row that open an exchange's breaker.")
     cb_window_seconds: float = Field(60, gt=0, le=3600, description="Failures older than this are forgotten.")
     cb_reset_seconds: float = Field(60, gt=0, le=3600, description="How long a breaker stays open the first time.")
-    cb_max_open_seconds: float = Field(600, gt=0, le=86400, description="Cap of the open time, which doubles per trip.")
+    cb_max_open_seconds: float = Field(120, gt=0, le=86400, description="Cap of the open time, which doubles per trip.")
     geo_block_seconds: float = Field(900, gt=0, le=86400, description="Time between probes of a geo-block.")
     https_proxy: ProxyUrl = Field(SecretStr(""), description="Proxy for calls to https exchange URLs.")
 
@@ -157,7 +165,7 @@ class Settings(BaseModel):
         0, ge=0, le=3600, description="How long past its TTL a value is served, marked, during its refresh; 0 is off."
     )
 
-    redis_host: str = Field("localhost", description="Host of Redis; empty means memory only.")
+    redis_host: Host = Field("localhost", description="Host of Redis; empty means memory only.")
     redis_port: int = Field(6379, ge=1, le=65535, description="Port of Redis.")
     redis_password: SecretStr = Field(SecretStr(""), description="Password of Redis.")
     redis_url: RedisUrl = Field(SecretStr(""), description="Whole URL of Redis; wins over the three above.")
@@ -184,6 +192,8 @@ class Settings(BaseModel):
             wrong = [value for value in values if value not in allowed]
             if wrong or len(set(values)) != len(values) or not values:
                 raise ValueError(f"{name}: is no list of distinct known names; allowed: {', '.join(allowed)}")
+        if not self.enabled_exchanges:
+            raise ValueError("bybit_enabled: and all others are false; allowed: at least one that is true")
         return self
 
     def exchange(self, name: str) -> ExchangeSettings:
@@ -205,7 +215,8 @@ class Settings(BaseModel):
             return ""
         password = self.redis_password.get_secret_value()
         credentials = f":{quote(password, safe='')}@" if password else ""
-        return f"redis://{credentials}{self.redis_host}:{self.redis_port}/0"
+        host = f"[{self.redis_host}]" if ":" in self.redis_host else self.redis_host
+        return f"redis://{credentials}{host}:{self.redis_port}/0"
 
     @property
     def secrets(self) -> tuple[str, ...]:

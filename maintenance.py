@@ -66,9 +66,12 @@ def daily(settings: Settings) -> int:
         return USAGE
     _, cleared = ask(settings, "/admin/cache/clear", "POST")
     _, reset = ask(settings, "/admin/breakers/reset", "POST")
+    if cleared["cleared"] is None:
+        print(f"cache: redis {cleared['redis']}", file=sys.stderr)
+        return FAILED
     ask(settings, "/admin/maintenance/daily", "POST")
     print(f"cache: {cleared['cleared']} cleared, redis {cleared['redis']}")
-    print(f"breakers: {', '.join(reset['reset']) or 'none was open'}")
+    print(f"breakers closed: {', '.join(reset['reset']) or 'none was open'}")
     return OK
 
 
@@ -91,7 +94,8 @@ def check(settings: Settings) -> int:
 
 async def _check_exchanges(settings: Settings) -> int:
     clock, failures = SystemClock(), 0
-    manager = ExchangeManager(settings, RedisStore("", clock), clock)
+    store = RedisStore(settings.redis_address, clock)  # a budget or a ban the gateway knows of holds here too
+    manager = ExchangeManager(settings, store, clock)
     await manager.start()
     try:
         for name in manager.names:
@@ -99,13 +103,14 @@ async def _check_exchanges(settings: Settings) -> int:
                 skew = await manager.clock_skew(name)
             except GatewayError as error:
                 failures += 1
-                print(f"{name}: {error.detail}", file=sys.stderr)
+                print(error.detail, file=sys.stderr)
             else:
                 wrong = abs(skew) > MAX_SKEW_SECONDS
                 failures += wrong
                 print(f"{name}: reachable, its clock is {skew:+.3f} s from ours{': set the clock' if wrong else ''}")
     finally:
         await manager.close()
+        await store.close()
     return failures
 
 
@@ -116,8 +121,8 @@ def warm(settings: Settings, symbols: Sequence[str]) -> int:
         wanted = quote(",".join(symbols[start : start + BATCH]))
         _, answer = ask(settings, f"/tickers?symbols={wanted}")
         errors |= answer["errors"]
-    for symbol, problem in errors.items():
-        print(f"{symbol}: {problem['detail']}", file=sys.stderr)
+    for problem in errors.values():
+        print(problem["detail"], file=sys.stderr)
     print(f"{len(symbols) - len(errors)} of {len(symbols)} symbols are cached")
     if not errors:
         note(settings, "warm")

@@ -81,7 +81,8 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
             gateway = Gateway(settings, clock)
             stack.push_async_callback(gateway.close)
             await gateway.start()
-            stack.callback(asyncio.create_task(metrics.measure_loop_lag(clock)).cancel)
+            for endless in (metrics.measure_loop_lag(clock), gateway.store.keep_asking()):
+                stack.callback(asyncio.create_task(endless).cancel)
             yield {"gateway": gateway}
 
     app = FastAPI(
@@ -91,6 +92,7 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
         lifespan=lifespan,
         openapi_url="/openapi.json" if settings.docs_enabled else None,
         redoc_url=None,
+        redirect_slashes=False,  # it would send clients to wherever their Host header says
     )
     _add_routes(app, settings)
     _add_handlers(app)
@@ -101,7 +103,15 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "HEAD"],
             allow_headers=["X-API-Key", "If-None-Match", "X-Request-ID"],
-            expose_headers=["Age", "ETag", "Cache-Status", "Retry-After", "X-Request-ID", "RateLimit"],
+            expose_headers=[
+                "Age",
+                "ETag",
+                "Cache-Status",
+                "Retry-After",
+                "X-Request-ID",
+                "RateLimit",
+                "RateLimit-Policy",
+            ],
         )
     app.add_middleware(Observe)
     metrics.initialise(settings.enabled_exchanges, ("/ticker/{symbol}", "/tickers"))
@@ -200,7 +210,7 @@ async def get_markets(
 ) -> Response:
     """List the markets that can be asked for, each with the exchanges that list it."""
     gateway = _gateway(request)
-    name = gateway.markets.check_exchange(exchange) if exchange else None
+    name = None if exchange is None else gateway.markets.check_exchange(exchange)
     if not gateway.is_ready():
         raise errors.MarketsLoading("no market list is there yet; ask again shortly")
     found = gateway.markets.select(name, base and base.upper(), quote and quote.upper())
@@ -240,8 +250,8 @@ async def _require_admin(request: Request) -> None:
     token = _gateway(request).settings.admin_token.get_secret_value()
     if not token:
         raise errors.NotFound("the admin API is off; set ADMIN_TOKEN to switch it on")
-    given = request.headers.get("authorization", "")
-    if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if not hmac.compare_digest(given.encode(), token.encode()) or scheme.lower() != "bearer":
         raise errors.AdminTokenMissing("send the header Authorization: Bearer with the admin token")
 
 
@@ -250,6 +260,9 @@ async def clear_cache(
 ) -> Response:
     """Forget cached answers: all, or of one exchange or symbol. Never touches what is not ours in Redis."""
     gateway = _gateway(request)
+    unknown = set(request.query_params) - {"exchange", "symbol"}
+    if unknown or request.headers.get("content-length", "0") != "0":  # half understood it would clear too much
+        raise errors.InvalidParameter("exchange and symbol go into the query; nothing else, and no body, is read")
     name = gateway.markets.check_exchange(exchange) if exchange else None
     canonical = gateway.markets.canonical(symbol) if symbol else None
     try:
@@ -290,7 +303,7 @@ def _add_handlers(app: FastAPI) -> None:
     async def framework(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101
         if error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "GET")
+            allowed = (error.headers or {}).get("Allow", "GET").replace("GET", "GET, HEAD")
             wrong = errors.MethodNotAllowed(f"{request.method} is not served here; allowed: {allowed}")
             return responses.problem(wrong, {"Allow": allowed})
         return responses.problem(errors.NotFound("nothing is served at this path; try /ticker/BTC-USDT or /health"))

@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 NEGATIVE_SIZE = 1000  # refusals remembered at once; only symbols that exist can get here, so more is never useful
 SAME_SECONDS = 0.002  # an entry that went through Redis comes back rounded, and is no older for that
-_HIT_MEMORY = metrics.cache_requests_total.labels("hit_memory")
 _MEMORY_HIT, _MEMORY_MISS = (metrics.cache_tier_operations_total.labels("memory", "get", it) for it in ("hit", "miss"))
 _MEMORY_SET = metrics.cache_tier_operations_total.labels("memory", "set", "success")
 
@@ -97,7 +96,6 @@ class Cache:
             _MEMORY_MISS.inc()
             return None
         _MEMORY_HIT.inc()
-        _HIT_MEMORY.inc()
         return entry
 
     def stale(self, key: Key, max_age: float | None = None) -> Entry | None:
@@ -140,8 +138,6 @@ class Cache:
             missing = [key for key in missing if isinstance(fetched[key], TooOld)]
             if not missing:
                 break
-        for outcome in fetched.values():
-            metrics.cache_requests_total.labels(outcome.result if isinstance(outcome, Lookup) else "miss").inc()
         return at_hand | fetched
 
     async def clear(self, exchange: str | None = None, symbol: str | None = None) -> int:
@@ -195,12 +191,10 @@ class Cache:
         if max_age is not None:
             return None
         if (refusal := self._negative.get(key)) is not None:
-            metrics.cache_requests_total.labels("negative").inc()
             return refusal
         entry, now = self._memory.get(key), self._clock.monotonic()
         if entry is None or not entry.ttl <= entry.age(now) < entry.ttl + self._revalidate_seconds:
             return None
-        metrics.cache_requests_total.labels("stale_revalidate").inc()
         return Lookup(entry, "stale_revalidate")
 
     def _start(self, keys: list[Key], ttl: float, load: Load, max_age: float | None) -> None:
@@ -217,7 +211,7 @@ class Cache:
         for key in [key for key, other in self._flights.items() if other is flight]:
             del self._flights[key]
         if not flight.cancelled() and (error := flight.exception()) is not None:
-            log.info("load failed", extra={"error": type(error).__name__, "code": getattr(error, "code", None)})
+            log.debug("load failed", extra={"error": type(error).__name__, "code": getattr(error, "code", None)})
 
     async def _land(self, keys: Sequence[Key], joined: set[Key], deadline: float) -> dict[Key, Outcome]:
         """Wait for the flights of the keys until the deadline; leaving early disturbs none of them."""

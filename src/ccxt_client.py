@@ -29,7 +29,7 @@ from src.errors import (
     UnknownSymbol,
     UpstreamError,
 )
-from src.http_client import Answer, answer, open_session
+from src.http_client import Answer, AnswerRefused, answer, open_session
 
 T = TypeVar("T")
 Client = Any  # ccxt's clients are untyped and generated; this is one of bybit, binance, kraken
@@ -56,6 +56,20 @@ TRANSLATION: dict[type[Exception], type[GatewayError]] = {
     TimeoutError: ExchangeTimeout,
     aiohttp.ClientError: ExchangeUnavailable,
     Exception: BadUpstreamData,  # ccxt's parsers stumble over junk in many ways
+}
+
+
+# The first that an error or a cause of it is; without words the error's own, which are ours.
+REASONS: dict[type[BaseException], str] = {
+    AnswerRefused: "",
+    aiohttp.ClientConnectorDNSError: "its name cannot be resolved",
+    aiohttp.ClientConnectorCertificateError: "its certificate is not trusted",
+    aiohttp.ClientProxyConnectionError: "the proxy cannot be reached",
+    aiohttp.ClientConnectorError: "no connection: refused or unreachable",
+    aiohttp.ServerDisconnectedError: "the connection was cut",
+    ConnectionResetError: "the connection was cut",
+    aiohttp.ClientPayloadError: "its answer broke off",
+    TimeoutError: "nothing, or too little, came within the time",
 }
 
 
@@ -92,7 +106,12 @@ def _moved(urls: Any, rest: str, ws: str) -> Any:
 
 
 def translate(exchange: str, error: Exception, got: Answer) -> GatewayError:
-    """Say in our terms what an error of ccxt and the status of the answer mean; none of its text is taken over."""
+    """Say in our terms what an error of ccxt and the status of the answer mean; none of its text is taken over.
+
+    An error that is ours already comes back as it is.
+    """
+    if isinstance(error, GatewayError):
+        return error
     ours = next(TRANSLATION[parent] for parent in type(error).__mro__ if parent in TRANSLATION)
     retry_after = _retry_after(got)
     if got.status == 418:
@@ -103,11 +122,25 @@ def translate(exchange: str, error: Exception, got: Answer) -> GatewayError:
         ours = GeoBlocked
     elif got.status == 429:
         ours = ExchangeRateLimited
-    told = f" (status {got.status})" if got.status else ""
+    reason = reason_of(error, got)
+    told = f" ({reason})" if reason else ""
     advice = "ask another exchange, or again later"
     if issubclass(ours, UnknownSymbol | RequestRejected):
         advice = "check the symbol and the parameters"
     return ours(f"{exchange}: {ours.title.lower()}{told}; {advice}", exchange=exchange, retry_after=retry_after)
+
+
+def reason_of(error: BaseException, got: Answer) -> str:
+    """Say in our words what happened on the wire, as far as that is known; for people, in answers and logs."""
+    if isinstance(error, GatewayError):
+        return error.detail
+    cause: BaseException | None = error
+    while cause is not None:
+        for kind, words in REASONS.items():
+            if isinstance(cause, kind):
+                return words or str(cause)
+        cause = cause.__cause__
+    return f"status {got.status}" if got.status else ""
 
 
 def check_answer(exchange: str, got: Answer) -> None:
@@ -121,7 +154,7 @@ def check_answer(exchange: str, got: Answer) -> None:
 def _retry_after(got: Answer) -> float | None:
     """Read `Retry-After`, in either form of RFC 9110, as seconds from now."""
     value = got.headers.get("Retry-After", "")
-    if value.isdigit():
+    if value.isascii() and value.isdigit():
         return min(float(value[:9]), MAX_RETRY_AFTER_SECONDS)
     try:
         seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
@@ -164,6 +197,8 @@ def restore_markets(exchange: str, snapshot: bytes) -> MarketList | None:
         loaded_at, markets = float(document["loaded_at"]), document["markets"]
         source = {"bybit": ccxt.bybit, "binance": ccxt.binance, "kraken": ccxt.kraken}[exchange]()
         source.set_markets(markets)
+        if not markets:
+            return None
     except (zlib.error, ValueError, KeyError, TypeError, AttributeError):
         return None
     return MarketList(source, loaded_at, snapshot)

@@ -26,7 +26,9 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--sandbox-port", type=int, default=9100, help="control; the exchanges take the next three")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
     parts: list[subprocess.Popen[bytes]] = []
     try:
         start(parts, options.host, options.port, options.sandbox_port)
@@ -37,9 +39,7 @@ def main() -> int:
         print(f"\nVirtuoso answers on {address} (docs: {address}/docs). Try:\n\n  curl -i {address}/ticker/BTC/USDT\n")
         control = f"http://{options.host}:{options.sandbox_port}/control"
         print(f"Break an exchange and ask again:\n\n  curl -d '{{\"refuse\": true}}' {control}/bybit\n", flush=True)
-        while all(part.poll() is None for part in parts):
-            time.sleep(0.5)
-        print("a part of the demo ended on its own; stopping the rest", file=sys.stderr)
+        watch(parts)
     except KeyboardInterrupt:
         return 0
     finally:
@@ -49,7 +49,7 @@ def main() -> int:
 
 def start(parts: list[subprocess.Popen[bytes]], host: str, port: int, sandbox_port: int) -> None:
     """Start the processes in a session of their own each, so that Ctrl-C reaches only this one."""
-    environment = os.environ | {"REDIS_URL": "", "REDIS_HOST": ""}
+    environment = os.environ | dict.fromkeys(("REDIS_URL", "REDIS_HOST", "API_KEYS", "CLIENT_RATE_LIMIT"), "")
     for number, name in enumerate(("BYBIT", "BINANCE", "KRAKEN"), start=1):
         environment[f"{name}_REST_URL"] = f"http://{host}:{sandbox_port + number}"
     if (redis := redis_server()) is not None:
@@ -62,6 +62,19 @@ def start(parts: list[subprocess.Popen[bytes]], host: str, port: int, sandbox_po
     parts.append(launch(command, environment=environment))
 
 
+def watch(parts: list[subprocess.Popen[bytes]]) -> None:
+    """Wait until the sandbox or the gateway ends; without Redis the gateway goes on, and so does the demo."""
+    while True:
+        for part in [part for part in parts if part.poll() is not None]:
+            name = " ".join(str(word) for word in part.args) if isinstance(part.args, list) else "a part"
+            if "redis-server" not in name:
+                print(f"ended on its own, stopping the rest: {name}", file=sys.stderr)
+                return
+            print("Redis ended; the gateway goes on from memory alone", file=sys.stderr)
+            parts.remove(part)
+        time.sleep(0.2)
+
+
 def launch(
     command: list[str], environment: dict[str, str] | None = None, *, quiet: bool = False
 ) -> subprocess.Popen[bytes]:
@@ -71,7 +84,8 @@ def launch(
 
 
 def stop(parts: list[subprocess.Popen[bytes]]) -> None:
-    """End every process, the last one started first."""
+    """End every process, the last one started first; a second Ctrl-C does not leave half of them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for part in reversed(parts):
         part.terminate()
     for part in parts:

@@ -24,15 +24,17 @@ from src.errors import (
     MarketsLoading,
     NoExchangeAvailable,
     NoPrice,
+    Overloaded,
     TooOld,
     UnknownSymbol,
 )
 from src.exchanges import ExchangeManager, Fetched, weight_of
 from src.market_loader import MarketLoader
-from src.models import MarketData
+from src.models import TIMEFRAMES, MarketData
 from src.redis_store import PREFIX, RedisAway, RedisStore
 
 ALL = "all"
+SECONDS_BELOW = 100_000_000_000  # as milliseconds this is in 1973, before there was a market: somebody meant seconds
 Fetch = Callable[[str, str], Awaitable[Fetched[Any]]]  # called with an exchange and a symbol
 
 
@@ -85,6 +87,12 @@ class Gateway:
         """Answer with candles; `since` is UTC milliseconds and must not lie ahead."""
         if since is not None and since > self.clock.time() * 1000:
             raise InvalidParameter("since lies in the future; it is UTC milliseconds, up to now")
+        if since is not None and 0 < since < SECONDS_BELOW:
+            raise InvalidParameter("since looks like seconds; it is UTC milliseconds")
+
+        if since is not None:  # the first candle that begins at or after it is the same for a whole candle's time
+            length = TIMEFRAMES[timeframe] * 1000
+            since = -(-since // length) * length
 
         def fetch(name: str, market: str) -> Awaitable[Fetched[Any]]:
             return self.manager.ohlcv(name, market, timeframe, limit, since)
@@ -119,7 +127,8 @@ class Gateway:
             heads = {place: self._pick(keys, max_age) for place, keys in rest.items() if keys}
             if not heads:
                 break
-            outcomes = await self._batch(set(heads.values()), deadline, max_age)
+            until = self._share(deadline, max(len(keys) for keys in rest.values()))
+            outcomes = await self._batch(set(heads.values()), until, max_age)
             for place, key in heads.items():
                 outcome = outcomes[key]
                 if isinstance(outcome, GatewayError):
@@ -144,7 +153,7 @@ class Gateway:
                     keys = self._keys("ticker", text, name or exchange, "")
                     wanted[keys[0].symbol, name] = keys
                 except (CallerError, MarketsLoading) as error:
-                    refused[text, name] = error
+                    refused[error.symbol or text, name] = error
         return wanted, refused
 
     async def _batch(self, keys: set[Key], deadline: float, max_age: float | None) -> dict[Key, Outcome]:
@@ -181,7 +190,10 @@ class Gateway:
         while len(attempts) < len(keys) and (not attempts or self.clock.monotonic() < deadline):
             key = self._pick([key for key in keys if key not in attempts], max_age, size)
             try:
-                return self._served(await self.cache.get(key, self._ttls[kind], load, deadline, max_age))
+                until = self._share(deadline, len(keys) - len(attempts))
+                return self._served(await self.cache.get(key, self._ttls[kind], load, until, max_age))
+            except Overloaded as error:  # the gateway's own bound: another exchange is no way round it
+                attempts = dict.fromkeys(keys, error)
             except GatewayError as error:
                 attempts[key] = error
         answer = self._stand_in(keys, attempts, max_age)
@@ -200,7 +212,11 @@ class Gateway:
         """Load tickers of one exchange and type: one by the call for one, more by the call for lists."""
         if len(keys) == 1:
             return {keys[0]: await self._load_one(keys[0], self.manager.ticker)}
-        fetched = await self.manager.tickers(keys[0].exchange, [key.symbol for key in keys])
+        try:
+            fetched = await self.manager.tickers(keys[0].exchange, [key.symbol for key in keys])
+        except CallerError:  # one symbol the exchange no longer knows spoils its whole list: find it
+            half = len(keys) // 2
+            return await self._load_tickers(keys[:half]) | await self._load_tickers(keys[half:])
         loaded: dict[Key, Entry | GatewayError] = {}
         for key in keys:
             value = fetched.value[key.symbol]
@@ -237,13 +253,19 @@ class Gateway:
     def _pick(self, keys: Sequence[Key], max_age: float | None, size: int = 1) -> Key:
         """Return the first key that memory or its exchange can answer now; else the first, for Redis or the error."""
         for key in keys:
-            cost = weight_of(key.exchange, key.kind, size)
+            cost = weight_of(key.exchange, key.kind, size, swap=":" in key.symbol)
             if self.cache.has_fresh(key, max_age) or self.manager.is_available(key.exchange, cost):
                 return key
         return keys[0]
 
+    def _share(self, deadline: float, candidates: int) -> float:
+        """When to go on to the next exchange: each gets its share of the time left, so that a hang hides no other."""
+        now = self.clock.monotonic()
+        return now + (deadline - now) / candidates
+
     def _served(self, lookup: Lookup) -> Served:
         entry, result = lookup
+        metrics.cache_requests_total.labels(result).inc()
         age = entry.age(self.clock.monotonic())
         if result.startswith("stale"):
             return Served(entry.marked_stale(), None, age, min(entry.ttl - age, -1.0), result)
@@ -259,8 +281,10 @@ class Gateway:
         failed = [key for key in keys if not isinstance(attempts.get(key), CallerError)]
         entries = [entry for key in failed if (entry := self.cache.stale(key, max_age)) is not None]
         if not entries:
-            return _verdict(list(attempts.values()), max_age)
-        metrics.cache_requests_total.labels("stale_error").inc()
+            verdict = _verdict(list(attempts.values()), max_age)
+            refused = isinstance(verdict, CallerError | NoPrice)
+            metrics.cache_requests_total.labels("negative" if refused else "miss").inc()
+            return verdict
         return self._served(Lookup(max(entries, key=lambda entry: entry.born), "stale_error"))
 
     def is_ready(self) -> bool:
@@ -311,7 +335,7 @@ def _verdict(errors: list[GatewayError], max_age: float | None) -> GatewayError:
     if max_age is not None and first.status == 502:
         return TooOld(f"nothing newer than {max_age:g} s could be had: {told}", **more)
     same = len({error.code for error in errors}) == 1
-    if len(errors) == 1 or (same and isinstance(first, CallerError | GeoBlocked | NoPrice)):
+    if len(errors) == 1 or (same and isinstance(first, CallerError | GeoBlocked | NoPrice | Overloaded)):
         return first
     if isinstance(last, DeadlineExceeded) or (same and isinstance(first, ExchangeTimeout)):
         return DeadlineExceeded(f"the time ran out: {told}", **more)

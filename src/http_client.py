@@ -31,18 +31,22 @@ class Answer:
 answer: ContextVar[Answer] = ContextVar("answer")
 
 
+class AnswerRefused(aiohttp.ClientPayloadError):
+    """The answer is one we do not take; the text is ours and may be shown."""
+
+
 class BoundedResponse(aiohttp.ClientResponse):
     """Reads no more than the task's answer allows."""
 
     async def read(self) -> bytes:
-        """Return the body; raises `aiohttp.ClientPayloadError` when it is longer than allowed."""
+        """Return the body; raises `AnswerRefused` when it is longer than allowed."""
         if self._body is None:
             body, mine = bytearray(), answer.get()
             async for chunk in self.content.iter_any():
                 body += chunk
                 if len(body) > mine.max_bytes:
                     self.close()
-                    raise aiohttp.ClientPayloadError("the body is too long")
+                    raise AnswerRefused("its body is too long")
             self._body = bytes(body)
             text = self._body.strip()
             mine.is_json = text[:1] + text[-1:] in (b"{}", b"[]")
@@ -56,7 +60,7 @@ async def _note_status(request: aiohttp.ClientRequest, handler: aiohttp.ClientHa
     mine.status, mine.headers = response.status, response.headers
     if 300 <= response.status < 400:  # an exchange's API has no reason to send us elsewhere
         response.close()
-        raise aiohttp.ClientPayloadError("redirects are not followed")
+        raise AnswerRefused("it sent a redirect")
     return response
 
 

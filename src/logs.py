@@ -19,6 +19,8 @@ class LineFormatter(logging.Formatter):
         super().__init__()
         self._as_json = as_json
         # A secret as it is, as it stands in a URL, as Python shows it; and each of these as a line holds it.
+        # One or two letters cannot be struck out of a line without taking half of it along.
+        secrets = [secret for secret in secrets if len(secret) > 3]
         forms = {form for secret in secrets for form in (secret, quote(secret, safe=""), repr(secret)[1:-1])}
         forms |= {json.dumps(form, ensure_ascii=strict)[1:-1] for form in forms for strict in (True, False)}
         self._secrets = sorted(forms, key=len, reverse=True)

@@ -62,7 +62,9 @@ circuit_transitions_total = Counter("virtuoso_circuit_transitions_total", "Chang
 circuit_rejected_total = Counter(
     "virtuoso_circuit_rejected_total", "Calls a breaker did not let through.", ["exchange"]
 )
-cache_requests_total = Counter("virtuoso_cache_requests_total", "Lookups by how they were answered.", ["result"])
+cache_requests_total = Counter(
+    "virtuoso_cache_requests_total", "Values asked for, by how they were answered.", ["result"]
+)
 cache_served_age_seconds = Histogram(
     "virtuoso_cache_served_age_seconds", "Age of the data when it was served.", ["route"], buckets=AGES
 )
@@ -73,7 +75,9 @@ cache_tier_operation_duration_seconds = Histogram(
     "virtuoso_cache_tier_operation_duration_seconds", "Time of an operation on a tier.", ["tier", "operation"],
     buckets=FAST[:-3],
 )  # fmt: skip
-cache_tier_up = Gauge("virtuoso_cache_tier_up", "Whether a tier answers; absent when it is not configured.", ["tier"])
+cache_tier_up = Gauge(
+    "virtuoso_cache_tier_up", "Whether a tier beyond this process answers; absent when it is not configured.", ["tier"]
+)
 cache_entries = Gauge("virtuoso_cache_entries", "Entries in memory.")
 cache_evictions_total = Counter("virtuoso_cache_evictions_total", "Entries that left memory.", ["reason"])
 event_loop_lag_seconds = Histogram(

@@ -2,6 +2,7 @@
 
 import hmac
 import logging
+import math
 import re
 import time
 import uuid
@@ -97,8 +98,11 @@ class Access:
         try:
             client = self._identify(Headers(scope=scope), scope)
             limits = self._count(client) if self._limit else {}
-        except (Unauthorized, TooManyRequests) as error:
+        except Unauthorized as error:
             await problem(error)(scope, receive, send)
+            return
+        except TooManyRequests as error:
+            await problem(error, self._headers(0, error.retry_after or 0))(scope, receive, send)
             return
 
         async def limited(message: Message) -> None:
@@ -128,8 +132,10 @@ class Access:
                 f"more than {self._limit} requests in {CLIENT_WINDOW_SECONDS} s; wait and ask again", retry_after=wait
             )
         window.add(1)
-        left = self._limit - window.used()
+        return self._headers(self._limit - window.used(), window.wait_for(self._limit))
+
+    def _headers(self, left: int, seconds: float) -> dict[str, str]:
         return {
             "RateLimit-Policy": f'"client";q={self._limit};w={CLIENT_WINDOW_SECONDS}',
-            "RateLimit": f'"client";r={left};t={CLIENT_WINDOW_SECONDS}',
+            "RateLimit": f'"client";r={left};t={math.ceil(seconds)}',
         }

@@ -5,7 +5,6 @@ gate: it raises `BadUpstreamData` rather than let such a thing near the cache. P
 quote and base; times are UTC milliseconds.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Self
@@ -15,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from src.errors import BadUpstreamData, NoPrice
 
 TIMEFRAMES = {"1m": 60, "5m": 300, "15m": 900, "30m": 1800, "1h": 3600, "4h": 14400, "1d": 86400, "1w": 604800}
+LARGEST = 1e300  # beyond it sums overflow, and no figure of a market is that large
+EXACT = 2**53  # integers from here on are not exact in every client's JSON; no time or sequence number is that large
 Level = Annotated[list[float], Field(min_length=2, max_length=2)]  # price, amount
 
 
@@ -84,9 +85,9 @@ class OrderBook(MarketData):
     nonce: int | None = Field(None, description="The exchange's sequence number; absent when it gave none.")
 
     @classmethod
-    def from_ccxt(cls, raw: Mapping[str, Any], exchange: str, symbol: str, fetched_at: int) -> Self:
-        """Build it. Raises `BadUpstreamData` for a book that is empty, crossed or not made of numbers."""
-        bids, asks = (_rows(raw.get(side), 2, exchange, symbol) for side in ("bids", "asks"))
+    def from_ccxt(cls, raw: Mapping[str, Any], exchange: str, symbol: str, fetched_at: int, limit: int) -> Self:
+        """Build its best `limit` levels. Raises `BadUpstreamData` for one that is empty, crossed or no numbers."""
+        bids, asks = (_rows(raw.get(side), 2, exchange, symbol)[:limit] for side in ("bids", "asks"))
         if not (bids or asks):
             raise BadUpstreamData(f"{exchange} sent an empty order book", exchange=exchange, symbol=symbol)
         if bids and asks and bids[0][0] >= asks[0][0]:
@@ -110,7 +111,11 @@ class Candles(MarketData):
         rows = _rows(raw, 6, exchange, symbol)
         may_be_empty = since is not None and since > fetched_at - 2000 * TIMEFRAMES[timeframe]
         ascending = all(earlier[0] < later[0] for earlier, later in pairwise(rows))
-        if not ascending or any(row[3] > row[2] or row[4] <= 0 for row in rows) or not (rows or may_be_empty):
+        if (
+            not ascending
+            or any(row[3] > row[2] or row[4] <= 0 or row[0] >= EXACT for row in rows)
+            or not (rows or may_be_empty)
+        ):
             raise BadUpstreamData(f"{exchange} sent implausible candles", exchange=exchange, symbol=symbol)
         candles = [[int(row[0]), *row[1:]] for row in rows]
         values = {"symbol": symbol, "exchange": exchange, "fetched_at": fetched_at, "timeframe": timeframe}
@@ -139,7 +144,8 @@ class Trades(MarketData):
             raise NoPrice(f"{symbol} has no trades on {exchange}", exchange=exchange, symbol=symbol)
         trades = []
         for item in raw:
-            price, amount, time = (_number(item.get(name)) for name in ("price", "amount", "timestamp"))
+            price, amount = (_number(item.get(name)) for name in ("price", "amount"))
+            time = _milliseconds(item.get("timestamp"))
             if price is None or price <= 0 or amount is None or time is None:
                 raise BadUpstreamData(f"{exchange} sent an implausible trade", exchange=exchange, symbol=symbol)
             side = item.get("side") if item.get("side") in ("buy", "sell") else None
@@ -147,7 +153,7 @@ class Trades(MarketData):
             trades.append(
                 Trade(
                     id=None if identity is None else str(identity),
-                    timestamp=int(time),
+                    timestamp=time,
                     side=side,
                     price=price,
                     amount=amount,
@@ -161,13 +167,13 @@ _OWN_FIELDS = frozenset({"symbol", "exchange", "fetched_at", "timestamp", "datet
 
 def _number(value: object) -> float | None:
     """Return a finite number, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST < value < LARGEST:
         return None
     return value
 
 
 def _milliseconds(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < EXACT else None
 
 
 def _rows(raw: object, width: int, exchange: str, symbol: str) -> list[list[float]]:

@@ -28,7 +28,7 @@ for i = 1, #fields, 2 do
   if fields[i] == 'hold' then
     local till, why = string.match(fields[i + 1], '^(%d+) (.*)$')
     hold, cause = math.max(0, tonumber(till) - now), why
-  elseif tonumber(fields[i]) >= current - buckets then
+  elseif tonumber(fields[i]) >= current - buckets and tonumber(fields[i]) <= current then
     used = used + tonumber(fields[i + 1])
     live[#live + 1] = {tonumber(fields[i]), tonumber(fields[i + 1])}
   else
@@ -51,7 +51,7 @@ for _, bucket in ipairs(live) do
   excess = excess - bucket[2]
   if excess <= 0 then wait = (bucket[1] + buckets + 1) * width - now break end
 end
-return {0, used, wait, 0, ''}
+return {0, used, math.min(wait, width * (buckets + 1)), 0, ''}
 """
 
 HOLD = """

@@ -5,9 +5,9 @@ nothing. Keys are versioned and carry a hash tag in braces, so that keys used to
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from redis.asyncio import ConnectionPool, Redis
@@ -32,6 +32,7 @@ BREAKER_THRESHOLD = 1
 BREAKER_RESET_SECONDS = 1.0
 BREAKER_MAX_OPEN_SECONDS = 15.0
 SCAN_COUNT = 500
+PING_SECONDS = 5.0
 
 
 class RedisAway(Exception):
@@ -93,7 +94,7 @@ class RedisStore:
             elapsed = self._clock.monotonic() - started
             metrics.cache_tier_operation_duration_seconds.labels("redis", operation).observe(elapsed)
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
         """Hold one of the connections' places; raises `TimeoutError` when none comes free, outside the breaker."""
         async with asyncio.timeout(SLOT_WAIT_SECONDS if self._slots.locked() else None):
@@ -115,6 +116,13 @@ class RedisStore:
                 removed += await self.run("unlink", _unlink(keys))
             if cursor == 0:
                 return removed
+
+    async def keep_asking(self) -> None:
+        """Ask Redis for a sign of life, for ever: or memory hits alone would never learn that it went or came back."""
+        while True:
+            with contextlib.suppress(RedisAway):
+                await self.run("ping", lambda redis: redis.ping())
+            await asyncio.sleep(PING_SECONDS)
 
     async def close(self) -> None:
         """Close the connections."""

@@ -35,7 +35,7 @@ def answer(request: Request, served: Served) -> Response:
         "Cache-Status": f"{CACHE_STATUS[served.result]}; ttl={ttl}",
         "ETag": etag,
     }
-    if _matches(request.headers.get("if-none-match"), etag):
+    if _matches(request.headers.getlist("if-none-match"), etag):
         return Response(status_code=304, headers=headers)
     return Response(served.body, headers=headers, media_type="application/json")
 
@@ -115,9 +115,7 @@ def _braces(members: Sequence[tuple[str, bytes]]) -> bytes:
     return b"{%b}" % b",".join(orjson.dumps(name) + b":" + body for name, body in members)
 
 
-def _matches(condition: str | None, etag: str) -> bool:
+def _matches(conditions: Sequence[str], etag: str) -> bool:
     """Weak comparison, as If-None-Match asks for (RFC 9110 section 13.1.2)."""
-    if condition is None:
-        return False
-    tags = [tag.strip().removeprefix("W/") for tag in condition.split(",")]
+    tags = [tag.strip().removeprefix("W/") for condition in conditions for tag in condition.split(",")]
     return etag in tags or tags == ["*"]

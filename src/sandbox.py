@@ -243,7 +243,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=9100, help="control port; the exchanges take the next three")
     parser.add_argument("--filler", type=int, default=0, help="this many extra markets on every exchange")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    asyncio.run(serve(**vars(parser.parse_args())))
+    try:
+        asyncio.run(serve(**vars(parser.parse_args())))
+    except OSError as error:
+        raise SystemExit(f"the sandbox cannot listen: {error}") from None
 
 
 if __name__ == "__main__":

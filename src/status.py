@@ -29,7 +29,7 @@ def _exchange(gateway: Gateway, name: str) -> dict[str, Any]:
             "retry_at": _ms(gateway.clock.time() + wait) if 0 < wait < math.inf else None,
         },
         "last_success": _ms(exchange.last_success),
-        "budget_used": round(gateway.manager.limiter.used_ratio(name), 4),
+        "budget_used_ratio": round(gateway.manager.limiter.used_ratio(name), 4),
         "in_flight": exchange.in_flight,
         "markets": {
             "count": markets.count(name),
@@ -75,7 +75,6 @@ def health(gateway: Gateway) -> dict[str, Any]:
 def update_gauges(gateway: Gateway) -> None:
     """Set the gauges that mirror a state, for a scrape."""
     metrics.cache_entries.set(len(gateway.cache))
-    metrics.cache_tier_up.labels("memory").set(1)
     if gateway.store.configured:
         metrics.cache_tier_up.labels("redis").set(gateway.store.up)
     for task in metrics.TASKS:

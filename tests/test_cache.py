@@ -199,7 +199,7 @@ async def test_a_success_ends_a_refusal(bench: Bench) -> None:
 
 async def test_a_failed_refresh_keeps_the_old_value(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     """A refresh that fails is logged, leaves the old value in place, and is tried again by the next caller."""
-    caplog.set_level(logging.INFO, "src.cache")
+    caplog.set_level(logging.DEBUG, "src.cache")
     cache = bench.make(revalidate_seconds=10)
     await bench.ask()
     bench.clock.advance(TTL)

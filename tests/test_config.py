@@ -121,7 +121,6 @@ def test_api_keys_have_names() -> None:
         ({"EXCHANGE_ORDER": "kraken"}, ("kraken", "bybit", "binance")),
         ({"EXCHANGE_ORDER": "kraken,bybit"}, ("kraken", "bybit", "binance")),
         ({"EXCHANGE_ORDER": "kraken,bybit", "BYBIT_ENABLED": "no"}, ("kraken", "binance")),
-        ({f"{name.upper()}_ENABLED": "false" for name in EXCHANGES}, ()),
     ],
 )
 def test_order_and_enabled(environment: dict[str, str], expected: tuple[str, ...]) -> None:

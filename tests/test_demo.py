@@ -35,7 +35,7 @@ def _is_free(port: int) -> bool:
 
 
 def test_the_demo_starts_answers_and_stops_everything() -> None:
-    """One command starts sandbox, Redis and gateway and prints a curl line that works; Ctrl-C ends all of it."""
+    """One command starts all parts and prints a curl line that works; it outlives its Redis; Ctrl-C ends all of it."""
     port, sandbox_port = free_ports()
     command = [sys.executable, "-m", "src.demo", "--port", str(port), "--sandbox-port", str(sandbox_port)]
     demo = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -49,9 +49,13 @@ def test_the_demo_starts_answers_and_stops_everything() -> None:
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(demo.pid)], capture_output=True, text=True, check=True)
     pids = [int(pid) for pid in children.stdout.split()]
     assert len(pids) == 3
+    redis = next(pid for pid in pids if b"redis-server" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(redis, signal.SIGKILL)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/ticker/ETH/USDT", timeout=10) as answer:
+        assert json.load(answer)["symbol"] == "ETH/USDT"
     demo.send_signal(signal.SIGINT)
-    demo.communicate(timeout=20)
-    assert demo.returncode == 0
+    _, told = demo.communicate(timeout=20)
+    assert demo.returncode == 0, told
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 

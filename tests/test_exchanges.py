@@ -1,5 +1,6 @@
 """The edge to the exchanges: what their faults become, what they cost, and that nothing secret or signed leaves."""
 
+import asyncio
 import inspect
 import json
 from itertools import pairwise
@@ -9,6 +10,7 @@ import ccxt
 import pytest
 
 from src.ccxt_client import TRANSLATION, make_client, translate
+from src.clock import SystemClock
 from src.errors import GatewayError, UpstreamError
 from src.exchanges import ExchangeManager, weight_of
 from src.http_client import Answer
@@ -170,7 +172,7 @@ async def test_every_kind_of_data_comes_from_every_exchange(start: StartGateway,
     assert sandbox.count(name) == 4
 
 
-async def test_swaps_are_listed_when_asked_for(start: StartGateway) -> None:
+async def test_swaps_are_listed_when_asked_for(start: StartGateway, sandbox: Sandbox) -> None:
     """With MARKET_TYPES=spot,swap linear perpetuals answer beside spot, alone and in a batch."""
     live = await start(market_types="spot,swap")
     swap = (await live.get("/ticker/btc-usdt:usdt")).json()
@@ -178,6 +180,14 @@ async def test_swaps_are_listed_when_asked_for(start: StartGateway) -> None:
     both = (await live.get("/tickers?symbols=BTC/USDT,BTC/USDT:USDT,ETH/USDT:USDT&exchange=binance")).json()
     assert sorted(both["tickers"]) == ["BTC/USDT", "BTC/USDT:USDT", "ETH/USDT:USDT"]
     assert both["errors"] == {}
+    book = (await live.get("/orderbook/BTC/USDT:USDT?exchange=binance&limit=7")).json()
+    assert (len(book["bids"]), len(book["asks"])) == (7, 7)
+    assert "limit=10" in str(live_requests(sandbox))
+
+
+def live_requests(sandbox: Sandbox) -> list[str]:
+    """The order books binance was asked for."""
+    return [path for path, _ in sandbox.requests["binance"] if "depth" in path]
 
 
 async def test_swaps_are_unknown_otherwise(start: StartGateway) -> None:
@@ -190,6 +200,7 @@ def test_request_weights_are_those_binance_documents() -> None:
     assert [weight_of("binance", "tickers", count) for count in (1, 20, 21, 100)] == [2, 2, 40, 40]
     assert [weight_of("binance", "orderbook", limit) for limit in (5, 100, 101, 500)] == [5, 5, 25, 25]
     assert [weight_of("binance", kind) for kind in ("ticker", "ohlcv", "trades", "markets")] == [2, 2, 4, 20]
+    assert [weight_of("binance", kind, swap=True) for kind in ("ticker", "tickers")] == [3, 100]  # 2.5 times 1 and 40
     assert weight_of("bybit", "tickers", 100) == weight_of("kraken", "orderbook", 200) == 1
 
 
@@ -198,10 +209,12 @@ async def test_the_exchanges_own_count_corrects_the_budget(start: StartGateway, 
     live = await start(redis_host="")
     await sandbox.set("binance", rate_limit=-1, headers={"X-MBX-USED-WEIGHT-1M": "5000"})
     await live.get("/ticker/BTC/USDT?exchange=binance")
-    assert (await live.get("/exchanges")).json()["binance"]["budget_used"] == pytest.approx(5000 / 6000, abs=0.001)
+    assert (await live.get("/exchanges")).json()["binance"]["budget_used_ratio"] == pytest.approx(
+        5000 / 6000, abs=0.001
+    )
     await sandbox.set("bybit", rate_limit=-1, headers={"X-Bapi-Limit-Status": "0"})
     await live.get("/ticker/BTC/USDT?exchange=bybit")
-    assert (await live.get("/exchanges")).json()["bybit"]["budget_used"] == 1
+    assert (await live.get("/exchanges")).json()["bybit"]["budget_used_ratio"] == 1
 
 
 async def test_a_spent_budget_falls_through_or_tells_how_long(
@@ -269,6 +282,30 @@ async def test_an_empty_market_list_is_refused(start: StartGateway, sandbox: San
     with pytest.raises(GatewayError):
         await live.gateway.loader.load("kraken")
     assert live.gateway.markets.count("kraken") > 10
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"refuse": True}, "no connection: refused or unreachable"),
+        ({"reset": True}, "the connection was cut"),
+        ({"status": 500}, "status 500"),
+        ({"size": 10_000_000}, "its body is too long"),
+        ({"redirect": "http://127.0.0.1:1/"}, "it sent a redirect"),
+        ({"hang": True}, "nothing, or too little, came within the time"),
+        ({"body": "<html>"}, "an empty or foreign body"),
+    ],
+    ids=str,
+)
+async def test_an_error_and_the_log_say_what_happened_on_the_wire(
+    start: StartGateway, sandbox: Sandbox, caplog: pytest.LogCaptureFixture, knobs: dict[str, Any], words: str
+) -> None:
+    """A refused connection reads differently from a cut one, a timeout or junk: in the answer and in the log."""
+    live = await start(exchange_timeout_seconds=0.3)
+    await sandbox.set("binance", rate_limit=-1, **knobs)
+    with caplog.at_level("INFO", "src.exchanges"):
+        assert words in (await live.get("/ticker/BTC/USDT?exchange=binance")).json()["detail"]
+    assert words in next(vars(record)["reason"] for record in caplog.records if record.message == "exchange asked")
 
 
 def test_addresses_can_be_moved() -> None:
@@ -372,6 +409,48 @@ async def test_a_market_that_never_traded_is_remembered_and_trips_nothing(
         assert (answer.status_code, answer.json()["code"]) == (502, "no_price")
     assert sandbox.count("binance", "24hr") == 1
     assert live.gateway.manager["binance"].breaker.state == "closed"
+
+
+async def test_odd_headers_are_no_reason_to_fail(start: StartGateway, sandbox: Sandbox) -> None:
+    """Signs that look like digits and are none are ignored, in an answer that is good and in one that is not."""
+    live = await start()
+    await sandbox.set("binance", rate_limit=-1, headers={"X-MBX-USED-WEIGHT-1M": "\u00b2"})
+    assert (await live.get("/ticker/BTC/USDT?exchange=binance")).status_code == 200
+    await sandbox.set("binance", rate_limit=-1, status=429, headers={"Retry-After": "\u00b2"})
+    assert (await live.get("/ticker/ETH/USDT?exchange=binance")).json()["retry_after"] == 60
+
+
+async def test_one_symbol_the_exchange_forgot_does_not_spoil_a_batch(start: StartGateway, sandbox: Sandbox) -> None:
+    """A list call refused for one symbol is split until that one stands alone."""
+    live = await start()
+    # The market list still has it, the exchange has not: as after a delisting, until the list is read again.
+    live.gateway.manager["binance"].client.markets["SOL/USDT"]["id"] = "GONEUSDT"
+    batch = (await live.get("/tickers?symbols=BTC/USDT,ETH/USDT,SOL/USDT,XRP/USDT&exchange=binance")).json()
+    assert sorted(batch["tickers"]) == ["BTC/USDT", "ETH/USDT", "XRP/USDT"]
+    assert {symbol: problem["code"] for symbol, problem in batch["errors"].items()} == {"SOL/USDT": "unknown_symbol"}
+
+
+async def test_one_replicas_ban_stops_them_all(start: StartGateway, sandbox: Sandbox, redis: Any) -> None:
+    """What one gateway was told to wait for, another on the same Redis does not ask for either."""
+    one, other = await start(redis_url=redis.url), await start(redis_url=redis.url)
+    await sandbox.set("bybit", status=418, headers={"Retry-After": "300"})
+    await one.get("/ticker/BTC/USDT?exchange=bybit")
+    sandbox.clear_counts()
+    told = (await other.get("/ticker/ETH/USDT?exchange=bybit")).json()
+    assert (told["code"], told["retry_after"]) == ("exchange_banned", 300)
+    assert (await other.get("/exchanges")).json()["bybit"]["breaker"]["cause"] == "banned"
+    assert sandbox.count("bybit") == 0
+
+
+async def test_replicas_behind_a_hanging_exchange_both_fall_back(
+    start: StartGateway, sandbox: Sandbox, redis: Any
+) -> None:
+    """The one that waits for the other's load goes on to the next exchange in time as well."""
+    settings = {"redis_url": redis.url, "exchange_timeout_seconds": 1, "request_timeout": 1.7, "clock": SystemClock()}
+    one, other = await start(**settings), await start(**settings)
+    await sandbox.set("bybit", hang=True)
+    answers = await asyncio.gather(*(live.get("/ticker/BTC/USDT") for live in (one, other)))
+    assert [(answer.status_code, answer.json()["exchange"]) for answer in answers] == [(200, "binance")] * 2
 
 
 async def test_a_client_without_markets_is_never_asked(sandbox: Sandbox, clock: FakeClock) -> None:

@@ -291,6 +291,8 @@ async def test_what_is_wrong_with_one_symbol_is_no_matter_of_the_others(start: S
     assert list(batch.json()["tickers"]) == ["BTC/USDT"]
     errors = batch.json()["errors"]
     assert errors["BTCUSDT"]["code"] == "malformed_request"
+    dashed = (await live.get("/tickers?symbols=NO-SUCH")).json()
+    assert list(dashed["errors"]) == ["NO/SUCH"]
     assert "BTC/USDT" in errors["BTC/USTD"]["suggestions"]
     assert batch.headers["cache-control"] == "no-store"
 
@@ -328,15 +330,40 @@ async def test_past_the_bound_new_misses_are_refused_and_hits_answered(start: St
 
 
 async def test_a_request_never_takes_longer_than_its_deadline(start: StartGateway, sandbox: Sandbox) -> None:
-    """All exchanges hang: the answer is 504 within REQUEST_TIMEOUT, not the sum of their timeouts."""
-    live = await start(clock=SystemClock(), request_timeout=0.5, exchange_timeout_seconds=0.4)
+    """All exchanges hang: each gets its share of REQUEST_TIMEOUT, and the answer is 504 within it."""
+    live = await start(clock=SystemClock(), request_timeout=0.6, exchange_timeout_seconds=0.5)
     for name in ("bybit", "binance", "kraken"):
         await sandbox.set(name, hang=True)
     started = asyncio.get_running_loop().time()
     answer = await live.get("/ticker/BTC/USDT")
     assert asyncio.get_running_loop().time() - started < 2
     assert (answer.status_code, answer.json()["code"]) == (504, "deadline_exceeded")
-    assert sandbox.count("kraken") == 0
+    assert [sandbox.count(name) for name in ("bybit", "binance", "kraken")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("path", ["/ticker/BTC/USDT", "/tickers?symbols=BTC/USDT,ETH/USDT"])
+async def test_a_hang_hides_no_exchange_that_answers(start: StartGateway, sandbox: Sandbox, path: str) -> None:
+    """Two exchanges hang for longer than a request may take together: the third answers all the same."""
+    live = await start(clock=SystemClock(), request_timeout=1.5, exchange_timeout_seconds=1.4)
+    for name in ("bybit", "binance"):
+        await sandbox.set(name, hang=True)
+    answer = await live.get(path)
+    assert answer.status_code == 200
+    assert '"exchange":"kraken"' in answer.text
+    assert '"errors":{}' in answer.text or path.startswith("/ticker/")
+
+
+async def test_overload_is_the_gateways_own(start: StartGateway, sandbox: Sandbox) -> None:
+    """A refusal for too many loads names no exchange, and asking the next one is not tried."""
+    live = await start(max_concurrent=1, **PATIENT)
+    await sandbox.set("bybit", hang=True)
+    first = asyncio.create_task(live.get("/ticker/BTC/USDT"))
+    await eventually(lambda: sandbox.count("bybit", "tickers") == 1)
+    refused = await live.get("/ticker/ETH/USDT")
+    assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+    assert "exchange" not in refused.json()
+    await sandbox.set("bybit", rate_limit=-1)
+    assert (await first).status_code == 200
 
 
 async def test_health_tells_three_states_with_reasons(
@@ -414,6 +441,8 @@ async def test_a_candle_request_must_not_lie_ahead(start: StartGateway, clock: F
     live = await start()
     ahead = await live.get(f"/ohlcv/BTC-USDT?since={int(clock.time() * 1000) + 60_000}")
     assert (ahead.status_code, ahead.json()["code"]) == (422, "invalid_parameter")
+    seconds = await live.get(f"/ohlcv/BTC-USDT?since={int(clock.time())}")
+    assert "looks like seconds" in seconds.json()["detail"]
     now = await live.get(f"/ohlcv/BTC-USDT?since={int(clock.time() * 1000) - 1000}&exchange=kraken")
     assert now.status_code == 200
 
@@ -471,6 +500,13 @@ async def test_admin_clears_and_resets(start: StartGateway, sandbox: Sandbox, re
     assert (await post("/admin/cache/clear"))["cleared"] == 2
     assert redis.client.get("foreign") == b"stays"
     assert not redis.client.keys("virtuoso:1:data:*")
+    for wrong in ("?exchnage=kraken", "?exchange=mtgox"):
+        assert (await live.client.post(live.url + f"/admin/cache/clear{wrong}", headers=admin)).status_code in (
+            404,
+            422,
+        )
+    body = await live.client.post(live.url + "/admin/cache/clear", headers=admin, json={"exchange": "kraken"})
+    assert body.status_code == 422
     await sandbox.set("kraken", status=429, headers={"Retry-After": "1000"}, rate_limit=-1)
     await live.get("/ticker/BTC-USDT?exchange=kraken")
     await sandbox.set("kraken", rate_limit=-1)
@@ -487,11 +523,14 @@ async def test_client_keys_and_limits(start: StartGateway, clock: FakeClock) -> 
     alice, bob = {"X-API-Key": "first-secret"}, {"X-API-Key": "second-secret"}
     for left in (2, 1, 0):
         answer = await live.get("/ticker/BTC/USDT", headers=alice)
-        assert answer.headers["ratelimit"] == f'"client";r={left};t=60'
+        assert answer.headers["ratelimit"].startswith(f'"client";r={left};t=')
+        assert 60 <= int(answer.headers["ratelimit"].rpartition("=")[2]) <= 66
         assert answer.headers["cache-control"].startswith("private, max-age=")
     limited = await live.get("/ticker/BTC/USDT", headers=alice)
     assert (limited.status_code, limited.json()["code"]) == (429, "too_many_requests")
     assert 60 <= int(limited.headers["retry-after"]) <= 66
+    assert limited.headers["ratelimit"] == f'"client";r=0;t={limited.headers["retry-after"]}'
+    assert limited.headers["ratelimit-policy"] == '"client";q=3;w=60'
     assert (await live.get("/ticker/BTC/USDT", headers=bob)).status_code == 200
     for path in ("/health", "/health/live", "/metrics"):
         assert (await live.get(path)).status_code == 200

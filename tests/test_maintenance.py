@@ -31,7 +31,7 @@ async def test_daily_clears_closes_and_is_noted(
     await live.get("/ticker/ETH/USDT?exchange=bybit", headers=key)
     assert await run(monkeypatch, live, "daily") == maintenance.OK
     assert "cache: 1 cleared" in (out := capsys.readouterr().out)
-    assert "breakers: bybit" in out
+    assert "breakers closed: bybit" in out
     await live.get("/metrics")
     assert sample("maintenance_last_success_timestamp_seconds", task="daily") == pytest.approx(clock.time(), abs=1)
     restarted = await start(redis_url=redis.url)
@@ -50,6 +50,17 @@ async def test_daily_fails_loudly(
     assert await run(monkeypatch, live, "daily", ADMIN_TOKEN="") == maintenance.USAGE
     assert await run(monkeypatch, live, "daily", CB_THRESHOLD="many") == maintenance.USAGE
     assert "CB_THRESHOLD" in capsys.readouterr().err
+
+
+async def test_daily_without_redis_has_failed(
+    start: StartGateway, own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What could not be cleared is no success: exit code 1, and nothing is noted."""
+    live = await start(admin_token=TOKEN, redis_url=own_redis.url)
+    own_redis.kill()
+    assert await run(monkeypatch, live, "daily") == maintenance.FAILED
+    assert "does not answer" in capsys.readouterr().err
+    assert live.gateway.maintenance == {}
 
 
 async def test_status_tells_by_its_exit_code(
@@ -72,7 +83,7 @@ async def test_check_asks_each_exchange_for_its_time(
 ) -> None:
     """Reachable and in step is 0; a clock that is off or an exchange that is away is 1, each named."""
     live = await start(admin_token=TOKEN)
-    urls = {f"{name.upper()}_REST_URL": url for name, url in sandbox.urls.items()}
+    urls = {f"{name.upper()}_REST_URL": url for name, url in sandbox.urls.items()} | {"REDIS_HOST": ""}
     assert await run(monkeypatch, live, "check", **urls) == maintenance.OK
     assert capsys.readouterr().out.count("reachable") == 3
     assert "check" in live.gateway.maintenance
@@ -93,7 +104,7 @@ async def test_warm_fills_the_cache(
     assert "2 of 2 symbols are cached" in capsys.readouterr().out
     assert "hit" in (await live.get("/ticker/ETH/USDT")).headers["cache-status"]
     assert await run(monkeypatch, live, "warm", "BTC-USDT", "NO-SUCH", ADMIN_TOKEN="") == maintenance.FAILED
-    assert "NO-SUCH: " in capsys.readouterr().err
+    assert "NO/SUCH is not listed" in capsys.readouterr().err
 
 
 async def test_what_answers_may_be_no_gateway(

@@ -58,6 +58,21 @@ def test_a_missing_or_equal_side_is_plausible(changes: dict[str, Any]) -> None:
     assert ticker(**changes).price == 100
 
 
+def test_numbers_no_json_can_hold_are_refused() -> None:
+    """Integers past 64 bits are no times and no amounts: null where they may be missing, bad data where not."""
+    huge = 10**30
+    assert "timestamp" not in ticker(timestamp=huge).model_dump(exclude_unset=True)
+    assert OrderBook.from_ccxt({"bids": [[1, 1]], "asks": [], "nonce": huge}, "x", "A/B", NOW, limit=1).nonce is None
+    assert b"1e+30" in encode(ticker(high=float(huge)))
+    assert b'"high":null' in encode(ticker(high=10**400))
+    for build in (
+        lambda: candles([[huge, 10.0, 12.0, 9.0, 11.0, 5.0]]),
+        lambda: Trades.from_ccxt([{"timestamp": huge, "price": 1.0, "amount": 1.0}], "x", "A/B", NOW),
+    ):
+        with pytest.raises(BadUpstreamData):
+            build()
+
+
 @pytest.mark.parametrize("last", [None, 0.0])
 def test_a_market_that_never_traded_is_no_failure(last: float | None) -> None:
     """No price with no volume is a fact about the market, which must not open a breaker."""
@@ -79,12 +94,13 @@ def test_zero_is_a_number() -> None:
 
 
 def book(bids: object, asks: object) -> OrderBook:
-    return OrderBook.from_ccxt({"bids": bids, "asks": asks}, "kraken", "BTC/USDT", NOW)
+    return OrderBook.from_ccxt({"bids": bids, "asks": asks}, "kraken", "BTC/USDT", NOW, limit=10)
 
 
 def test_a_book_keeps_price_and_amount() -> None:
     """Rows of three elements, as kraken's, lose the third; one side may be empty."""
     assert book([[99, 1, 5], [98, 2, 5]], []).bids == [[99, 1], [98, 2]]
+    assert len(book([[99 - level, 1] for level in range(20)], []).bids) == 10
 
 
 @pytest.mark.parametrize(

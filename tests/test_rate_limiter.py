@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -329,3 +330,13 @@ async def test_a_shorter_hold_does_not_shorten_a_longer_one(make: Make, redis: R
     with pytest.raises(ExchangeRateLimited) as limited:
         await make(redis.url).acquire("binance", 1)
     assert (limited.value.retry_after or 0) > 1100
+
+
+async def test_a_changed_budget_starts_a_sane_count(make: Make, redis: RedisServer) -> None:
+    """Buckets another window left behind are no spending of the future, and no wait is longer than the window."""
+    far: dict[bytes | bytearray | memoryview[int] | str | int | float, Any] = {str(10**10): 500, str(10**11): 500}
+    redis.client.hset(KEY, mapping=far)
+    one = make(redis.url)
+    await one.acquire("binance", LIMIT)
+    assert 0 < ((await refused(one)).retry_after or 0) <= SECONDS * (1 + 1 / BUCKETS)
+    assert len(redis.client.hkeys(KEY)) == 1
