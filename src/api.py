@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from config import ConfigError, Settings, load_settings
+from config import EXCHANGES, ConfigError, Settings, load_settings
 from src import errors, metrics, responses, status
 from src.clock import Clock, SystemClock
 from src.gateway import Gateway
@@ -120,31 +120,39 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
 
 def _add_routes(app: FastAPI, settings: Settings) -> None:
     def get(path: str, handler: Any, tag: str, described: dict[int | str, dict[str, Any]], model: Any = None) -> None:
-        answers = described | ({200: {"model": model}} if model else {})
+        answers = described | ({200: model if isinstance(model, dict) else {"model": model}} if model else {})
         app.add_api_route(path, handler, tags=[tag], responses=answers, response_class=Response, response_model=None)
 
     get("/ticker/{symbol:path}", get_ticker, "market data", DATA, Ticker)
-    get("/tickers", get_tickers, "market data", DATA)
+    get("/tickers", get_tickers, "market data", DATA, responses.members("tickers", "errors"))
     get("/orderbook/{symbol:path}", get_order_book, "market data", DATA, OrderBook)
     get("/ohlcv/{symbol:path}", get_ohlcv, "market data", DATA, Candles)
     get("/trades/{symbol:path}", get_trades, "market data", DATA, Trades)
-    get("/markets", get_markets, "market data", DATA)
-    get("/exchanges", get_exchanges, "status", OWN)
-    get("/health", get_health, "status", OWN | {503: {"description": "Nothing can be answered."}})
-    get("/health/live", get_live, "status", OWN)
-    get("/health/ready", get_ready, "status", OWN | {503: {"description": "No market list is loaded yet."}})
+    get("/markets", get_markets, "market data", DATA, responses.members("count", "markets"))
+    get("/exchanges", get_exchanges, "status", OWN, responses.members(*EXCHANGES))
+    health = responses.members("status", "parts", "exchanges", "timestamp", "version", "uptime_seconds")
+    get("/health", get_health, "status", OWN | {503: health | {"description": "Nothing can be answered."}}, health)
+    state = responses.members("status")
+    get("/health/live", get_live, "status", OWN, state)
+    get("/health/ready", get_ready, "status", OWN | {503: state | {"description": "No market list is loaded."}}, state)
     if settings.metrics_enabled:
         get("/metrics", get_metrics, "status", OWN)
-    admin: dict[str, Callable[..., Any]] = {
-        "/admin/cache/clear": clear_cache,
-        "/admin/breakers/reset": reset_breakers,
-        "/admin/maintenance/{task}": record_maintenance,
+    admin: dict[str, tuple[Callable[..., Any], str]] = {
+        "/admin/cache/clear": (clear_cache, "cleared"),
+        "/admin/breakers/reset": (reset_breakers, "reset"),
+        "/admin/maintenance/{task}": (record_maintenance, "recorded"),
     }
-    for path, handler in admin.items():
+    for path, (handler, member) in admin.items():
         app.add_api_route(
-            path, handler, methods=["POST"], tags=["admin"], responses=ADMIN, response_class=Response,
-            response_model=None, dependencies=[Depends(_require_admin)],
-        )  # fmt: skip
+            path,
+            handler,
+            methods=["POST"],
+            tags=["admin"],
+            responses=ADMIN | {200: responses.members(member)},
+            response_class=Response,
+            response_model=None,
+            dependencies=[Depends(_require_admin)],
+        )
 
 
 async def get_ticker(request: Request, symbol: Symbol, exchange: Exchange = None, max_age: MaxAge = None) -> Response:

@@ -27,6 +27,7 @@ MAX_CLIENTS = 10_000  # clients counted at once; the least recently seen is forg
 CLIENT_WINDOW_SECONDS = 60
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
 OPEN_PATHS = ("/health", "/metrics", "/docs", "/openapi.json", "/admin")  # probes and browsers; /admin has its token
+DOCUMENTS = frozenset({"/docs", "/openapi.json"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -62,7 +63,8 @@ class Observe:
                 await self.app(scope, receive, observed)
         finally:
             metrics.http_requests_in_progress.dec()
-            route = getattr(scope.get("route"), "path_format", "unmatched")
+            path = scope["path"] if scope["path"] in DOCUMENTS else "unmatched"  # these have no template
+            route = getattr(scope.get("route"), "path_format", path)
             elapsed = time.perf_counter() - started
             metrics.http_requests_total.labels(route, method if method in METHODS else "OTHER", str(status)).inc()
             metrics.http_request_duration_seconds.labels(route).observe(elapsed)

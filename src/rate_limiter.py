@@ -6,8 +6,8 @@ exchange's own count can raise ours. The same script carries a hold (a ban, a Re
 """
 
 import math
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from src.clock import Clock
@@ -17,7 +17,8 @@ from src.redis_store import PREFIX, RedisAway, RedisStore
 BUCKETS = 10  # a window is counted in tenths: weight comes back at most a tenth of the window too late, never too early
 
 # KEYS[1] hash: bucket number -> weight, "hold" -> "until_ms cause". ARGV: cost (0 only looks), limit, bucket ms,
-# buckets, at-least (raise the count to this). Returns: 1 when admitted, weight used, ms to wait, hold ms left, cause.
+# buckets, at-least (raise the count to this). Returns: 1 when admitted, ms to wait, hold ms left, its cause, the number
+# of the current bucket, and the live buckets: number, weight, number, weight...
 SPEND = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -39,11 +40,17 @@ local function add(weight)
   redis.call('HINCRBY', KEYS[1], string.format('%d', current), weight)
   redis.call('PEXPIRE', KEYS[1], math.max(width * (buckets + 1), hold, redis.call('PTTL', KEYS[1])))
   used = used + weight
+  live[#live + 1] = {current, weight}
+end
+local function reply(admitted, wait)
+  local flat = {}
+  for _, bucket in ipairs(live) do flat[#flat + 1] = bucket[1] flat[#flat + 1] = bucket[2] end
+  return {admitted, wait, hold, cause, current, flat}
 end
 if tonumber(ARGV[5]) > used then add(tonumber(ARGV[5]) - used) end
 if hold > 0 or used + cost <= limit then
   if hold == 0 and cost > 0 then add(cost) end
-  return {hold == 0 and 1 or 0, used, 0, hold, cause}
+  return reply(hold == 0 and 1 or 0, 0)
 end
 table.sort(live, function(a, b) return a[1] < b[1] end)
 local excess, wait = used + cost - limit, width * (buckets + 1)
@@ -51,7 +58,7 @@ for _, bucket in ipairs(live) do
   excess = excess - bucket[2]
   if excess <= 0 then wait = (bucket[1] + buckets + 1) * width - now break end
 end
-return {0, used, math.min(wait, width * (buckets + 1)), 0, ''}
+return reply(0, math.min(wait, width * (buckets + 1)))
 """
 
 HOLD = """
@@ -100,6 +107,13 @@ class Window:
             self._buckets.append([current, 0])
         self._buckets[-1][1] += cost
 
+    def mirror(self, current: int, shared: Sequence[int]) -> None:
+        """Take over the shared buckets: number, weight, number, weight... by a clock whose bucket is `current` now."""
+        shift, weights = self._current() - current, Counter[int]()
+        for number, weight in zip(shared[::2], shared[1::2], strict=True):
+            weights[number + shift] += weight
+        self._buckets = deque(([number, weights[number]] for number in sorted(weights)), maxlen=BUCKETS + 1)
+
     def raise_to(self, used: int) -> None:
         """Count at least `used`, as somebody who sees more than we do said."""
         if (missing := used - self.used()) > 0:
@@ -111,7 +125,6 @@ class Window:
 
 class _Reply(NamedTuple):
     admitted: bool
-    used: int
     wait_seconds: float
     hold_seconds: float
     cause: str
@@ -145,10 +158,9 @@ class RateLimiter:
         except RedisAway:
             self._away.add(exchange)
             wait = window.wait_for(cost)
-            reply = _Reply(wait == 0, window.used(), wait, 0.0, "")
+            reply = _Reply(wait == 0, wait, 0.0, "")
             if reply.admitted:
                 window.add(min(cost, window.limit))
-        window.raise_to(reply.used)
         if reply.hold_seconds:
             banned = reply.cause == ExchangeBanned.cause
             raise (ExchangeBanned if banned else ExchangeRateLimited)(
@@ -200,8 +212,9 @@ class RateLimiter:
         raw = await self._store.run(
             "budget", lambda redis: redis.eval(SPEND, 1, _key(exchange), cost, limit, width, BUCKETS, at_least)
         )
-        admitted, used, wait, hold, cause = raw
-        return _Reply(bool(admitted), int(used), max(wait, 1) / 1000, hold / 1000, cause.decode())
+        admitted, wait, hold, cause, current, shared = raw
+        self._windows[exchange].mirror(current, shared)
+        return _Reply(bool(admitted), max(wait, 1) / 1000, hold / 1000, cause.decode())
 
 
 def _key(exchange: str) -> str:

@@ -83,6 +83,12 @@ def describe(*errors: type[GatewayError]) -> dict[int | str, dict[str, Any]]:
     return described
 
 
+def members(*names: str) -> dict[str, Any]:
+    """Describe a JSON object by the members it always has."""
+    schema = {"type": "object", "required": list(names), "properties": {name: {} for name in names}}
+    return {"description": "Successful Response", "content": {"application/json": {"schema": schema}}}
+
+
 _SCHEMA: dict[str, Any] = {
     "type": "object",
     "title": "Problem",

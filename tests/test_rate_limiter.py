@@ -340,3 +340,14 @@ async def test_a_changed_budget_starts_a_sane_count(make: Make, redis: RedisServ
     await one.acquire("binance", LIMIT)
     assert 0 < ((await refused(one)).retry_after or 0) <= SECONDS * (1 + 1 / BUCKETS)
     assert len(redis.client.hkeys(KEY)) == 1
+
+
+async def test_what_others_spent_comes_back_when_it_does(make: Make, redis: RedisServer, clock: FakeClock) -> None:
+    """A limiter that learns late of spending knows how old it is: it does not hold its exchange back any longer."""
+    other = make(redis.url, LONG)
+    put(redis, BUCKETS - 1, weight=LIMIT - 2)
+    await other.acquire("binance", 1)
+    assert other.used_ratio("binance") == 0.9
+    clock.advance(2 * LONG / BUCKETS)
+    assert other.used_ratio("binance") == 0.1
+    assert not other.is_spent("binance", LIMIT - 1)
