@@ -32,8 +32,8 @@ format: $(VENV)/.dev ## Format the code and mend what can be mended
 bench: $(VENV)/.demo ## Measure the hit path beside a bare server sending the same bytes, in one run
 	$(BIN)/python -m benchmarks.bench
 
-ci-deps: ## Install the optional system tools (Debian): benchmarks are better with wrk
-	apt-get update -qq && apt-get install -y -qq wrk
+ci-deps: ## Install the optional system tools (Debian): wrk for the benchmarks, promtool for a test of the metrics
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends wrk prometheus
 
 clean: ## Remove what was installed and cached
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
