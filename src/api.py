@@ -269,7 +269,8 @@ async def clear_cache(
     """Forget cached answers: all, or of one exchange or symbol. Never touches what is not ours in Redis."""
     gateway = _gateway(request)
     unknown = set(request.query_params) - {"exchange", "symbol"}
-    if unknown or request.headers.get("content-length", "0") != "0":  # half understood it would clear too much
+    has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+    if unknown or has_body:  # half understood it would clear too much
         raise errors.InvalidParameter("exchange and symbol go into the query; nothing else, and no body, is read")
     name = gateway.markets.check_exchange(exchange) if exchange else None
     canonical = gateway.markets.canonical(symbol) if symbol else None

@@ -65,6 +65,7 @@ REASONS: dict[type[BaseException], str] = {
     aiohttp.ClientConnectorDNSError: "its name cannot be resolved",
     aiohttp.ClientConnectorCertificateError: "its certificate is not trusted",
     aiohttp.ClientProxyConnectionError: "the proxy cannot be reached",
+    aiohttp.ClientHttpProxyError: "the proxy refused",
     aiohttp.ClientConnectorError: "no connection: refused or unreachable",
     aiohttp.ServerDisconnectedError: "the connection was cut",
     ConnectionResetError: "the connection was cut",

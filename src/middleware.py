@@ -21,8 +21,8 @@ from src.responses import problem
 
 log = logging.getLogger(__name__)
 
-MAX_URL_BYTES = 8192  # a batch of 100 symbols is some 4,000
-MAX_HEADER_BYTES = 32768  # four times what nginx takes
+MAX_URL_BYTES = 8192  # a batch of 100 symbols of the longest kind is half of it
+MAX_HEADER_BYTES = 32768  # what nginx takes by default: four buffers of 8 KB
 MAX_CLIENTS = 10_000  # clients counted at once; the least recently seen is forgotten first
 CLIENT_WINDOW_SECONDS = 60
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})

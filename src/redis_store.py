@@ -119,7 +119,7 @@ class RedisStore:
 
     async def keep_asking(self) -> None:
         """Ask Redis for a sign of life, for ever: or memory hits alone would never learn that it went or came back."""
-        while True:
+        while self.configured:
             with contextlib.suppress(RedisAway):
                 await self.run("ping", lambda redis: redis.ping())
             await asyncio.sleep(PING_SECONDS)

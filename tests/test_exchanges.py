@@ -324,6 +324,35 @@ def test_addresses_can_be_moved() -> None:
     assert "canary" not in repr(settings)
 
 
+async def test_calls_go_through_the_proxy_that_is_set(
+    start: StartGateway, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With HTTPS_PROXY an https exchange is asked through it, with its credentials, which show nowhere."""
+    asked: list[bytes] = []
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(proxy, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with caplog.at_level("DEBUG"):
+            live = await start(
+                wait=False,
+                bybit_enabled=False,
+                binance_enabled=False,
+                kraken_rest_url="https://exchange.invalid",
+                https_proxy=f"http://user:canary@127.0.0.1:{port}",
+            )
+            await eventually(lambda: live.gateway.loader.errors)
+    assert asked[0].startswith(b"CONNECT exchange.invalid:443")
+    assert b"Proxy-Authorization: Basic " in asked[0]
+    assert "the proxy refused" in str([vars(record).get("reason") for record in caplog.records])
+    assert "canary" not in caplog.text + "".join(capfd.readouterr())
+
+
 async def test_calls_are_counted_by_exchange_operation_and_outcome(start: StartGateway, sandbox: Sandbox) -> None:
     """Each call upstream shows in the metrics, with what came of it."""
     live = await start()
@@ -453,8 +482,13 @@ async def test_replicas_behind_a_hanging_exchange_both_fall_back(
     assert [(answer.status_code, answer.json()["exchange"]) for answer in answers] == [(200, "binance")] * 2
 
 
-async def test_a_client_without_markets_is_never_asked(sandbox: Sandbox, clock: FakeClock) -> None:
-    """Closing a manager that hardly started leaves nothing open."""
+async def test_closing_closes_the_session_and_may_come_before_the_start(sandbox: Sandbox, clock: FakeClock) -> None:
+    """A manager that was never started can be closed; one that was has no open connections afterwards."""
     manager = ExchangeManager(make_settings(sandbox), RedisStore("", clock), clock)
-    await manager.start()
     await manager.close()
+    await manager.start()
+    session = manager._session
+    assert session is not None
+    assert not session.closed
+    await manager.close()
+    assert session.closed

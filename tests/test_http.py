@@ -507,6 +507,11 @@ async def test_admin_clears_and_resets(start: StartGateway, sandbox: Sandbox, re
         )
     body = await live.client.post(live.url + "/admin/cache/clear", headers=admin, json={"exchange": "kraken"})
     assert body.status_code == 422
+    chunked = (
+        b"POST /admin/cache/clear HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer open-sesame\r\nConnection: close\r\n"
+    )
+    answered = await live.raw(chunked + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n")
+    assert answered.split(b" ", 2)[1] == b"422"
     await sandbox.set("kraken", status=429, headers={"Retry-After": "1000"}, rate_limit=-1)
     await live.get("/ticker/BTC-USDT?exchange=kraken")
     await sandbox.set("kraken", rate_limit=-1)
