@@ -164,6 +164,7 @@ class Settings(BaseModel):
     revalidate_seconds: float = Field(
         0, ge=0, le=3600, description="How long past its TTL a value is served, marked, during its refresh; 0 is off."
     )
+    refresh_ahead: bool = Field(True, description="Whether what is asked for often is refreshed before it expires.")
 
     redis_host: Host = Field("localhost", description="Host of Redis; empty means memory only.")
     redis_port: int = Field(6379, ge=1, le=65535, description="Port of Redis.")

@@ -5,6 +5,7 @@ Run it with `uvicorn src.api:app`.
 
 import asyncio
 import hmac
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Annotated, Any, Literal, TypedDict
@@ -19,11 +20,15 @@ from starlette.responses import Response
 from config import EXCHANGES, ConfigError, Settings, load_settings
 from src import errors, metrics, responses, status
 from src.clock import Clock, SystemClock
+from src.fast_path import FastPath
 from src.gateway import Gateway
 from src.logs import request_id, set_up_logging
-from src.middleware import Access, Observe
+from src.middleware import Access, Gate, Observe
 from src.models import Candles, OrderBook, Ticker, Trades
 from src.redis_store import RedisAway
+from src.refresh_ahead import RefreshAhead
+
+log = logging.getLogger(__name__)
 
 MAX_SYMBOLS = 100
 
@@ -71,9 +76,14 @@ Symbols = Annotated[
 ]
 
 
-def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
-    """Build the app; its lifespan starts and stops the gateway."""
+def create_app(settings: Settings, clock: Clock | None = None) -> FastPath:
+    """Build what is served: the app, whose lifespan starts and stops the gateway, behind the fast path."""
     clock = clock or SystemClock()
+    gate = Gate(settings, clock)
+    return FastPath(_create_app(settings, clock, gate), gate, settings, clock)
+
+
+def _create_app(settings: Settings, clock: Clock, gate: Gate) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
@@ -81,8 +91,13 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
             gateway = Gateway(settings, clock)
             stack.push_async_callback(gateway.close)
             await gateway.start()
-            for endless in (metrics.measure_loop_lag(clock), gateway.store.keep_asking()):
-                stack.callback(asyncio.create_task(endless).cancel)
+            endless = [metrics.measure_loop_lag(clock), gateway.store.keep_asking()]
+            if settings.refresh_ahead:
+                endless.append(RefreshAhead(gateway).run())
+            for work in endless:
+                task = asyncio.create_task(work)
+                task.add_done_callback(_report)
+                stack.callback(task.cancel)
             yield {"gateway": gateway}
 
     app = FastAPI(
@@ -96,7 +111,7 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
     )
     _add_routes(app, settings)
     _add_handlers(app)
-    app.add_middleware(Access, settings=settings, clock=clock)
+    app.add_middleware(Access, gate=gate)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -116,6 +131,12 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
     app.add_middleware(Observe)
     metrics.initialise(settings.enabled_exchanges, ("/ticker/{symbol}", "/tickers"))
     return app
+
+
+def _report(background: asyncio.Task[None]) -> None:
+    """Say that background work has ended: the gateway goes on answering without it, and nobody would notice."""
+    if not background.cancelled():
+        log.error("background work ended", exc_info=background.exception())
 
 
 def _add_routes(app: FastAPI, settings: Settings) -> None:
@@ -327,7 +348,7 @@ def _add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unforeseen)
 
 
-def __getattr__(name: str) -> FastAPI:
+def __getattr__(name: str) -> FastPath:
     """Make `app` when a server asks for it: importing this module reads no environment (PEP 562)."""
     if name != "app":
         raise AttributeError(name)

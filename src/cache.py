@@ -9,13 +9,14 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
-from cachetools import TLRUCache, TTLCache
+from cachetools import TTLCache
 
 from config import Settings
 from src import metrics
 from src.clock import Clock
 from src.entry import Entry, Key
 from src.errors import CallerError, DeadlineExceeded, GatewayError, NoPrice, Overloaded, TooOld
+from src.memory import Memory
 from src.redis_store import RedisStore
 from src.redis_tier import RedisTier
 
@@ -39,19 +40,6 @@ Load = Callable[[Sequence[Key]], Awaitable[dict[Key, Entry | GatewayError]]]
 _Flight = asyncio.Task[dict[Key, Outcome]]
 
 
-class _Memory(TLRUCache[Key, Entry]):
-    """Least recently used goes first; counts why entries leave."""
-
-    def popitem(self) -> tuple[Key, Entry]:
-        metrics.cache_evictions_total.labels("size").inc()
-        return super().popitem()
-
-    def expire(self, time: float | None = None) -> list[tuple[Key, Entry]]:
-        expired = super().expire(time)
-        metrics.cache_evictions_total.labels("expired").inc(len(expired))
-        return expired
-
-
 class Cache:
     """The two tiers. One object serves all kinds; each lookup brings its TTL and how to load what is missing."""
 
@@ -63,7 +51,7 @@ class Cache:
         self._revalidate_seconds = settings.revalidate_seconds
         self._keep_seconds = max(settings.stale_seconds, settings.revalidate_seconds)
         self._max_loads = settings.max_concurrent
-        self._memory = _Memory(settings.cache_memory_size, self._drop_time, timer=clock.monotonic)
+        self.memory = Memory(settings.cache_memory_size, self._memory_ttl, self._keep_seconds, clock)
         self._negative: TTLCache[Key, GatewayError] = TTLCache(
             NEGATIVE_SIZE, settings.negative_ttl_seconds, timer=clock.monotonic
         )
@@ -81,26 +69,22 @@ class Cache:
 
     def __len__(self) -> int:
         """Entries in memory, those that only stand in for failed loads included."""
-        self._memory.expire()
-        return len(self._memory)
+        return len(self.memory)
 
     def has_fresh(self, key: Key, max_age: float | None = None) -> bool:
         """Whether memory could answer now."""
-        entry = self._memory.get(key)
+        entry = self.memory.get(key)
         return entry is not None and self._is_fresh_here(entry, max_age)
 
     def peek(self, key: Key, max_age: float | None = None) -> Entry | None:
         """Return the entry if memory has it fresh; nothing is awaited and Redis is not asked."""
-        entry = self._memory.get(key)
-        if entry is None or not self._is_fresh_here(entry, max_age):
-            _MEMORY_MISS.inc()
-            return None
-        _MEMORY_HIT.inc()
+        entry = self.memory.ready(key, max_age)
+        (_MEMORY_MISS if entry is None else _MEMORY_HIT).inc()
         return entry
 
     def stale(self, key: Key, max_age: float | None = None) -> Entry | None:
         """Return an entry that may stand in for a failed load: not past `STALE_SECONDS`, nor older than `max_age`."""
-        entry, now = self._memory.get(key), self._clock.monotonic()
+        entry, now = self.memory.get(key), self._clock.monotonic()
         if entry is None or entry.age(now) >= entry.ttl + self._stale_seconds:
             return None
         return entry if max_age is None or entry.age(now) < max_age else None
@@ -163,15 +147,12 @@ class Cache:
         self._generation += 1  # no flight that began before may keep what it brings
         for key in [key for key in self._flights if _matches(key, exchange, symbol)]:
             del self._flights[key]
-        gone = [key for key in [*self._memory, *self._negative] if _matches(key, exchange, symbol)]
+        gone = [key for key in [*self.memory.keys(), *self._negative] if _matches(key, exchange, symbol)]
         for key in gone:
-            self._memory.pop(key, None)
-            self._negative.pop(key, None)
-        metrics.cache_evictions_total.labels("cleared").inc(len(gone))
+            self.memory.pop(key, "cleared")
+            if self._negative.pop(key, None) is not None:
+                metrics.cache_evictions_total.labels("cleared").inc()
         return len(gone)
-
-    def _drop_time(self, _key: Key, entry: Entry, _now: float) -> float:
-        return entry.born + entry.ttl + self._keep_seconds
 
     def _is_fresh_here(self, entry: Entry, max_age: float | None) -> bool:
         return entry.is_fresh(
@@ -192,7 +173,7 @@ class Cache:
             return None
         if (refusal := self._negative.get(key)) is not None:
             return refusal
-        entry, now = self._memory.get(key), self._clock.monotonic()
+        entry, now = self.memory.get(key), self._clock.monotonic()
         if entry is None or not entry.ttl <= entry.age(now) < entry.ttl + self._revalidate_seconds:
             return None
         return Lookup(entry, "stale_revalidate")
@@ -237,10 +218,7 @@ class Cache:
     async def _fly(self, keys: list[Key], ttl: float, load: Load, max_age: float | None) -> dict[Key, Outcome]:
         """Bring the keys from Redis or upstream, into memory too."""
         generation, started = self._generation, self._clock.monotonic()
-        results: dict[Key, Outcome] = {}
-        for key, entry in (await self._redis.read(keys, ttl)).items():
-            if self._promote(key, entry, generation, started, max_age):
-                results[key] = Lookup(entry, "hit_redis")
+        results = await self._read(keys, ttl, generation, started, max_age)
         missing = [key for key in keys if key not in results]
         if not missing:
             return results
@@ -255,22 +233,36 @@ class Cache:
     async def _load(
         self, keys: Sequence[Key], ttl: float, load: Load, max_age: float | None, generation: int, started: float
     ) -> dict[Key, Outcome]:
-        """Load what neither tier has, once for all replicas where it is one key; a batch is one call anyway."""
-        locked = False
-        if len(keys) == 1:
-            locked, entry = await self._redis.lock_or_find(
-                keys[0], ttl, lambda entry: self._promote(keys[0], entry, generation, started, max_age)
-            )
-            if entry is not None:
-                return {keys[0]: Lookup(entry, "hit_redis")}
+        """Load what neither tier has, once for all replicas: the lock of its first key stands for a whole batch."""
+        results: dict[Key, Outcome] = {}
+        locked, entry = await self._redis.lock_or_find(
+            keys[0], ttl, lambda entry: self._promote(keys[0], entry, generation, started, max_age)
+        )
+        if entry is not None:  # another replica has just loaded it, and the rest of the batch too if it was the same
+            results = await self._read(keys[1:], ttl, generation, started, max_age)
+            results[keys[0]] = Lookup(entry, "hit_redis")
+            keys = [key for key in keys if key not in results]
         loaded: dict[Key, Entry | GatewayError] = {}
         try:
-            loaded = await load(keys)
+            loaded = await load(keys) if keys else {}
         finally:
             kept = {key: value for key, value in loaded.items() if generation == self._generation}
-            for key in keys:
-                self._keep(key, kept.get(key), locked)
-        return {key: Lookup(value, "miss") if isinstance(value, Entry) else value for key, value in loaded.items()}
+            for key in reversed(keys):  # the lock goes last: who waits for it finds the others there
+                self._keep(key, kept.get(key), locked and key == keys[0])
+        return results | {
+            key: Lookup(value, "miss") if isinstance(value, Entry) else value for key, value in loaded.items()
+        }
+
+    async def _read(
+        self, keys: Sequence[Key], ttl: float, generation: int, started: float, max_age: float | None
+    ) -> dict[Key, Outcome]:
+        """Take over from Redis what will do."""
+        entries = await self._redis.read(keys, ttl) if keys else {}
+        return {
+            key: Lookup(entry, "hit_redis")
+            for key, entry in entries.items()
+            if self._promote(key, entry, generation, started, max_age)
+        }
 
     def _keep(self, key: Key, value: Entry | GatewayError | None, locked: bool) -> None:
         """Put what was loaded into both tiers, and give up the lock even if nothing was."""
@@ -285,10 +277,12 @@ class Cache:
 
     def _remember(self, key: Key, entry: Entry) -> bool:
         """Keep an entry in memory unless a newer one is there; returns whether it is the newest now."""
-        known = self._memory.get(key)
+        known = self.memory.get(key)
         if known is not None and known.born > entry.born + SAME_SECONDS:
             return False
-        self._memory[key] = entry
+        if known is not None and known.born >= entry.born - SAME_SECONDS and known.etag == entry.etag:
+            return True  # it is the one we have, and its popularity with it
+        self.memory.put(key, entry)
         _MEMORY_SET.inc()
         return True
 

@@ -1,6 +1,7 @@
 """One cached answer and its name: bytes that can be sent as they are, and how old they are."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -44,6 +45,13 @@ class Entry:
         etag = etag_of(body)
         # Spread by content, not by chance: replicas agree, and entries loaded together do not expire together.
         return cls(body, etag, born, received, ttl * (1 - jitter * int(etag[1:5], 16) / 0xFFFF))
+
+    @classmethod
+    def joined(cls, body: bytes, parts: Sequence["Entry"]) -> Self:
+        """Make an entry of others: as old as the oldest of them, and fresh as long as all of them are."""
+        born = min(part.born for part in parts)
+        received = min(part.received for part in parts)
+        return cls(body, etag_of(body), born, received, min(part.born + part.ttl for part in parts) - born)
 
     def age(self, now: float) -> float:
         """Seconds since it was asked for."""

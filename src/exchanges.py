@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_TRADES = {"bybit": 60}  # bybit refuses more for spot
+MAX_BATCH = 100  # tickers in one call: kraken's list of pairs goes into the URL
 
 # Documented request weights of binance; the others count calls.
 BINANCE_TICKERS = ((20, 2), (100, 40))
@@ -120,35 +121,34 @@ class ExchangeManager:
         """Fetch one ticker."""
         build = partial(Ticker.from_ccxt, exchange=name, symbol=symbol)
         ask = methodcaller("fetch_ticker", symbol)
-        return await self.call(Call(name, "ticker", weight_of(name, "ticker", swap=":" in symbol), ask, build))
+        return await self.call(Call(name, "ticker", weight_of(name, "ticker", symbol=symbol), ask, build))
 
     async def tickers(self, name: str, symbols: Sequence[str]) -> Fetched[dict[str, Ticker | GatewayError]]:
         """Fetch several tickers of one type of market with one call; what is wrong with one is its value."""
         build = partial(_tickers, exchange=name, symbols=symbols)
         ask = methodcaller("fetch_tickers", list(symbols))
-        weight = weight_of(name, "tickers", len(symbols), swap=":" in symbols[0])
+        weight = weight_of(name, "tickers", len(symbols), symbols[0])
         return await self.call(Call(name, "tickers", weight, ask, build))
 
     async def order_book(self, name: str, symbol: str, limit: int) -> Fetched[OrderBook]:
         """Fetch the best `limit` levels of both sides."""
-        swap = ":" in symbol
         build = partial(OrderBook.from_ccxt, exchange=name, symbol=symbol, limit=limit)
-        if name == "binance" and swap:
+        if name == "binance" and is_swap(symbol):
             limit = next(depth for depth in BINANCE_SWAP_DEPTHS if depth >= limit)
         ask = methodcaller("fetch_order_book", symbol, limit)
-        return await self.call(Call(name, "orderbook", weight_of(name, "orderbook", limit, swap=swap), ask, build))
+        return await self.call(Call(name, "orderbook", weight_of(name, "orderbook", limit, symbol), ask, build))
 
     async def ohlcv(self, name: str, symbol: str, timeframe: str, limit: int, since: int | None) -> Fetched[Candles]:
         """Fetch up to `limit` candles, from `since` (UTC ms) or the newest ones."""
         build = partial(Candles.from_ccxt, exchange=name, symbol=symbol, timeframe=timeframe, since=since)
         ask = methodcaller("fetch_ohlcv", symbol, timeframe, since, limit)
-        return await self.call(Call(name, "ohlcv", weight_of(name, "ohlcv", swap=":" in symbol), ask, build))
+        return await self.call(Call(name, "ohlcv", weight_of(name, "ohlcv", symbol=symbol), ask, build))
 
     async def trades(self, name: str, symbol: str, limit: int) -> Fetched[Trades]:
         """Fetch up to `limit` of the newest trades."""
         build = partial(Trades.from_ccxt, exchange=name, symbol=symbol)
         ask = methodcaller("fetch_trades", symbol, None, min(limit, MAX_TRADES.get(name, limit)))
-        return await self.call(Call(name, "trades", weight_of(name, "trades", swap=":" in symbol), ask, build))
+        return await self.call(Call(name, "trades", weight_of(name, "trades", symbol=symbol), ask, build))
 
     async def clock_skew(self, name: str) -> float:
         """Return how many seconds the exchange's clock is ahead of ours, half the round trip taken off."""
@@ -252,16 +252,26 @@ class ExchangeManager:
         )
 
 
-def weight_of(name: str, operation: str, size: int = 1, *, swap: bool = False) -> int:
+def is_swap(symbol: str) -> bool:
+    """Whether a unified symbol names a swap: `BTC/USDT:USDT` tells what it settles in."""
+    return ":" in symbol
+
+
+def weight_of(name: str, operation: str, size: int = 1, symbol: str = "") -> int:
     """Return what a call costs of the exchange's budget; `size` is the number of symbols or levels."""
     if name != "binance":
         return 1
-    if swap:
+    if is_swap(symbol):
         return BINANCE_SWAP_WEIGHTS[operation]
     steps = {"tickers": BINANCE_TICKERS, "orderbook": BINANCE_DEPTH}.get(operation)
     if steps is None:
         return BINANCE_WEIGHTS[operation]
     return next((weight for upto, weight in steps if size <= upto), steps[-1][1])
+
+
+def batch_size(name: str) -> int:
+    """Return how many tickers one call is worth asking for: on binance more than 20 cost twenty times as much."""
+    return BINANCE_TICKERS[0][0] if name == "binance" else MAX_BATCH
 
 
 def _server_time(raw: object, fetched_at: int) -> float:

@@ -5,9 +5,8 @@ Every way into the gateway comes through here, so all of them share one entry pe
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from config import Settings
 from src import metrics
@@ -28,18 +27,16 @@ from src.errors import (
     TooOld,
     UnknownSymbol,
 )
-from src.exchanges import ExchangeManager, Fetched, weight_of
+from src.exchanges import ExchangeManager, Fetched, is_swap, weight_of
 from src.market_loader import MarketLoader
 from src.models import TIMEFRAMES, MarketData
 from src.redis_store import PREFIX, RedisAway, RedisStore
 
 ALL = "all"
 SECONDS_BELOW = 100_000_000_000  # as milliseconds this is in 1973, before there was a market: somebody meant seconds
-Fetch = Callable[[str, str], Awaitable[Fetched[Any]]]  # called with an exchange and a symbol
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
+class Served(NamedTuple):
     """An answer as it will be sent; `ttl` is the seconds it stays fresh, negative when it is stale."""
 
     body: bytes
@@ -47,6 +44,7 @@ class Served:
     age: float
     ttl: float
     result: str
+    keys: tuple[Key, ...] = ()  # all that could have answered, most preferred first; empty when `max_age` was given
 
 
 class Gateway:
@@ -71,15 +69,11 @@ class Gateway:
 
     async def ticker(self, symbol: str, exchange: str | None, max_age: float | None) -> Served:
         """Answer with one ticker."""
-        return await self._serve("ticker", symbol, exchange, max_age, "", self.manager.ticker)
+        return await self._serve("ticker", symbol, exchange, max_age, "")
 
     async def order_book(self, symbol: str, exchange: str | None, max_age: float | None, limit: int) -> Served:
         """Answer with the best `limit` levels of an order book."""
-
-        def fetch(name: str, market: str) -> Awaitable[Fetched[Any]]:
-            return self.manager.order_book(name, market, limit)
-
-        return await self._serve("orderbook", symbol, exchange, max_age, str(limit), fetch, size=limit)
+        return await self._serve("orderbook", symbol, exchange, max_age, str(limit))
 
     async def ohlcv(
         self, symbol: str, exchange: str | None, max_age: float | None, timeframe: str, limit: int, since: int | None
@@ -93,20 +87,12 @@ class Gateway:
         if since is not None:  # the first candle that begins at or after it is the same for a whole candle's time
             length = TIMEFRAMES[timeframe] * 1000
             since = -(-since // length) * length
-
-        def fetch(name: str, market: str) -> Awaitable[Fetched[Any]]:
-            return self.manager.ohlcv(name, market, timeframe, limit, since)
-
         variant = f"{timeframe}:{limit}:{'' if since is None else since}"
-        return await self._serve("ohlcv", symbol, exchange, max_age, variant, fetch)
+        return await self._serve("ohlcv", symbol, exchange, max_age, variant)
 
     async def trades(self, symbol: str, exchange: str | None, max_age: float | None, limit: int) -> Served:
         """Answer with the newest trades."""
-
-        def fetch(name: str, market: str) -> Awaitable[Fetched[Any]]:
-            return self.manager.trades(name, market, limit)
-
-        return await self._serve("trades", symbol, exchange, max_age, str(limit), fetch)
+        return await self._serve("trades", symbol, exchange, max_age, str(limit))
 
     async def tickers(
         self, symbols: Sequence[str], exchange: str | None, max_age: float | None
@@ -134,10 +120,10 @@ class Gateway:
                 if isinstance(outcome, GatewayError):
                     attempts[place][key] = outcome
                 else:
-                    answers[place] = self._served(outcome)
+                    answers[place] = self._served(outcome, wanted[place], max_age)
         for place in [place for place in wanted if place not in answers]:
             answers[place] = self._stand_in(wanted[place], attempts[place], max_age)
-        return answers
+        return {place: answers.pop(place) for place in wanted} | answers  # in the order asked for, the refused last
 
     def _places(
         self, symbols: Sequence[str], exchange: str | None
@@ -158,40 +144,44 @@ class Gateway:
 
     async def _batch(self, keys: set[Key], deadline: float, max_age: float | None) -> dict[Key, Outcome]:
         """Look up tickers of several exchanges at once, with one call for the misses of each."""
-        groups: dict[tuple[str, str], list[Key]] = defaultdict(list)
-        for key in keys:
-            market = self.markets.find(key.exchange, key.symbol.upper())
-            groups[key.exchange, market.type if market else ""].append(key)
+        groups: dict[tuple[str, bool], list[Key]] = defaultdict(list)
+        for key in sorted(keys):
+            groups[key.exchange, is_swap(key.symbol)].append(key)
         ttl = self._ttls["ticker"]
         found = await asyncio.gather(
-            *(self.cache.get_many(group, ttl, self._load_tickers, deadline, max_age) for group in groups.values())
+            *(self.cache.get_many(group, ttl, self._load, deadline, max_age) for group in groups.values())
         )
         return {key: outcome for part in found for key, outcome in part.items()}
 
-    async def _serve(
-        self,
-        kind: str,
-        text: str,
-        exchange: str | None,
-        max_age: float | None,
-        variant: str,
-        fetch: Fetch,
-        size: int = 1,
-    ) -> Served:
+    def at_hand(self, keys: Sequence[Key]) -> Entry | None:
+        """Return what memory answers a request for these keys with; None when more has to be done for it.
+
+        It is what `_pick` and the cache come to, in one step and without waiting; nothing is counted but popularity.
+        """
+        for key in keys:
+            if (entry := self.cache.memory.ready(key)) is not None:
+                return entry
+            if self._is_available(key):
+                return None
+        return None
+
+    async def refresh(self, keys: Sequence[Key], max_age: float) -> bool:
+        """Load keys of one exchange and kind that are older than `max_age` seconds; returns whether all were had."""
+        until, ttl = self.clock.monotonic() + self.settings.request_timeout, self._ttls[keys[0].kind]
+        outcomes = await self.cache.get_many(keys, ttl, self._load, until, max_age)
+        return not any(isinstance(outcome, GatewayError) for outcome in outcomes.values())
+
+    async def _serve(self, kind: str, text: str, exchange: str | None, max_age: float | None, variant: str) -> Served:
         """Answer from the first exchange that can, in order; from an old value when none can."""
         deadline = self.clock.monotonic() + self.settings.request_timeout
         keys = self._keys(kind, text, exchange, variant)
-
-        async def load(wanted: Sequence[Key]) -> dict[Key, Entry | GatewayError]:
-            key = wanted[0]
-            return {key: await self._load_one(key, fetch)}
-
         attempts: dict[Key, GatewayError] = {}
         while len(attempts) < len(keys) and (not attempts or self.clock.monotonic() < deadline):
-            key = self._pick([key for key in keys if key not in attempts], max_age, size)
+            key = self._pick([key for key in keys if key not in attempts], max_age)
             try:
                 until = self._share(deadline, len(keys) - len(attempts))
-                return self._served(await self.cache.get(key, self._ttls[kind], load, until, max_age))
+                found = await self.cache.get(key, self._ttls[kind], self._load, until, max_age)
+                return self._served(found, keys, max_age)
             except Overloaded as error:  # the gateway's own bound: another exchange is no way round it
                 attempts = dict.fromkeys(keys, error)
             except GatewayError as error:
@@ -201,22 +191,33 @@ class Gateway:
             raise answer
         return answer
 
-    async def _load_one(self, key: Key, fetch: Fetch) -> Entry | GatewayError:
+    async def _load_one(self, key: Key) -> Entry | GatewayError:
         """Fetch one entry; a refusal is a value, as it is remembered."""
         try:
-            return self._entry(await fetch(key.exchange, key.symbol), key.kind)
+            return self._entry(await self._fetch(key), key.kind)
         except (CallerError, NoPrice) as error:
             return error
 
-    async def _load_tickers(self, keys: Sequence[Key]) -> dict[Key, Entry | GatewayError]:
-        """Load tickers of one exchange and type: one by the call for one, more by the call for lists."""
+    async def _fetch(self, key: Key) -> Fetched[Any]:
+        """Ask the exchange for what a key names."""
+        if key.kind == "ticker":
+            return await self.manager.ticker(key.exchange, key.symbol)
+        if key.kind == "orderbook":
+            return await self.manager.order_book(key.exchange, key.symbol, int(key.variant))
+        if key.kind == "trades":
+            return await self.manager.trades(key.exchange, key.symbol, int(key.variant))
+        timeframe, limit, since = key.variant.split(":")
+        return await self.manager.ohlcv(key.exchange, key.symbol, timeframe, int(limit), int(since) if since else None)
+
+    async def _load(self, keys: Sequence[Key]) -> dict[Key, Entry | GatewayError]:
+        """Load one key of any kind, or tickers of one exchange and type of market by the call for lists."""
         if len(keys) == 1:
-            return {keys[0]: await self._load_one(keys[0], self.manager.ticker)}
+            return {keys[0]: await self._load_one(keys[0])}
         try:
             fetched = await self.manager.tickers(keys[0].exchange, [key.symbol for key in keys])
         except CallerError:  # one symbol the exchange no longer knows spoils its whole list: find it
             half = len(keys) // 2
-            return await self._load_tickers(keys[:half]) | await self._load_tickers(keys[half:])
+            return await self._load(keys[:half]) | await self._load(keys[half:])
         loaded: dict[Key, Entry | GatewayError] = {}
         for key in keys:
             value = fetched.value[key.symbol]
@@ -250,26 +251,30 @@ class Gateway:
             f"{symbol} is not listed on {' or '.join(names)}{hint}", symbol=symbol, suggestions=close or None
         )
 
-    def _pick(self, keys: Sequence[Key], max_age: float | None, size: int = 1) -> Key:
+    def _pick(self, keys: Sequence[Key], max_age: float | None) -> Key:
         """Return the first key that memory or its exchange can answer now; else the first, for Redis or the error."""
         for key in keys:
-            cost = weight_of(key.exchange, key.kind, size, swap=":" in key.symbol)
-            if self.cache.has_fresh(key, max_age) or self.manager.is_available(key.exchange, cost):
+            if self.cache.has_fresh(key, max_age) or self._is_available(key):
                 return key
         return keys[0]
+
+    def _is_available(self, key: Key) -> bool:
+        levels = int(key.variant) if key.kind == "orderbook" else 1
+        return self.manager.is_available(key.exchange, weight_of(key.exchange, key.kind, levels, key.symbol))
 
     def _share(self, deadline: float, candidates: int) -> float:
         """When to go on to the next exchange: each gets its share of the time left, so that a hang hides no other."""
         now = self.clock.monotonic()
         return now + (deadline - now) / candidates
 
-    def _served(self, lookup: Lookup) -> Served:
+    def _served(self, lookup: Lookup, keys: Sequence[Key], max_age: float | None) -> Served:
         entry, result = lookup
         metrics.cache_requests_total.labels(result).inc()
         age = entry.age(self.clock.monotonic())
+        candidates = tuple(keys) if max_age is None else ()
         if result.startswith("stale"):
-            return Served(entry.marked_stale(), None, age, min(entry.ttl - age, -1.0), result)
-        return Served(entry.body, entry.etag, age, entry.ttl - age, result)
+            return Served(entry.marked_stale(), None, age, min(entry.ttl - age, -1.0), result, candidates)
+        return Served(entry.body, entry.etag, age, entry.ttl - age, result, candidates)
 
     def _stand_in(
         self, keys: Sequence[Key], attempts: dict[Key, GatewayError], max_age: float | None
@@ -285,7 +290,7 @@ class Gateway:
             refused = isinstance(verdict, CallerError | NoPrice)
             metrics.cache_requests_total.labels("negative" if refused else "miss").inc()
             return verdict
-        return self._served(Lookup(max(entries, key=lambda entry: entry.born), "stale_error"))
+        return self._served(Lookup(max(entries, key=lambda entry: entry.born), "stale_error"), keys, max_age)
 
     def is_ready(self) -> bool:
         """Whether at least one exchange's markets are loaded."""

@@ -29,6 +29,7 @@ class Markets:
     def __init__(self, exchanges: Iterable[str], types: Iterable[str]) -> None:
         self.exchanges = tuple(exchanges)
         self.loaded_at: dict[str, float] = {}  # UTC seconds
+        self.version = 0  # one more with each list taken over: what was concluded from an older one may be wrong
         self._types = frozenset(types)
         self._listed: dict[str, dict[str, Market]] = {}  # exchange -> symbol in capitals -> market
         self._by_base: dict[str, list[str]] = {}
@@ -44,6 +45,7 @@ class Markets:
             if market["active"] is not False and market["type"] in self._types
         }
         self.loaded_at[exchange] = loaded_at
+        self.version += 1
         by_base = defaultdict(set)
         for listed in self._listed.values():
             for symbol, market in listed.items():

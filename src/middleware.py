@@ -5,7 +5,6 @@ import logging
 import math
 import re
 import time
-import uuid
 
 from cachetools import TTLCache
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,7 +14,7 @@ from config import Settings
 from src import metrics
 from src.clock import Clock
 from src.errors import GatewayError, HeadersTooLarge, MalformedRequest, TooManyRequests, Unauthorized, UriTooLong
-from src.logs import request_id
+from src.logs import new_request_id, request_id
 from src.rate_limiter import Window
 from src.responses import problem
 
@@ -42,8 +41,7 @@ class Observe:
             await self.app(scope, receive, send)
             return
         headers, status, started = Headers(scope=scope), 500, time.perf_counter()
-        identity = headers.get("x-request-id", "")
-        request_id.set(identity if _REQUEST_ID.fullmatch(identity) else uuid.uuid4().hex)
+        request_id.set(identify(headers.get("x-request-id", "")))
         method = scope["method"]
         if method == "HEAD":  # the server drops the body; everything else is that of a GET
             scope = {**scope, "method": "GET"}
@@ -55,20 +53,25 @@ class Observe:
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id.get()
             await send(message)
 
-        metrics.http_requests_in_progress.inc()
+        metrics.in_progress.count += 1
         try:
             if (error := _refusal(scope, headers)) is not None:
                 await problem(error)(scope, receive, observed)
             else:
                 await self.app(scope, receive, observed)
         finally:
-            metrics.http_requests_in_progress.dec()
+            metrics.in_progress.count -= 1
             path = scope["path"] if scope["path"] in DOCUMENTS else "unmatched"  # these have no template
             route = getattr(scope.get("route"), "path_format", path)
             elapsed = time.perf_counter() - started
             metrics.http_requests_total.labels(route, method if method in METHODS else "OTHER", str(status)).inc()
             metrics.http_request_duration_seconds.labels(route).observe(elapsed)
             log.debug("request", extra={"method": method, "path": scope["path"], "status": status, "seconds": elapsed})
+
+
+def identify(given: str) -> str:
+    """Return the id of a request: the one it came with, if that is a plain one, else a new one."""
+    return given if given and _REQUEST_ID.fullmatch(given) else new_request_id()
 
 
 def _refusal(scope: Scope, headers: Headers) -> GatewayError | None:
@@ -83,44 +86,30 @@ def _refusal(scope: Scope, headers: Headers) -> GatewayError | None:
     return None
 
 
-class Access:
+class Gate:
     """Lets in who has a key, as often as the limit allows; without keys or limit it lets everybody in."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, clock: Clock) -> None:
-        self.app = app
+    def __init__(self, settings: Settings, clock: Clock) -> None:
+        self.open = not settings.api_keys and not settings.client_rate_limit
         self._keys = {name: key.get_secret_value().encode() for name, key in settings.api_keys.items()}
         self._limit = settings.client_rate_limit
         self._clock = clock
         self._windows: TTLCache[str, Window] = TTLCache(MAX_CLIENTS, 2 * CLIENT_WINDOW_SECONDS, timer=clock.monotonic)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith(OPEN_PATHS):
-            await self.app(scope, receive, send)
-            return
-        try:
-            client = self._identify(Headers(scope=scope), scope)
-            limits = self._count(client) if self._limit else {}
-        except Unauthorized as error:
-            await problem(error)(scope, receive, send)
-            return
-        except TooManyRequests as error:
-            await problem(error, self._headers(0, error.retry_after or 0))(scope, receive, send)
-            return
+    def admit(self, key: str, scope: Scope) -> dict[str, str]:
+        """Count a request that came with this key; returns the headers that tell what is left of the limit.
 
-        async def limited(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(limits)
-            await send(message)
+        Raises `Unauthorized`, or `TooManyRequests`, which counts as nothing.
+        """
+        client = self._identify(key, scope)
+        return self._count(client) if self._limit else {}
 
-        await self.app(scope, receive, limited if limits else send)
-
-    def _identify(self, headers: Headers, scope: Scope) -> str:
+    def _identify(self, given: str, scope: Scope) -> str:
         """Return who asks: the name of the key, or the address. Raises `Unauthorized`."""
         if not self._keys:
             return str((scope.get("client") or ("unknown",))[0])
-        given = headers.get("x-api-key", "").encode()
         # Every key is compared, in constant time, so that time tells nothing.
-        names = [name for name, key in self._keys.items() if hmac.compare_digest(given, key)]
+        names = [name for name, key in self._keys.items() if hmac.compare_digest(given.encode(), key)]
         if not names:
             raise Unauthorized("send one of the configured keys in the header X-API-Key")
         return f"key:{names[0]}"
@@ -134,10 +123,38 @@ class Access:
                 f"more than {self._limit} requests in {CLIENT_WINDOW_SECONDS} s; wait and ask again", retry_after=wait
             )
         window.add(1)
-        return self._headers(self._limit - window.used(), window.wait_for(self._limit))
+        return self.headers(self._limit - window.used(), window.wait_for(self._limit))
 
-    def _headers(self, left: int, seconds: float) -> dict[str, str]:
+    def headers(self, left: int, seconds: float) -> dict[str, str]:
         return {
             "RateLimit-Policy": f'"client";q={self._limit};w={CLIENT_WINDOW_SECONDS}',
             "RateLimit": f'"client";r={left};t={math.ceil(seconds)}',
         }
+
+
+class Access:
+    """Sends away whom the gate does not let in; health, metrics and docs are open, and /admin has its own token."""
+
+    def __init__(self, app: ASGIApp, gate: Gate) -> None:
+        self.app = app
+        self._gate = gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith(OPEN_PATHS):
+            await self.app(scope, receive, send)
+            return
+        try:
+            limits = self._gate.admit(Headers(scope=scope).get("x-api-key", ""), scope)
+        except Unauthorized as error:
+            await problem(error)(scope, receive, send)
+            return
+        except TooManyRequests as error:
+            await problem(error, self._gate.headers(0, error.retry_after or 0))(scope, receive, send)
+            return
+
+        async def limited(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(limits)
+            await send(message)
+
+        await self.app(scope, receive, limited if limits else send)

@@ -23,6 +23,7 @@ from prometheus_client import REGISTRY
 from config import Settings, load_settings
 from src.api import create_app
 from src.demo import free_port, redis_server
+from src.fast_path import FastPath
 from src.gateway import Gateway
 from src.sandbox import Sandbox
 
@@ -88,11 +89,14 @@ class RedisServer:
 class Live:
     """A running gateway: its address, a client for it, and its inside for what cannot be seen from outside."""
 
-    def __init__(self, url: str, client: httpx.AsyncClient, gateway: Gateway, server: uvicorn.Server) -> None:
+    def __init__(
+        self, url: str, client: httpx.AsyncClient, gateway: Gateway, server: uvicorn.Server, front: FastPath
+    ) -> None:
         self.url = url
         self.client = client
         self.gateway = gateway
         self.server = server
+        self.front = front
 
     async def get(self, path: str, **arguments: Any) -> httpx.Response:
         return await self.client.get(self.url + path, **arguments)
@@ -149,8 +153,14 @@ async def sandbox(clock: FakeClock) -> AsyncIterator[Sandbox]:
 
 
 def make_settings(sandbox: Sandbox | None = None, **overrides: object) -> Settings:
-    """Settings for the sandbox, without Redis, jitter or small budgets unless a test asks for them."""
-    environment = {"REDIS_HOST": "", "TTL_JITTER_RATIO": "0", "KRAKEN_BUDGET": "1000/5", "LOG_LEVEL": "DEBUG"}
+    """Settings for the sandbox, without Redis, jitter, refreshes or small budgets unless a test asks for them."""
+    environment = {
+        "REDIS_HOST": "",
+        "REFRESH_AHEAD": "false",
+        "TTL_JITTER_RATIO": "0",
+        "KRAKEN_BUDGET": "1000/5",
+        "LOG_LEVEL": "DEBUG",
+    }
     if sandbox is not None:
         environment |= {f"{name.upper()}_REST_URL": url for name, url in sandbox.urls.items()}
     environment |= {name.upper(): str(value) for name, value in overrides.items()}
@@ -173,17 +183,20 @@ async def start(sandbox: Sandbox, clock: FakeClock) -> AsyncIterator[StartGatewa
 
 
 @asynccontextmanager
-async def serve(settings: Settings, clock: Any) -> AsyncIterator[Live]:
-    """Run the app under a real uvicorn in this event loop."""
-    config = uvicorn.Config(create_app(settings, clock), log_config=None, lifespan="on")
+async def serve(settings: Settings, clock: Any, *, shortcut: bool = True) -> AsyncIterator[Live]:
+    """Run the app under a real uvicorn in this event loop; without `shortcut` nothing stands before the app."""
+    front = create_app(settings, clock)
+    config = uvicorn.Config(front if shortcut else front.app, log_config=None, lifespan="on")
     server = uvicorn.Server(config)
-    listener = socket.create_server(("127.0.0.1", 0))
+    # With its protocol named: asyncio sets TCP_NODELAY on such only, and without it each answer takes 40 ms.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
     task = asyncio.create_task(server.serve([listener]))
     await eventually(lambda: server.started or task.done())
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     async with httpx.AsyncClient(timeout=15, limits=httpx.Limits(max_connections=1500)) as client:
         try:
-            yield Live(url, client, server.lifespan.state["gateway"], server)
+            yield Live(url, client, server.lifespan.state["gateway"], server, front)
         finally:
             server.should_exit = True
             await task

@@ -200,7 +200,10 @@ def test_request_weights_are_those_binance_documents() -> None:
     assert [weight_of("binance", "tickers", count) for count in (1, 20, 21, 100)] == [2, 2, 40, 40]
     assert [weight_of("binance", "orderbook", limit) for limit in (5, 100, 101, 500)] == [5, 5, 25, 25]
     assert [weight_of("binance", kind) for kind in ("ticker", "ohlcv", "trades", "markets")] == [2, 2, 4, 20]
-    assert [weight_of("binance", kind, swap=True) for kind in ("ticker", "tickers")] == [3, 100]  # 2.5 times 1 and 40
+    assert [weight_of("binance", kind, symbol="BTC/USDT:USDT") for kind in ("ticker", "tickers")] == [
+        3,
+        100,
+    ]  # 2.5 times 1 and 40
     assert weight_of("bybit", "tickers", 100) == weight_of("kraken", "orderbook", 200) == 1
 
 

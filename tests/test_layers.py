@@ -27,6 +27,7 @@ LEVELS = {
     "src.redis_store": 2,
     "src.entry": 2,
     "src.redis_tier": 2,
+    "src.memory": 2,
     "src.rate_limiter": 2,
     "src.cache": 3,
     "src.exchanges": 3,
@@ -35,9 +36,11 @@ LEVELS = {
     "src.status": 5,
     "src.responses": 5,
     "src.middleware": 5,
-    "src.api": 6,
-    "maintenance": 6,
-    "src.demo": 6,
+    "src.refresh_ahead": 5,
+    "src.fast_path": 6,
+    "src.api": 7,
+    "maintenance": 7,
+    "src.demo": 7,
 }
 SANDBOX = {"src.sandbox", "src.sandbox_wire", "src.sandbox_market"}
 OWNERS = {

@@ -58,7 +58,7 @@ def background() -> Iterator[Background]:
     server.stop()
 
 
-DOCUMENT = create_app(make_settings()).openapi()
+DOCUMENT = create_app(make_settings()).app.openapi()
 OPERATIONS = [found.ok() for found in schemathesis.openapi.from_dict(DOCUMENT).get_all_operations()]  # type: ignore[union-attr]
 
 

@@ -418,8 +418,12 @@ async def test_a_clear_removes_only_what_is_ours_and_named(bench: Bench, redis: 
 async def test_a_clear_is_not_undone_by_a_load(bench: Bench, redis: RedisServer) -> None:
     """A load under way at a clear leaves nothing in Redis, nor does a write that was under way."""
     cache = bench.make(redis_url=redis.url)
+    gate, both = bench.close_gate(), cache.get_many([KEY, key("X/Y")], TTL, bench.load, bench.clock.monotonic() + 5)
+    load = asyncio.create_task(both)
+    await bench.called(1)
     redis.client.client_pause(5000, all=False)  # reads go on
-    await cache.get_many([KEY, key("X/Y")], TTL, bench.load, bench.clock.monotonic() + 5)
+    gate.set()
+    await load
     clear = asyncio.create_task(cache.clear())
     await asyncio.wait([clear], timeout=0.03)
     redis.client.client_unpause()

@@ -1,0 +1,191 @@
+"""In front of the app: a request that was answered before is answered from ready bytes while memory has them fresh.
+
+The app teaches it: each of its answers leaves a recipe, the keys that request came down to. A repetition looks those
+keys up in the same cache, by the same order of exchanges and breakers, and writes the same header fields by the same
+functions. Whatever asks for more than that goes on to the app untouched, so nothing is decided twice.
+"""
+
+import logging
+from time import perf_counter
+
+from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
+
+from config import Settings
+from src import metrics
+from src.clock import Clock
+from src.entry import Entry
+from src.errors import GatewayError
+from src.gateway import Gateway
+from src.logs import new_request_id
+from src.middleware import MAX_HEADER_BYTES, Gate, identify
+from src.responses import Fields, Recipe, content, head, joined, matches
+
+REQUESTS_PER_ENTRY = 2  # requests remembered for each entry memory may hold: a symbol has more than one spelling
+MAX_REQUEST_BYTES = 256  # of path and query; a longer one for a single value is nobody's habit
+MAX_BATCHES = 128  # each holds its whole answer, some 45 KB for 100 symbols
+MAX_BATCH_BYTES = 4096
+TURNS = 8  # most requests that get a second chance before a new one is turned away
+
+# What a ready answer depends on, and what only the app can judge.
+NOTED = frozenset({b"host", b"if-none-match", b"x-api-key", b"x-request-id"})
+FOR_THE_APP = frozenset({b"content-length", b"transfer-encoding", b"expect"})
+
+Raw = tuple[bytes, bytes]  # path and query as they came
+log = logging.getLogger(__name__)
+
+
+class Slot:
+    """One remembered request."""
+
+    __slots__ = ("_joined", "_parts", "hits", "recipe", "used", "values")
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.hits = metrics.hits.setdefault(recipe.route, metrics.Hits(recipe.route))
+        self.used = False
+        self.values = len(recipe.keys)
+        self._parts: list[Entry] = []
+        self._joined: Entry | None = None
+
+    def find(self, gateway: Gateway) -> Entry | None:
+        """Return the answer if all of it is fresh in memory; a batch is joined anew only when a part has changed."""
+        if not self.recipe.places:
+            return gateway.at_hand(self.recipe.keys[0])
+        parts = []
+        for keys in self.recipe.keys:
+            if (entry := gateway.at_hand(keys)) is None:
+                return None
+            parts.append(entry)
+        if self._joined is None or parts != self._parts:
+            bodies = (part.body for part in parts)
+            self._joined = Entry.joined(joined(dict(zip(self.recipe.places, bodies, strict=True))), parts)
+            self._parts = parts
+        return self._joined
+
+
+class Table(dict[Raw, Slot]):
+    """Remembered requests, at most `size`, the oldest out first.
+
+    One that was repeated since its last turn stays for another: so a flood of requests nobody repeats replaces itself.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
+
+    def add(self, raw: Raw, slot: Slot) -> None:
+        """Remember a request, unless every one that would have to go for it is in use."""
+        for _ in range(TURNS):
+            if len(self) < self._size or raw in self:
+                break
+            oldest = next(iter(self))
+            old = self.pop(oldest)
+            if old.used:
+                old.used = False
+                self[oldest] = old
+        if len(self) < self._size or raw in self:
+            self[raw] = slot
+
+
+class FastPath:
+    """The ASGI app that is served; `app` is the whole of it without this shortcut."""
+
+    def __init__(self, app: FastAPI, gate: Gate, settings: Settings, clock: Clock) -> None:
+        self.app = app
+        self._gate = gate
+        self._clock = clock
+        self._private = bool(settings.api_keys)
+        self._noted = NOTED | FOR_THE_APP | ({b"origin"} if settings.cors_origins else set())
+        # The CORS middleware says so even where there is no Origin.
+        self._always: Fields = [(b"vary", b"Origin")] if settings.cors_origins else []
+        self._single = Table(REQUESTS_PER_ENTRY * settings.cache_memory_size)
+        self._batches = Table(MAX_BATCHES)
+        self._markets_version = 0
+        self._logs_requests = log.isEnabledFor(logging.DEBUG)  # the app writes a line for each: leave them all to it
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = perf_counter()
+        hit = self._hit(scope) if scope["type"] == "http" else None
+        if hit is None:
+            await self.app(scope, receive, send)
+            self._learn(scope)
+            return
+        slot, age, status, fields, body = hit
+        metrics.in_progress.count += 1
+        try:
+            await send({"type": "http.response.start", "status": status, "headers": fields})
+            await send({"type": "http.response.body", "body": body})
+        finally:
+            metrics.in_progress.count -= 1
+            slot.hits.count(status, age, perf_counter() - started, slot.values)
+
+    def _hit(self, scope: Scope) -> tuple[Slot, float, int, Fields, bytes] | None:
+        """Make the answer to a request: its age, status, header fields and body; None when that is for the app."""
+        slot = self._find(scope)
+        if slot is None or (asked := self._read(scope)) is None:
+            return None
+        entry = slot.find(scope["state"]["gateway"])
+        if entry is None:
+            return None
+        if (limits := self._limits(asked, scope)) is None:
+            return None
+        slot.used = True
+        age = max(0.0, self._clock.monotonic() - entry.born)
+        fields = head(entry.etag, age, entry.ttl - age, "hit_memory", private=self._private)
+        status, body = 200, entry.body
+        if b"if-none-match" in asked and matches([asked[b"if-none-match"].decode("latin-1")], entry.etag):
+            status, body = 304, b""
+        else:
+            fields += content(len(body))
+        fields += limits
+        given = asked.get(b"x-request-id")
+        fields.append((b"x-request-id", (identify(given.decode("latin-1")) if given else new_request_id()).encode()))
+        return slot, age, status, fields, body
+
+    def _limits(self, asked: dict[bytes, bytes], scope: Scope) -> Fields | None:
+        """Count the request against its client's limit; returns the fields that tell of it, None when it is refused."""
+        if self._gate.open:
+            return self._always
+        try:
+            limits = self._gate.admit(asked.get(b"x-api-key", b"").decode("latin-1"), scope)
+        except GatewayError:
+            return None
+        return self._always + [(name.lower().encode(), value.encode()) for name, value in limits.items()]
+
+    def _find(self, scope: Scope) -> Slot | None:
+        if scope["method"] != "GET" or self._logs_requests:
+            return None
+        raw = (scope["raw_path"], scope["query_string"])
+        slot = self._single.get(raw) or self._batches.get(raw)
+        if slot is not None and scope["state"]["gateway"].markets.version != self._markets_version:
+            return None  # who lists what may have changed: the app finds out, and teaches again
+        return slot
+
+    def _read(self, scope: Scope) -> dict[bytes, bytes] | None:
+        """Pick the header fields an answer depends on; None when there is one the app has to see, or too much."""
+        asked: dict[bytes, bytes] = {}
+        size = 0
+        for name, value in scope["headers"]:
+            size += len(name) + len(value)
+            if name in self._noted:
+                if name in asked or name not in NOTED:
+                    return None
+                asked[name] = value
+        return asked if b"host" in asked and size <= MAX_HEADER_BYTES else None
+
+    def _learn(self, scope: Scope) -> None:
+        """Remember how the app answered, if it told."""
+        recipe = scope.get("state", {}).pop("recipe", None)
+        if recipe is None or scope["method"] != "GET":
+            return
+        version = scope["state"]["gateway"].markets.version
+        if version != self._markets_version:
+            self._markets_version = version
+            self._single.clear()
+            self._batches.clear()
+        raw = (scope["raw_path"], scope["query_string"])
+        table, longest = (self._batches, MAX_BATCH_BYTES) if recipe.places else (self._single, MAX_REQUEST_BYTES)
+        known = table.get(raw)
+        if len(raw[0]) + len(raw[1]) <= longest and (known is None or known.recipe != recipe):
+            table.add(raw, Slot(recipe))
