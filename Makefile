@@ -1,14 +1,15 @@
-# make demo | run | test | format | bench | clean. Everything is installed into .venv; nothing needs root.
+# make demo | run | test | format | bench | scale | soak | clean. Everything is installed into .venv; nothing needs root.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 HOST ?= 127.0.0.1
 PORT ?= 8000
 SANDBOX_PORT ?= 9100
+MINUTES ?= 10
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test format bench ci-deps clean
+.PHONY: help demo run test format bench scale soak ci-deps clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,11 +30,18 @@ format: $(VENV)/.dev ## Format the code and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.demo ## Measure the hit path beside a bare server sending the same bytes, in one run
-	$(BIN)/python -m benchmarks.bench
+bench: $(VENV)/.demo ## Measure the gateway beside other designs, in some minutes; writes benchmarks/RESULTS.md
+	@$(BIN)/python -m benchmarks.bench
 
-ci-deps: ## Install the optional system tools (Debian): wrk for the benchmarks, promtool for a test of the metrics
-	apt-get update -qq && apt-get install -y -qq --no-install-recommends wrk prometheus
+scale: $(VENV)/.demo ## Compare one gateway with two replicas behind nginx
+	@$(BIN)/python -m benchmarks.scale
+
+soak: $(VENV)/.demo ## Watch the memory under a mixed load for MINUTES (10); writes benchmarks/SOAK.md
+	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
+
+# Debian starts nginx and prometheus as services where its policy allows that; what is here needs only the programs.
+ci-deps: ## Install the optional system tools (Debian): wrk and nginx for the benchmarks, promtool for a test
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends wrk nginx-light prometheus
 
 clean: ## Remove what was installed and cached
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -1,20 +1,22 @@
-"""The limit: a bare ASGI app under the same server, sending the bytes the gateway sends, and doing nothing else."""
+"""Two partners that send one recorded answer of the gateway: a bare ASGI app, the limit, and one route of FastAPI."""
 
 import json
 import os
 from pathlib import Path
+from typing import Annotated
 
+from fastapi import FastAPI, Query
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 def make() -> ASGIApp:
-    """Make the app that answers every request with the answer recorded in the file BENCH_ANSWER names."""
-    recorded = json.loads(Path(os.environ["BENCH_ANSWER"]).read_text())
-    body = recorded["body"].encode()
+    """Make the app that answers every request with the recorded answer, and does nothing else."""
+    headers, body = _recorded()
     start = {
         "type": "http.response.start",
         "status": 200,
-        "headers": [(name.encode(), value.encode()) for name, value in recorded["headers"].items()],
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
     }
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -23,3 +25,24 @@ def make() -> ASGIApp:
             await send({"type": "http.response.body", "body": body})
 
     return app
+
+
+def make_fastapi() -> FastAPI:
+    """Make the app that routes and validates as the gateway does, and then sends the recorded answer."""
+    headers, body = _recorded()
+    app = FastAPI()
+
+    @app.get("/ticker/{symbol:path}")
+    async def get_ticker(
+        symbol: str,
+        exchange: Annotated[str | None, Query(max_length=32)] = None,
+        max_age: Annotated[float | None, Query(ge=0, le=86400, allow_inf_nan=False)] = None,
+    ) -> Response:
+        return Response(body, headers=headers)
+
+    return app
+
+
+def _recorded() -> tuple[dict[str, str], bytes]:
+    recorded = json.loads(Path(os.environ["BENCH_ANSWER"]).read_text())
+    return recorded["headers"], recorded["body"].encode()
