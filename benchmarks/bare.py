@@ -1,4 +1,7 @@
-"""Two partners that send one recorded answer of the gateway: a bare ASGI app, the limit, and one route of FastAPI."""
+"""Partners: a bare ASGI app, the limit; a route of FastAPI; and the gateway itself without its fast path.
+
+The first two repeat one recorded answer of the gateway.
+"""
 
 import json
 import os
@@ -8,6 +11,9 @@ from typing import Annotated
 from fastapi import FastAPI, Query
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from config import load_settings
+from src.api import create_app
 
 
 def make() -> ASGIApp:
@@ -41,6 +47,11 @@ def make_fastapi() -> FastAPI:
         return Response(body, headers=headers)
 
     return app
+
+
+def make_app_alone() -> FastAPI:
+    """Make the gateway as it is without its fast path: each request goes through the framework."""
+    return create_app(load_settings()).app
 
 
 def _recorded() -> tuple[dict[str, str], bytes]:

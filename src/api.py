@@ -135,8 +135,8 @@ def _create_app(settings: Settings, clock: Clock, gate: Gate) -> FastAPI:
 
 def _report(background: asyncio.Task[None]) -> None:
     """Say that background work has ended: the gateway goes on answering without it, and nobody would notice."""
-    if not background.cancelled():
-        log.error("background work ended", exc_info=background.exception())
+    if not background.cancelled() and (error := background.exception()) is not None:
+        log.error("background work ended", exc_info=error)
 
 
 def _add_routes(app: FastAPI, settings: Settings) -> None:

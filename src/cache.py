@@ -6,7 +6,7 @@ one key share one flight: a task nobody owns, so a caller who leaves takes nothi
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import NamedTuple
 
 from cachetools import TTLCache
@@ -95,6 +95,14 @@ class Cache:
         if isinstance(outcome, GatewayError):
             raise outcome
         return outcome
+
+    def all_ready(self, keys: Collection[Key], max_age: float | None) -> dict[Key, Outcome] | None:
+        """Return the entries of all keys if memory has every one of them fresh, else None; nothing is awaited."""
+        entries = {key: entry for key in keys if (entry := self.memory.ready(key, max_age)) is not None}
+        if len(entries) < len(keys):
+            return None
+        _MEMORY_HIT.inc(len(keys))
+        return {key: Lookup(entry, "hit_memory") for key, entry in entries.items()}
 
     async def get_many(
         self, keys: Sequence[Key], ttl: float, load: Load, deadline: float, max_age: float | None = None

@@ -144,6 +144,8 @@ class Gateway:
 
     async def _batch(self, keys: set[Key], deadline: float, max_age: float | None) -> dict[Key, Outcome]:
         """Look up tickers of several exchanges at once, with one call for the misses of each."""
+        if (ready := self.cache.all_ready(keys, max_age)) is not None:
+            return ready  # without a task for each group
         groups: dict[tuple[str, bool], list[Key]] = defaultdict(list)
         for key in sorted(keys):
             groups[key.exchange, is_swap(key.symbol)].append(key)

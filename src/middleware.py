@@ -5,8 +5,10 @@ import logging
 import math
 import re
 import time
+from functools import lru_cache
 
 from cachetools import TTLCache
+from prometheus_client import Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -64,9 +66,17 @@ class Observe:
             path = scope["path"] if scope["path"] in DOCUMENTS else "unmatched"  # these have no template
             route = getattr(scope.get("route"), "path_format", path)
             elapsed = time.perf_counter() - started
-            metrics.http_requests_total.labels(route, method if method in METHODS else "OTHER", str(status)).inc()
-            metrics.http_request_duration_seconds.labels(route).observe(elapsed)
+            counter, histogram = _measured(route, method if method in METHODS else "OTHER", status)
+            counter.inc()
+            histogram.observe(elapsed)
             log.debug("request", extra={"method": method, "path": scope["path"], "status": status, "seconds": elapsed})
+
+
+@lru_cache(1024)  # more than there are routes, methods and statuses
+def _measured(route: str, method: str, status: int) -> tuple[Counter, Histogram]:
+    """Return the metrics of one kind of answer, looked up once."""
+    counter = metrics.http_requests_total.labels(route, method, str(status))
+    return counter, metrics.http_request_duration_seconds.labels(route)
 
 
 def identify(given: str) -> str:

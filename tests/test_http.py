@@ -254,6 +254,31 @@ async def test_a_cold_batch_of_a_hundred_is_one_call_for_each_exchange(sandbox: 
     assert all(sandbox.count(name) <= 1 for name in ("bybit", "binance", "kraken"))
 
 
+async def test_a_cold_batch_of_all_exchanges_is_one_call_to_each(clock: FakeClock) -> None:
+    """A hundred symbols that all three list, wanted from each: three upstream calls bring the three hundred tickers."""
+    sandbox = Sandbox(now=clock.time, filler=100)
+    await sandbox.start()
+    async with serve(make_settings(sandbox), clock) as live:
+        await eventually(lambda: len(live.gateway.markets.loaded_at) == 3)
+        sandbox.clear_counts()
+        wanted = ",".join(f"F{number:04d}/USDT" for number in range(1, 101))
+        batch = (await live.get(f"/tickers?symbols={wanted}&exchange=all")).json()
+        assert (len(batch["tickers"]), batch["errors"]) == (100, {})
+        assert {len(by_exchange) for by_exchange in batch["tickers"].values()} == {3}
+        assert [sandbox.count(name) for name in sandbox.urls] == [1, 1, 1]
+    await sandbox.stop()
+
+
+async def test_a_thousand_cold_requests_are_one_call(start: StartGateway, sandbox: Sandbox) -> None:
+    """However many ask for a symbol that is not there yet, its exchange is asked once, and all have the answer."""
+    live = await start()
+    await sandbox.set("bybit", latency_ms=300, rate_limit=-1)
+    answers = await asyncio.gather(*(live.get("/ticker/BTC/USDT") for _ in range(1000)))
+    assert sandbox.count("bybit") == 1
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.content for answer in answers}) == 1
+
+
 async def test_all_exchanges_side_by_side(start: StartGateway, sandbox: Sandbox) -> None:
     """`exchange=all` answers by symbol and exchange; who does not list it or fails has its problem there."""
     live = await start()

@@ -356,6 +356,21 @@ async def test_replicas_load_a_cold_symbol_once(start: StartGateway, sandbox: Sa
     await eventually(lambda: not redis.client.exists(LOCK), seconds=1)
 
 
+async def test_replicas_load_a_cold_batch_once(start: StartGateway, sandbox: Sandbox, redis: RedisServer) -> None:
+    """Two gateways asked for the same cold batch at once, in whatever order, make one call; what differs is loaded."""
+    gateways = [await start(redis_url=redis.url) for _ in range(2)]
+    await sandbox.set("bybit", latency_ms=100, rate_limit=-1)
+    one, other = gateways
+    answers = await asyncio.gather(
+        one.get("/tickers?symbols=BTC-USDT,ETH-USDT,SOL-USDT"), other.get("/tickers?symbols=SOL-USDT,BTC-USDT,ETH-USDT")
+    )
+    assert sandbox.count("bybit", "tickers") == 1
+    assert answers[0].json() == answers[1].json()
+    more = await other.get("/tickers?symbols=BTC-USDT,ETH-USDT,XRP-USDT,ADA-USDT")
+    assert len(more.json()["tickers"]) == 4
+    assert sandbox.count("bybit", "tickers") == 2
+
+
 @pytest.mark.parametrize("error", [None, FAILURE])
 async def test_a_load_gives_up_its_lock(bench: Bench, redis: RedisServer, error: Exception | None) -> None:
     """The lock is held while a load runs, would expire by itself, and is gone after it, whatever the load brought."""
