@@ -1,19 +1,21 @@
-"""The edge to ccxt: how its clients are made, what its errors mean here, and how it reads market lists.
+"""The edge to ccxt: how its clients are made, what its errors mean here, and what is kept of its market lists.
 
 No other module imports ccxt.
 """
 
 import asyncio
-import threading
+import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple, TypeVar
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec
+from inspect import getmembers, isclass
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
-import ccxt.async_support as ccxt
 import orjson
 
 from config import Settings
@@ -31,12 +33,41 @@ from src.errors import (
 )
 from src.http_client import Answer, AnswerRefused, answer, open_session
 
-T = TypeVar("T")
 Client = Any  # ccxt's clients are untyped and generated; this is one of bybit, binance, kraken
 MARKETS_TIMEOUT_SECONDS = 20.0
 MAX_RETRY_AFTER_SECONDS = 3 * 86400.0  # binance's longest ban
 # bybit documents 10 minutes for "access too frequent", which it sends as a 403 without Retry-After.
 RATE_LIMITED_403_SECONDS = 600.0
+SNAPSHOT_FORMAT = 2  # the first had no number
+# What of a market nothing here reads; `info`, the exchange's own record of it, is more than half of the whole.
+UNREAD = {"info", "limits", "precision", "marginModes", "tiers"}
+
+
+def _import_ccxt() -> Any:
+    """Import what is used of ccxt, and return its errors and clients as one namespace.
+
+    Its two packages import a hundred exchanges each, which is 50 MB and 0.3 s. So they are registered without being
+    run, and hold only what the modules below them look for.
+    """
+    if "ccxt" in sys.modules:
+        return import_module("ccxt.async_support")
+    for name in ("ccxt", "ccxt.async_support"):
+        spec = find_spec(name)
+        if spec is None:
+            raise ModuleNotFoundError(name)
+        sys.modules[name] = module_from_spec(spec)
+    import ccxt
+    from ccxt.base import errors, exchange
+
+    vars(ccxt).update(getmembers(errors, isclass), Exchange=exchange.Exchange)
+    ccxt.async_support = package = sys.modules["ccxt.async_support"]
+    vars(package).update(getmembers(errors, isclass))
+    for name in ("bybit", "binance", "kraken"):
+        setattr(package, name, getattr(import_module(f"ccxt.async_support.{name}"), name))
+    return package
+
+
+ccxt = _import_ccxt()
 
 # The nearest class in an error's ancestry decides. A bare ExchangeError is a failure: bybit and kraken send it for
 # server timeouts. test_ccxt_client.py walks every class ccxt has, so a new release cannot surprise.
@@ -87,7 +118,7 @@ def make_client(exchange: str, settings: Settings, session: aiohttp.ClientSessio
         "has": {"fetchCurrencies": False},  # with keys set these would be signed requests
         "options": {"fetchMarkets": {"types": types}, "fetchCurrencies": False, "fetchMargins": False},
     }
-    client = {"bybit": ccxt.bybit, "binance": ccxt.binance, "kraken": ccxt.kraken}[exchange](config)
+    client = getattr(ccxt, exchange)(config)
     client.timeout_on_exit = 0
     client.urls["api"] = _moved(client.urls["api"], own.rest_url, own.ws_url)
     if not own.rest_url.startswith("http://"):
@@ -165,67 +196,49 @@ def _retry_after(got: Answer) -> float | None:
 
 
 class MarketList(NamedTuple):
-    """A market list that was read: a client that holds it, when it was loaded (UTC seconds), and it as a snapshot."""
+    """A market list that was read: ccxt's markets by symbol, when it was loaded (UTC seconds), and it as a snapshot."""
 
-    source: Client
+    markets: dict[str, dict[str, Any]]
     loaded_at: float
     snapshot: bytes
 
 
-def read_markets(exchange: str, settings: Settings, got: Answer, now: float) -> MarketList:
-    """Load and parse an exchange's market list, blocking. For a thread: parsing 2,000 markets takes 0.2 s of CPU."""
-
-    async def load() -> Client:
-        answer.set(got)
-        async with open_session(max_connections=4) as session:
-            client = make_client(exchange, settings, session)
-            try:
-                await client.load_markets()
-            finally:
-                await client.close()
-            return client
-
-    source = asyncio.run(load())
-    # `info` is the exchange's own record of a market: more than half of the whole, and nothing here reads it.
-    markets = [{**market, "info": {}} for market in source.markets.values()]
-    return MarketList(source, now, zlib.compress(orjson.dumps({"loaded_at": now, "markets": markets}), 1))
+async def load_snapshot(exchange: str, settings: Settings, got: Answer, now: float) -> bytes:
+    """Load and parse an exchange's market list; returns it as a snapshot. Blocks: 0.2 s of CPU for 2,000 markets."""
+    answer.set(got)
+    async with open_session(max_connections=4) as session:
+        client = make_client(exchange, settings, session)
+        try:
+            markets = (await client.load_markets()).values()
+        finally:
+            await client.close()
+    slim = [{key: it for key, it in market.items() if it is not None and key not in UNREAD} for market in markets]
+    return zlib.compress(orjson.dumps({"format": SNAPSHOT_FORMAT, "loaded_at": now, "markets": slim}), 1)
 
 
-def restore_markets(exchange: str, snapshot: bytes) -> MarketList | None:
-    """Parse a snapshot, blocking; None when it is broken."""
+async def restore_markets(client: Client, snapshot: bytes) -> MarketList | None:
+    """Unpack a snapshot; None when it is broken, empty or of another format.
+
+    It takes 10 ms of CPU for 2,000 markets, in steps between which other tasks have their turn.
+    """
     try:
         document = orjson.loads(zlib.decompress(snapshot))
-        loaded_at, markets = float(document["loaded_at"]), document["markets"]
-        source = {"bybit": ccxt.bybit, "binance": ccxt.binance, "kraken": ccxt.kraken}[exchange]()
-        source.set_markets(markets)
-        if not markets:
+        if document["format"] != SNAPSHOT_FORMAT:
             return None
-    except (zlib.error, ValueError, KeyError, TypeError, AttributeError):
+        await asyncio.sleep(0)
+        blank, loaded_at = client.safe_market_structure(), float(document["loaded_at"])
+        markets = {market["symbol"]: blank | market for market in document["markets"]}
+        await asyncio.sleep(0)
+    except (zlib.error, ValueError, KeyError, TypeError):
         return None
-    return MarketList(source, loaded_at, snapshot)
+    needed = ("id", "symbol", "base", "quote", "type")
+    named = all(isinstance(market[key], str) for market in markets.values() for key in needed)
+    return MarketList(markets, loaded_at, snapshot) if markets and named else None
 
 
-async def in_thread(function: Callable[[], T]) -> T:
-    """Run a blocking function in a thread that does not keep the process from ending."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: Exception | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)  # type: ignore[arg-type]
-        else:
-            future.set_exception(error)
-
-    def run() -> None:
-        result, failure = None, None
-        try:
-            result = function()
-        except Exception as error:  # noqa: BLE001 - it is raised again where the result is awaited
-            failure = error
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, result, failure)
-
-    threading.Thread(target=run, name="markets", daemon=True).start()
-    return await future
+def adopt_markets(client: Client, markets: dict[str, dict[str, Any]]) -> None:
+    """Have a client read data by these markets, as ccxt's `set_markets` would, without a copy of each."""
+    by_id: dict[str, list[dict[str, Any]]] = {}
+    for market in markets.values():
+        by_id.setdefault(market["id"], []).append(market)
+    client.markets, client.markets_by_id = markets, by_id

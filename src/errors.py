@@ -31,7 +31,8 @@ GatewayError
         |-- NoExchangeAvailable    503 no_exchange_available
         `-- TooOld                 503 too_old
 
-`InternalError` (500 internal_error) stands apart: nobody raises it, it is the form an unforeseen exception takes.
+`InternalError` (500 internal_error) stands apart: it is the form an unforeseen exception takes. One place
+raises it: where a process that reads a market list died.
 """
 
 import math

@@ -27,6 +27,7 @@ from src.errors import (
     ExchangeRateLimited,
     GatewayError,
     GeoBlocked,
+    InternalError,
     NoPrice,
     UpstreamError,
 )
@@ -247,7 +248,7 @@ class ExchangeManager:
             reset_seconds=self._settings.cb_reset_seconds,
             window_seconds=self._settings.cb_window_seconds,
             max_open_seconds=self._settings.cb_max_open_seconds,
-            neutral=(CallerError, NoPrice, BudgetSpent),
+            neutral=(CallerError, NoPrice, BudgetSpent, InternalError),
             on_change=on_change,
         )
 

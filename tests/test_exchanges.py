@@ -3,21 +3,33 @@
 import asyncio
 import inspect
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zlib
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import ccxt
+import orjson
 import pytest
 
-from src.ccxt_client import TRANSLATION, make_client, translate
+from src.ccxt_client import SNAPSHOT_FORMAT, TRANSLATION, load_snapshot, make_client, restore_markets, translate
 from src.clock import SystemClock
-from src.errors import GatewayError, UpstreamError
+from src.errors import BadUpstreamData, GatewayError, InternalError, UpstreamError
 from src.exchanges import ExchangeManager, weight_of
-from src.http_client import Answer
+from src.http_client import MAX_MARKETS_BYTES, Answer
+from src.market_reader import read_markets
+from src.markets import Markets
 from src.redis_store import RedisStore
 from src.sandbox import Sandbox
 from tests.conftest import FakeClock, StartGateway, eventually, make_settings, recordings, sample
 
+ROOT = Path(__file__).parents[1]
 EXCHANGES = ["bybit", "binance", "kraken"]
 CCXT_ERRORS = [error for _, error in inspect.getmembers(ccxt, inspect.isclass) if issubclass(error, ccxt.BaseError)]
 
@@ -263,26 +275,218 @@ async def test_a_restart_needs_no_upstream_call(start: StartGateway, sandbox: Sa
             assert (await second.get(f"/{path}/BTC-USDT?exchange={name}&max_age=0")).status_code == 200
 
 
-async def test_an_old_or_broken_snapshot_is_replaced(
-    start: StartGateway, sandbox: Sandbox, redis: Any, clock: FakeClock
-) -> None:
-    """After the refresh time, or when it cannot be read, the exchange is asked for its list again."""
+async def test_swaps_work_from_a_snapshot_too(start: StartGateway, sandbox: Sandbox, redis: Any) -> None:
+    """What a snapshot leaves out of a market is nothing that reading its data needs."""
+    await start(redis_url=redis.url, market_types="spot,swap")
+    await eventually(lambda: len(redis.client.keys("virtuoso:1:markets:*")) == 3)
+    second = await start(redis_url=redis.url, market_types="spot,swap")
+    for name in ("bybit", "binance"):
+        for path in ("ticker", "orderbook", "ohlcv", "trades"):
+            assert (await second.get(f"/{path}/BTC-USDT:USDT?exchange={name}&max_age=0")).status_code == 200
+    assert sandbox.count("binance", "exchangeInfo") + sandbox.count("bybit", "instruments") == 0
+
+
+async def test_an_old_snapshot_is_replaced(start: StartGateway, sandbox: Sandbox, redis: Any, clock: FakeClock) -> None:
+    """After the refresh time the exchange is asked for its list again."""
     first = await start(redis_url=redis.url)
     await eventually(lambda: len(redis.client.keys("virtuoso:1:markets:*")) == 3)
-    redis.client.set("virtuoso:1:markets:{kraken}:spot", b"junk")
     clock.advance(3601)
-    await first.gateway.loader.load("kraken")
     await first.gateway.loader.load("bybit")
-    assert (sandbox.count("kraken", "AssetPairs"), sandbox.count("bybit", "instruments")) == (1, 1)
-    assert redis.client.get("virtuoso:1:markets:{kraken}:spot") != b"junk"
+    assert sandbox.count("bybit", "instruments") == 1
 
 
-async def test_an_empty_market_list_is_refused(start: StartGateway, sandbox: Sandbox, clock: FakeClock) -> None:
-    """A list without markets is bad data: the old one stays."""
+def packed(document: Any) -> bytes:
+    return zlib.compress(orjson.dumps(document))
+
+
+MARKET = {"id": "XY", "symbol": "X/Y", "base": "X", "quote": "Y", "type": "spot", "active": True}
+SNAPSHOT = {"format": SNAPSHOT_FORMAT, "loaded_at": 1.0, "markets": [MARKET]}
+
+
+@pytest.mark.parametrize(
+    "snapshot",
+    [
+        b"junk", b"", packed(SNAPSHOT)[:-9], zlib.compress(b"junk"), packed([]), packed({}), packed("text"),
+        packed({"loaded_at": 1.0, "markets": [MARKET | {"info": {}}]}),
+        packed(SNAPSHOT | {"format": SNAPSHOT_FORMAT + 1}),
+        packed(SNAPSHOT | {"loaded_at": None}),
+        packed(SNAPSHOT | {"markets": []}),
+        packed(SNAPSHOT | {"markets": [{"symbol": "X/Y"}]}),
+        packed(SNAPSHOT | {"markets": [MARKET | {"symbol": 7}]}),
+        packed(SNAPSHOT | {"markets": [MARKET, "text"]}),
+    ],
+    ids=["junk", "empty", "cut", "no json", "list", "no members", "text", "older format", "newer format",
+         "no time", "no markets", "no id", "no symbol", "no market"],
+)  # fmt: skip
+async def test_a_snapshot_that_cannot_be_used_is_none(
+    start: StartGateway, sandbox: Sandbox, redis: Any, snapshot: bytes
+) -> None:
+    """Broken, or of another format: the exchange is asked as if there were none, and a good one takes its place."""
+    redis.client.set("virtuoso:1:markets:{kraken}:spot", snapshot)
+    live = await start(redis_url=redis.url, bybit_enabled=False, binance_enabled=False)
+    assert live.gateway.markets.count("kraken") > 10
+    await eventually(lambda: redis.client.get("virtuoso:1:markets:{kraken}:spot") != snapshot)
+    assert await restore_markets(live.gateway.manager["kraken"].client, packed(SNAPSHOT)) is not None
+
+
+async def test_a_long_list_costs_the_gateway_little(clock: FakeClock) -> None:
+    """A child process has the work of a list of 2,000 markets, and taking it over leaves other tasks their turns."""
+    big = Sandbox(now=clock.time, filler=2000)
+    await big.start()
+    settings = make_settings(big)
+    try:
+        before, theirs = time.process_time(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        snapshot = await read_markets("kraken", settings, Answer(max_bytes=MAX_MARKETS_BYTES), 7.0)
+        ours = time.process_time() - before  # the sandbox's own work is part of it
+        theirs = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - theirs
+    finally:
+        await big.stop()
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(count())
+    loaded = await restore_markets(make_client("kraken", settings, None), snapshot)  # type: ignore[arg-type]
+    other.cancel()
+    assert loaded is not None
+    assert (loaded.loaded_at, len(loaded.markets)) == (7.0, 2038)
+    assert ours < theirs / 2
+    assert turns >= 2
+    assert len(snapshot) < 100_000
+
+
+def readers() -> list[tuple[int, str]]:
+    """The processes of ours that read a market list: number and command line."""
+    shown = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "ppid=,pid=,args="], capture_output=True, text=True, check=True
+    ).stdout
+    rows = [line.split(None, 2) for line in shown.splitlines()]
+    return [(int(row[1]), row[2]) for row in rows if int(row[0]) == os.getpid() and "market_reader" in row[-1]]
+
+
+async def test_a_load_that_is_cancelled_leaves_no_process(start: StartGateway, sandbox: Sandbox) -> None:
+    """A shutdown while an exchange hangs ends the child that waits for it; its command line tells no secret."""
+    await sandbox.set("kraken", hang=True)
+    proxy = "http://user:canary@127.0.0.1:1"
+    live = await start(wait=False, kraken_api_key="canary-key", kraken_api_secret="canary-secret", https_proxy=proxy)
+    await eventually(lambda: sandbox.count("kraken") and len(live.gateway.markets.loaded_at) == 2)
+    ((_, command),) = readers()
+    assert "canary" not in command
+    await live.gateway.loader.close()
+    assert readers() == []
+
+
+async def test_a_child_that_dies_is_no_fault_of_the_exchange(
+    start: StartGateway, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """The load fails as a fault of the gateway, the breaker stays closed, and the old list stays."""
+    live = await start(cb_threshold=1)
+    await sandbox.set("kraken", hang=True)
+    clock.advance(3601)
+    load = asyncio.create_task(live.gateway.loader.load("kraken"))
+    await eventually(lambda: sandbox.count("kraken"))
+    ((number, _),) = readers()
+    os.kill(number, signal.SIGKILL)
+    with pytest.raises(InternalError):
+        await load
+    assert live.gateway.manager["kraken"].breaker.state == "closed"
+    assert live.gateway.markets.count("kraken") > 10
+
+
+@pytest.mark.parametrize(
+    ("knobs", "code", "cause", "seconds"),
+    [
+        ({"status": 429, "headers": {"Retry-After": "77"}}, "exchange_rate_limited", "rate_limited", 77),
+        ({"status": 418, "headers": {"retry-after": "300"}}, "exchange_banned", "banned", 300),
+        ({"geo_block": True}, "geo_blocked", "geo_blocked", 900),
+    ],
+    ids=str,
+)
+async def test_what_a_market_list_is_refused_with_opens_the_breaker(
+    start: StartGateway, sandbox: Sandbox, knobs: dict[str, Any], code: str, cause: str, seconds: int
+) -> None:
+    """Status and Retry-After reach the breaker from the process that saw them."""
+    await sandbox.set("binance", **knobs)
+    live = await start(wait=False)
+    await eventually(lambda: live.gateway.loader.errors.get("binance") == code)
+    breaker = live.gateway.manager["binance"].breaker
+    assert (breaker.state, breaker.cause) == ("open", cause)
+    assert breaker.retry_after == pytest.approx(seconds, abs=1)
+
+
+async def test_the_count_told_with_a_market_list_corrects_the_budget(start: StartGateway, sandbox: Sandbox) -> None:
+    """The headers of the list's answer come back from the child, whatever the case of their names."""
+    await sandbox.set("binance", rate_limit=-1, headers={"x-mbx-used-weight-1m": "5000"})
+    live = await start()
+    assert (await live.get("/exchanges")).json()["binance"]["budget_used_ratio"] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("knobs", "told"),
+    [
+        ({"redirect": "http://127.0.0.1:1/"}, "it sent a redirect"),
+        ({"size": 2_000_000}, "its body is too long"),
+        ({"refuse": True}, "no connection"),
+        ({"body": '{"error":["EService:Unavailable"]}'}, "is unavailable"),
+    ],
+    ids=str,
+)
+async def test_the_child_reads_as_carefully_as_the_gateway(sandbox: Sandbox, knobs: dict[str, Any], told: str) -> None:
+    """Bodies are bounded, redirects refused and junk is bad data in the child too, and the error says which."""
+    await sandbox.set("kraken", **knobs)
+    with pytest.raises(UpstreamError, match=told):
+        await read_markets("kraken", make_settings(sandbox), Answer(max_bytes=1_000_000), 1.0)
+
+
+async def test_what_is_written_to_the_child_makes_the_same_client(sandbox: Sandbox) -> None:
+    """Read in this process or in a child, the list is the same."""
+    settings = make_settings(sandbox, market_types="spot,swap")
+    for name in EXCHANGES:
+        own = await load_snapshot(name, settings, Answer(max_bytes=MAX_MARKETS_BYTES), 1.0)
+        assert await read_markets(name, settings, Answer(max_bytes=MAX_MARKETS_BYTES), 1.0) == own
+
+
+@pytest.mark.parametrize("first", ["", "import ccxt.async_support; "], ids=["alone", "after all of ccxt"])
+def test_only_the_clients_in_use_are_imported(first: str) -> None:
+    """The other hundred exchanges of ccxt stay out of the process, unless somebody has brought them in before."""
+    code = "import sys; import src.ccxt_client as c; c.ccxt.kraken(); print(any('okx' in name for name in sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", first + code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == str(bool(first))
+
+
+def test_a_new_list_replaces_the_old_one_and_counts() -> None:
+    """Each replacement raises the version; suggestions come from what is listed now, on any exchange."""
+    markets = Markets(EXCHANGES, ("spot",))
+
+    def listed(*bases: str) -> list[dict[str, Any]]:
+        return [MARKET | {"symbol": f"{base}/USDT", "base": base, "quote": "USDT"} for base in bases]
+
+    assert markets.version == 0
+    markets.replace("bybit", listed("ABC", "ABD"), 1.0)
+    markets.replace("kraken", listed("ABC", "XYZ"), 1.0)
+    assert markets.suggestions("ABC/USD") == ["ABC/USDT"]
+    markets.replace("bybit", listed("ABD"), 2.0)
+    assert (markets.version, markets.loaded_at["bybit"]) == (3, 2.0)
+    assert markets.suggestions("ABC/USD") == ["ABC/USDT"]
+    markets.replace("kraken", listed("XYZ"), 2.0)
+    assert markets.suggestions("ABC/USD") == ["ABD/USDT"]
+
+
+@pytest.mark.parametrize(
+    "body", ['{"error":[],"result":{}}', '{"error":[],"result":{"X":{"altname":7}}}', "[1, 2", "<html>", ""]
+)
+async def test_an_empty_or_broken_market_list_is_refused(
+    start: StartGateway, sandbox: Sandbox, clock: FakeClock, body: str
+) -> None:
+    """A list without markets, or with some that have no name, is bad data: the old one stays."""
     live = await start()
     clock.advance(3601)
-    await sandbox.set("kraken", body='{"error":[],"result":{}}')
-    with pytest.raises(GatewayError):
+    await sandbox.set("kraken", body=body)
+    with pytest.raises(BadUpstreamData):
         await live.gateway.loader.load("kraken")
     assert live.gateway.markets.count("kraken") > 10
 

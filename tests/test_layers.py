@@ -24,6 +24,7 @@ LEVELS = {
     "src.circuit_breaker": 1,
     "src.metrics": 1,
     "src.ccxt_client": 1,
+    "src.market_reader": 2,
     "src.redis_store": 2,
     "src.entry": 2,
     "src.redis_tier": 2,
