@@ -98,11 +98,13 @@ class Cache:
 
     def all_ready(self, keys: Collection[Key], max_age: float | None) -> dict[Key, Outcome] | None:
         """Return the entries of all keys if memory has every one of them fresh, else None; nothing is awaited."""
-        entries = {key: entry for key in keys if (entry := self.memory.ready(key, max_age)) is not None}
-        if len(entries) < len(keys):
+        found = [held for key in keys if (held := self.memory.fresh(key, max_age)) is not None]
+        if len(found) < len(keys):
             return None
-        _MEMORY_HIT.inc(len(keys))
-        return {key: Lookup(entry, "hit_memory") for key, entry in entries.items()}
+        for held in found:
+            self.memory.use(held)
+        _MEMORY_HIT.inc(len(found))
+        return {held.key: Lookup(held.entry, "hit_memory") for held in found}
 
     async def get_many(
         self, keys: Sequence[Key], ttl: float, load: Load, deadline: float, max_age: float | None = None

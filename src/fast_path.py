@@ -18,6 +18,7 @@ from src.entry import Entry
 from src.errors import GatewayError
 from src.gateway import Gateway
 from src.logs import new_request_id
+from src.memory import Held
 from src.middleware import MAX_HEADER_BYTES, Gate, identify
 from src.responses import Fields, Recipe, content, head, joined, matches
 
@@ -45,22 +46,26 @@ class Slot:
         self.hits = metrics.hits.setdefault(recipe.route, metrics.Hits(recipe.route))
         self.used = False
         self.values = len(recipe.keys)
-        self._parts: list[Entry] = []
+        self._parts: list[Held] = []
         self._joined: Entry | None = None
 
-    def find(self, gateway: Gateway) -> Entry | None:
-        """Return the answer if all of it is fresh in memory; a batch is joined anew only when a part has changed."""
-        if not self.recipe.places:
-            return gateway.at_hand(self.recipe.keys[0])
-        parts = []
+    def find(self, gateway: Gateway) -> list[Held] | None:
+        """Return every value of the answer, if all of them are fresh in memory."""
+        found = []
         for keys in self.recipe.keys:
-            if (entry := gateway.at_hand(keys)) is None:
+            if (held := gateway.at_hand(keys)) is None:
                 return None
-            parts.append(entry)
-        if self._joined is None or parts != self._parts:
-            bodies = (part.body for part in parts)
-            self._joined = Entry.joined(joined(dict(zip(self.recipe.places, bodies, strict=True))), parts)
-            self._parts = parts
+            found.append(held)
+        return found
+
+    def join(self, found: list[Held]) -> Entry:
+        """Return the answer; a batch is joined anew only when a part has changed."""
+        if not self.recipe.places:
+            return found[0].entry
+        if self._joined is None or found != self._parts:
+            bodies = (held.entry.body for held in found)
+            whole = joined(dict(zip(self.recipe.places, bodies, strict=True)))
+            self._joined, self._parts = Entry.joined(whole, [held.entry for held in found]), found
         return self._joined
 
 
@@ -125,12 +130,13 @@ class FastPath:
         slot = self._find(scope)
         if slot is None or (asked := self._read(scope)) is None:
             return None
-        entry = slot.find(scope["state"]["gateway"])
-        if entry is None:
-            return None
-        if (limits := self._limits(asked, scope)) is None:
+        gateway: Gateway = scope["state"]["gateway"]
+        if (found := slot.find(gateway)) is None or (limits := self._limits(asked, scope)) is None:
             return None
         slot.used = True
+        for held in found:
+            gateway.cache.memory.use(held)
+        entry = slot.join(found)
         age = max(0.0, self._clock.monotonic() - entry.born)
         fields = head(entry.etag, age, entry.ttl - age, "hit_memory", private=self._private)
         status, body = 200, entry.body

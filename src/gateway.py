@@ -29,6 +29,7 @@ from src.errors import (
 )
 from src.exchanges import ExchangeManager, Fetched, is_swap, weight_of
 from src.market_loader import MarketLoader
+from src.memory import Held
 from src.models import TIMEFRAMES, MarketData
 from src.redis_store import PREFIX, RedisAway, RedisStore
 
@@ -155,23 +156,23 @@ class Gateway:
         )
         return {key: outcome for part in found for key, outcome in part.items()}
 
-    def at_hand(self, keys: Sequence[Key]) -> Entry | None:
+    def at_hand(self, keys: Sequence[Key]) -> Held | None:
         """Return what memory answers a request for these keys with; None when more has to be done for it.
 
-        It is what `_pick` and the cache come to, in one step and without waiting; nothing is counted but popularity.
+        It is what `_pick` and the cache come to, in one step, without waiting and without a trace.
         """
         for key in keys:
-            if (entry := self.cache.memory.ready(key)) is not None:
-                return entry
+            if (held := self.cache.memory.fresh(key)) is not None:
+                return held
             if self._is_available(key):
                 return None
         return None
 
-    async def refresh(self, keys: Sequence[Key], max_age: float) -> bool:
-        """Load keys of one exchange and kind that are older than `max_age` seconds; returns whether all were had."""
+    async def refresh(self, keys: Sequence[Key], max_age: float) -> int:
+        """Load keys of one exchange and kind that are older than `max_age` seconds; returns how many could be had."""
         until, ttl = self.clock.monotonic() + self.settings.request_timeout, self._ttls[keys[0].kind]
         outcomes = await self.cache.get_many(keys, ttl, self._load, until, max_age)
-        return not any(isinstance(outcome, GatewayError) for outcome in outcomes.values())
+        return sum(isinstance(outcome, Lookup) for outcome in outcomes.values())
 
     async def _serve(self, kind: str, text: str, exchange: str | None, max_age: float | None, variant: str) -> Served:
         """Answer from the first exchange that can, in order; from an old value when none can."""

@@ -15,12 +15,13 @@ INHERITED_HITS = 4  # most that pass to the next entry: enough for two more live
 MAX_HOT = 1000  # hot keys known at once; each is looked at several times a second
 
 
-class _Held:
-    """An entry and how often it was asked for."""
+class Held:
+    """An entry in memory, under which key, and how often it was asked for."""
 
-    __slots__ = ("entry", "hits")
+    __slots__ = ("entry", "hits", "key")
 
-    def __init__(self, entry: Entry, hits: int) -> None:
+    def __init__(self, key: Key, entry: Entry, hits: int) -> None:
+        self.key = key
         self.entry = entry
         self.hits = hits
 
@@ -37,7 +38,7 @@ class Memory:
         self._size = size
         self._keep_seconds = keep_seconds
         self._clock = clock
-        self._held: OrderedDict[Key, _Held] = OrderedDict()
+        self._held: OrderedDict[Key, Held] = OrderedDict()
 
     def __len__(self) -> int:
         self._expire()
@@ -52,17 +53,26 @@ class Memory:
 
     def ready(self, key: Key, max_age: float | None = None) -> Entry | None:
         """Return the entry if it is fresh and younger than `max_age` seconds, and count that it was asked for."""
+        if (held := self.fresh(key, max_age)) is None:
+            return None
+        self.use(held)
+        return held.entry
+
+    def fresh(self, key: Key, max_age: float | None = None) -> Held | None:
+        """Return what `ready` would, without a trace."""
         if (held := self._held.get(key)) is None:
             return None
-        entry = held.entry
-        age = self._clock.monotonic() - entry.born
-        if age >= entry.ttl or age >= self._fresh_seconds or (max_age is not None and max(age, 0.0) >= max_age):
+        age = self._clock.monotonic() - held.entry.born
+        if age >= held.entry.ttl or age >= self._fresh_seconds or (max_age is not None and max(age, 0.0) >= max_age):
             return None
-        self._held.move_to_end(key)
+        return held
+
+    def use(self, held: Held) -> None:
+        """Count that what `fresh` returned was asked for; at once, before anything can have taken its place."""
+        self._held.move_to_end(held.key)
         held.hits += 1
         if held.hits == HOT_HITS:
-            self._heat(key, entry)
-        return entry
+            self._heat(held.key, held.entry)
 
     def put(self, key: Key, entry: Entry) -> None:
         """Keep an entry in place of the one before it; what is over the size goes, the least recently used first."""
@@ -71,7 +81,7 @@ class Memory:
         self._expire()
         while len(self._held) >= self._size:
             self.pop(next(iter(self._held)), "size")
-        self._held[key] = _Held(entry, hits)
+        self._held[key] = Held(key, entry, hits)
         self.hot.pop(key, None)
         if hits >= HOT_HITS:
             self._heat(key, entry)

@@ -5,19 +5,22 @@ refreshed together, and the second half of a budget is left to what callers wait
 """
 
 import asyncio
+import logging
 from collections import defaultdict
 from typing import NamedTuple
 
 from src import metrics
-from src.entry import Key
+from src.entry import Entry, Key
 from src.exchanges import batch_size, is_swap, weight_of
 from src.gateway import Gateway
+
+log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.1  # how often it is looked whether anything is due; the shortest usual TTL is 2 s
 LEAD_RATIO = 0.2  # of its TTL: what is left of an entry that is due
 TOGETHER_RATIO = 0.4  # what is left of one that goes along when another of its exchange is due
 BUDGET_RATIO = 0.5  # of an exchange's budget; above it nothing is refreshed ahead
-MAX_REFRESHES = 10  # under way at once, a tenth of the loads that are allowed; what is due waits for its turn
+LOADS_RATIO = 0.1  # of MAX_CONCURRENT: what may be under way at once; what is due waits for its turn
 
 
 class _Group(NamedTuple):
@@ -34,6 +37,7 @@ class RefreshAhead:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._hot = gateway.cache.memory.hot
+        self._most = max(1, int(gateway.settings.max_concurrent * LOADS_RATIO))
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -51,22 +55,31 @@ class RefreshAhead:
         for keys in self._due():
             size = batch_size(keys[0].exchange)
             for start in range(0, len(keys), size):
-                if len(self._tasks) >= MAX_REFRESHES:
+                if len(self._tasks) >= self._most:
                     return
                 self._begin(keys[start : start + size])
 
     def _due(self) -> list[list[Key]]:
-        """Group the hot keys by the calls that would refresh them, where at least one of the group is due."""
-        now, groups, due = self._gateway.clock.monotonic(), defaultdict[_Group, list[Key]](list), set[_Group]()
+        """Group the hot keys by the calls that would refresh them, where one of the group is due; the oldest first."""
+        now, groups, least = (
+            self._gateway.clock.monotonic(),
+            defaultdict[_Group, list[Key]](list),
+            dict[_Group, float](),
+        )
         for key, entry in self._hot.items():
-            left = 1 - entry.age(now) / entry.ttl
+            left = 1 - entry.age(now) / self._life(entry)
             if left <= TOGETHER_RATIO:
                 together = is_swap(key.symbol) if key.kind == "ticker" else f"{key.symbol}|{key.variant}"
                 group = _Group(key.exchange, key.kind, together)
                 groups[group].append(key)
-                if left <= LEAD_RATIO:
-                    due.add(group)
-        return [sorted(groups[group]) for group in due]
+                least[group] = min(left, least.get(group, left))
+        due = sorted((left, group) for group, left in least.items() if left <= LEAD_RATIO)
+        return [sorted(groups[group]) for _, group in due]
+
+    def _life(self, entry: Entry) -> float:
+        """Return the seconds for which nobody has to wait for an entry: past memory's own limit Redis may have it."""
+        gateway = self._gateway
+        return entry.ttl if gateway.store.up else min(entry.ttl, gateway.settings.cache_memory_ttl)
 
     def _begin(self, keys: list[Key]) -> None:
         entries = [self._hot.pop(key) for key in keys]
@@ -77,11 +90,16 @@ class RefreshAhead:
         if manager.limiter.used_ratio(first.exchange) > BUDGET_RATIO or not manager.is_available(first.exchange, cost):
             metrics.cache_refreshes_total.labels("skipped").inc(len(keys))
             return
-        newest = min(entry.ttl for entry in entries) * (1 - TOGETHER_RATIO)
+        newest = min(self._life(entry) for entry in entries) * (1 - TOGETHER_RATIO)
         task = asyncio.create_task(self._refresh(keys, newest))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _refresh(self, keys: list[Key], max_age: float) -> None:
-        outcome = "success" if await self._gateway.refresh(keys, max_age) else "error"
-        metrics.cache_refreshes_total.labels(outcome).inc(len(keys))
+        refreshed = 0
+        try:
+            refreshed = await self._gateway.refresh(keys, max_age)
+        except Exception:  # the next look must come all the same
+            log.exception("refresh failed")
+        metrics.cache_refreshes_total.labels("success").inc(refreshed)
+        metrics.cache_refreshes_total.labels("error").inc(len(keys) - refreshed)
