@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from dotenv import dotenv_values
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
@@ -54,17 +54,33 @@ def _url(value: object) -> object:
     return value
 
 
-def _secret_url(*schemes: str) -> BeforeValidator:
-    """Make a validator for a URL that may carry a password."""
+def _proxy_url(value: object) -> object:
+    """Accept the URL of a proxy, which may carry a password."""
+    if isinstance(value, str) and value and not _is_url(value, "http", "https"):
+        raise ValueError("is no URL of a known kind; allowed: http://..., https://...")
+    return value
 
-    def check(value: object) -> object:
-        if isinstance(value, str) and value and not _is_url(value, *schemes):
-            raise ValueError(
-                f"is no URL of a known kind; allowed: {', '.join(scheme + '://...' for scheme in schemes)}"
-            )
-        return value
 
-    return BeforeValidator(check)
+def _redis_url(value: object) -> object:
+    """Accept the URL of one Redis, or of several: a Sentinel or a Cluster by its hosts."""
+    if isinstance(value, str) and value and not (_is_url(value, "redis", "rediss", "unix") or _names_hosts(value)):
+        raise ValueError(
+            "is no URL of a known kind; allowed: redis://..., rediss://..., unix://..., "
+            "redis+sentinel://host:port,host:port/name, redis+cluster://host:port,host:port"
+        )
+    return value
+
+
+def _names_hosts(url: str) -> bool:
+    known = re.fullmatch(r"rediss?\+(sentinel://[^/?#\s]+/[\w.-]+(/\d+)?|cluster://[^/?#\s]+)/?", url)
+    return bool(known) and all(_is_url(one, "redis", "rediss") and urlsplit(one).hostname for one in split_hosts(url))
+
+
+def split_hosts(url: str) -> list[str]:
+    """Make one plain Redis URL per host out of a valid URL of several; each has the credentials, and no path."""
+    scheme, _, rest = url.partition("://")
+    credentials, at, hosts = rest.partition("/")[0].rpartition("@")
+    return [f"{scheme.partition('+')[0]}://{credentials}{at}{host}" for host in hosts.split(",")]
 
 
 def _budget(value: object) -> object:
@@ -109,8 +125,8 @@ def _token(value: object) -> object:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Url = Annotated[str, BeforeValidator(_url)]
-ProxyUrl = Annotated[SecretStr, _secret_url("http", "https")]
-RedisUrl = Annotated[SecretStr, _secret_url("redis", "rediss", "unix")]
+ProxyUrl = Annotated[SecretStr, BeforeValidator(_proxy_url)]
+RedisUrl = Annotated[SecretStr, BeforeValidator(_redis_url)]
 Host = Annotated[str, BeforeValidator(_host)]
 Token = Annotated[SecretStr, BeforeValidator(_token)]
 Budget = Annotated[tuple[int, int], BeforeValidator(_budget)]
@@ -226,8 +242,9 @@ class Settings(BaseModel):
         for name in EXCHANGES:
             holders += [self.exchange(name).api_key, self.exchange(name).api_secret]
         values = {holder.get_secret_value() for holder in holders}
-        passwords = {urlsplit(value).password for value in values if "://" in value}
-        return tuple(sorted((text for text in values | passwords if text), key=len, reverse=True))
+        passwords = {urlsplit(value).password or "" for value in values if "://" in value}
+        texts = values | passwords | {unquote(password) for password in passwords}
+        return tuple(sorted((text for text in texts if text), key=len, reverse=True))
 
 
 def load_settings(environment: Mapping[str, str] | None = None, env_file: Path = Path(".env")) -> Settings:

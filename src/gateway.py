@@ -322,7 +322,7 @@ class Gateway:
 
     async def _recall_maintenance(self) -> None:
         try:
-            known = await self.store.run("maintenance", lambda redis: redis.hgetall(f"{PREFIX}maintenance"))
+            known = await self.store.run("maintenance", lambda redis: redis.hgetall(f"{PREFIX}maintenance"), 1.0)
             self.maintenance = {_text(task): float(_text(when)) for task, when in known.items()}
         except (RedisAway, ValueError):
             return

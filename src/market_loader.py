@@ -14,7 +14,7 @@ from src.clock import Clock
 from src.errors import BadUpstreamData, GatewayError
 from src.exchanges import Call, ExchangeManager, weight_of
 from src.http_client import MAX_MARKETS_BYTES, Answer
-from src.market_reader import read_markets
+from src.market_reader import MarketReader
 from src.redis_store import PREFIX, RedisAway, RedisStore
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class MarketLoader:
         self._settings = settings
         self._store = store
         self._clock = clock
+        self._reader = MarketReader(settings)
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -62,7 +63,7 @@ class MarketLoader:
         got = Answer(max_bytes=MAX_MARKETS_BYTES)
 
         async def read(client: Client) -> MarketList | None:
-            snapshot = await read_markets(name, self._settings, got, self._clock.time())
+            snapshot = await self._reader.read(name, got, self._clock.time())
             return await restore_markets(client, snapshot)
 
         call = Call(name, "markets", weight_of(name, "markets"), read, _plausible, MARKETS_TIMEOUT_SECONDS, got)

@@ -1,17 +1,17 @@
-"""Reads an exchange's market list in a process of its own, which ends with it.
+"""Reads market lists in a child process, which is there while any list is being read.
 
 ccxt parses a list in one piece, and one thread of a process runs at a time: in the gateway's process, in a thread too,
 that would hold up every request by up to 0.2 s, and leave behind the memory it took. The child is told what it needs
-through its stdin; no key is part of that.
+through its stdin; no key is part of that. It reads every list that is wanted meanwhile, and ends when its stdin does.
 """
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
-import signal
 import sys
-from asyncio.subprocess import DEVNULL, PIPE
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from multidict import CIMultiDict
 
 from config import Settings, load_settings
 from src import errors
-from src.ccxt_client import MARKETS_TIMEOUT_SECONDS, load_snapshot, translate
+from src.ccxt_client import load_snapshot, translate
 from src.http_client import Answer
 
 ROOT = Path(__file__).parents[1]
@@ -28,59 +28,123 @@ CHILD = "import gc; gc.disable(); from src.market_reader import main; main()"
 NICENESS = 10  # on a busy machine requests come first
 
 
-async def read_markets(exchange: str, settings: Settings, got: Answer, now: float) -> bytes:
-    """Return an exchange's market list as a snapshot made at `now` (UTC seconds), and fill in `got`.
+class MarketReader:
+    """Asks the child, which it starts and ends. Every list has its own answer, whatever becomes of the others."""
 
-    Raises `GatewayError`: what the child made of the exchange's failure, or `InternalError` when the child failed.
-    """
-    environment = {
-        f"{exchange.upper()}_REST_URL": settings.exchange(exchange).rest_url,
-        "HTTPS_PROXY": settings.https_proxy.get_secret_value(),
-        "MARKET_TYPES": ",".join(settings.market_types),
-    }
-    asked = {"exchange": exchange, "environment": environment, "max_bytes": got.max_bytes, "now": now}
-    try:
-        told, _, snapshot = (await _run_child(json.dumps(asked).encode())).partition(b"\n")
-        result = json.loads(told)
-    except (OSError, ValueError):
-        raise errors.InternalError("the process that reads a market list failed", exchange=exchange) from None
-    got.status, got.headers, got.is_json = result["status"], CIMultiDict(result["headers"]), result["is_json"]
-    if (error := result["error"]) is not None:
-        kind: type[errors.GatewayError] = getattr(errors, error["kind"])
-        raise kind(error["detail"], exchange=exchange, retry_after=error["retry_after"])
-    return snapshot
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._numbers = itertools.count()
+        self._waiting: dict[int, asyncio.Future[tuple[dict[str, Any], bytes]]] = {}
+        self._starting = asyncio.Lock()
+        self._child: Process | None = None
+        self._listener: asyncio.Task[None] | None = None
 
+    async def read(self, exchange: str, got: Answer, now: float) -> bytes:
+        """Return an exchange's market list as a snapshot made at `now` (UTC seconds), and fill in `got`.
 
-async def _run_child(asked: bytes) -> bytes:
-    """Return what the child writes; it is gone when this returns, or is cancelled."""
-    # A session of its own, so that Ctrl-C reaches only the gateway. What it says beside its answer could hold an
-    # address with a password, so nobody hears it.
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", CHILD, cwd=ROOT, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, start_new_session=True
-    )
-    try:
-        return (await child.communicate(asked))[0]
-    finally:
+        Raises `GatewayError`: what the child made of the exchange's failure, or `InternalError` when the child failed.
+        """
+        number = next(self._numbers)
+        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        try:
+            await self._tell({"number": number, "exchange": exchange, "max_bytes": got.max_bytes, "now": now})
+            result, snapshot = await answer
+        except OSError:
+            raise errors.InternalError("the process that reads market lists failed", exchange=exchange) from None
+        finally:
+            del self._waiting[number]
+            if not self._waiting:
+                await self._end()
+        got.status, got.headers, got.is_json = result["status"], CIMultiDict(result["headers"]), result["is_json"]
+        if (error := result["error"]) is not None:
+            kind: type[errors.GatewayError] = getattr(errors, error["kind"])
+            raise kind(error["detail"], exchange=exchange, retry_after=error["retry_after"])
+        return bytes(snapshot)
+
+    async def _tell(self, asked: dict[str, Any]) -> None:
+        own = self._settings.exchange(asked["exchange"])
+        environment = {
+            f"{asked['exchange'].upper()}_REST_URL": own.rest_url,
+            "HTTPS_PROXY": self._settings.https_proxy.get_secret_value(),
+            "MARKET_TYPES": ",".join(self._settings.market_types),
+        }
+        async with self._starting:
+            if self._child is None:
+                # In a session of its own, so that Ctrl-C reaches only the gateway. What it says beside its answers
+                # could hold an address with a password, so nobody hears it.
+                self._child = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-c",
+                    CHILD,
+                    cwd=ROOT,
+                    stdin=PIPE,
+                    stdout=PIPE,
+                    stderr=DEVNULL,
+                    start_new_session=True,
+                )
+                self._listener = asyncio.create_task(self._listen(self._child))
+            child = self._child
+        assert child.stdin is not None  # noqa: S101 - it is a pipe
+        child.stdin.write(json.dumps(asked | {"environment": environment}).encode() + b"\n")
+        await child.stdin.drain()
+
+    async def _listen(self, child: Process) -> None:
+        """Hand each answer to who waits for it; when the child ends, whoever still waits is told."""
+        assert child.stdout is not None  # noqa: S101
+        try:
+            while told := await child.stdout.readline():
+                result = json.loads(told)
+                snapshot = await child.stdout.readexactly(result["length"])
+                waiting = self._waiting.get(result["number"])
+                if waiting is not None and not waiting.done():
+                    waiting.set_result((result, snapshot))
+        except (ValueError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            if child is self._child:
+                self._child = None
+                for number in [number for number, waiting in self._waiting.items() if not waiting.done()]:
+                    self._waiting[number].set_exception(ConnectionResetError())
+
+    async def _end(self) -> None:
+        """End the child; it is gone when this returns."""
+        child, listener, self._child = self._child, self._listener, None
+        if child is None or listener is None:
+            return
+        listener.cancel()
         with contextlib.suppress(ProcessLookupError):
             child.kill()
-        await child.communicate()
+        await child.wait()
 
 
 def main() -> None:
-    """Be the child: write one line of JSON that says what came of it, and behind it the snapshot."""
-    signal.alarm(round(MARKETS_TIMEOUT_SECONDS))  # for when the gateway was killed and cannot end it
+    """Be the child, until stdin ends: that it does too when the gateway was killed."""
     os.nice(NICENESS)
-    asked = json.load(sys.stdin)
-    got = Answer(max_bytes=asked["max_bytes"])
-    result: dict[str, Any] = {"error": None}
+    asyncio.run(_serve())
+    os._exit(0)  # taking all modules down in order costs up to 50 ms
+
+
+async def _serve() -> None:
+    asked = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(asked), sys.stdin)
+    tasks: set[asyncio.Task[None]] = set()  # keeps them from being collected
+    while line := await asked.readline():
+        tasks.add(asyncio.create_task(_answer(**json.loads(line))))
+
+
+async def _answer(number: int, exchange: str, max_bytes: int, now: float, environment: dict[str, str]) -> None:
+    """Write one line of JSON that says what came of it, and behind it the snapshot."""
+    got = Answer(max_bytes=max_bytes)
+    result: dict[str, Any] = {"number": number, "error": None}
     snapshot = b""
     try:
-        settings = load_settings(asked["environment"], Path(os.devnull))
-        snapshot = asyncio.run(load_snapshot(asked["exchange"], settings, got, asked["now"]))
+        settings = load_settings(environment, Path(os.devnull))
+        snapshot = await load_snapshot(exchange, settings, got, now)
     except Exception as error:  # noqa: BLE001 - every one is translated, and raised again in the gateway
-        ours = translate(asked["exchange"], error, got)
+        ours = translate(exchange, error, got)
         result["error"] = {"kind": type(ours).__name__, "detail": ours.detail, "retry_after": ours.retry_after}
-    result |= {"status": got.status, "headers": dict(got.headers), "is_json": got.is_json}
+    result |= {"status": got.status, "headers": dict(got.headers), "is_json": got.is_json, "length": len(snapshot)}
     sys.stdout.buffer.write(json.dumps(result).encode() + b"\n" + snapshot)
     sys.stdout.flush()
-    os._exit(0)  # taking all modules down in order costs up to 50 ms

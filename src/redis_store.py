@@ -1,4 +1,4 @@
-"""The one connection to Redis, guarded: losing Redis costs speed, never an answer.
+"""The one way to Redis, guarded: losing Redis costs speed, never an answer. Its URL names one, a Sentinel or a Cluster.
 
 Every command is bounded in time and goes through a breaker, so a Redis that hangs costs one short wait and then
 nothing. Keys are versioned and carry a hash tag in braces, so that keys used together share a slot of a cluster.
@@ -10,22 +10,27 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
-from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio import ConnectionPool, Redis, RedisCluster, Sentinel
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
+from config import split_hosts
 from src import metrics
 from src.circuit_breaker import CircuitBreaker
 from src.clock import Clock
-from src.errors import CircuitOpen
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Client = Redis | RedisCluster
 
 PREFIX = "virtuoso:1:"  # the number is the version of what the keys hold; raise it when that changes
 COMMAND_TIMEOUT_SECONDS = 0.15  # a Redis slower than this is no cache
-MAX_CONNECTIONS = 50
+NODE_TIMEOUT_SECONDS = COMMAND_TIMEOUT_SECONDS / 2  # of one of several: it leaves time to ask another
+MAX_CONNECTIONS = 50  # to each server
 SLOT_WAIT_SECONDS = 0.1  # longest wait for one of them; a burst of our own making is no fault of Redis
 # One timeout is enough: a cold request uses Redis three times, and three waits would be three times as long.
 BREAKER_THRESHOLD = 1
@@ -33,6 +38,7 @@ BREAKER_RESET_SECONDS = 1.0
 BREAKER_MAX_OPEN_SECONDS = 15.0
 SCAN_COUNT = 500
 PING_SECONDS = 5.0
+PING_TIMEOUT_SECONDS = 1.0  # nobody waits for it, and finding one's way in a cluster takes several answers
 
 
 class RedisAway(Exception):
@@ -71,7 +77,7 @@ class RedisStore:
         return self.client is not None and self.breaker.state == "closed"
 
     async def run(
-        self, operation: str, command: Callable[["Redis"], Awaitable[T]], seconds: float = COMMAND_TIMEOUT_SECONDS
+        self, operation: str, command: Callable[[Client], Awaitable[T]], seconds: float = COMMAND_TIMEOUT_SECONDS
     ) -> T:
         """Run one command within `seconds` and count it under `operation`. Raises `RedisAway`."""
         if self.client is None:
@@ -83,7 +89,7 @@ class RedisStore:
         try:
             async with self._slot():
                 result = await self.breaker.call(_within, seconds, command, self.client)
-        except (RedisError, CircuitOpen, OSError, TimeoutError, UnicodeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - a cluster's client may close a connection that another call uses
             log.debug("redis command failed", extra={"operation": operation, "error": type(error).__name__})
             raise RedisAway(type(error).__name__) from None
         else:
@@ -109,51 +115,118 @@ class RedisStore:
 
         Scans and unlinks in small steps: nothing blocks Redis, and no key of anybody else is touched.
         """
-        removed, cursor = 0, 0
-        while True:
-            cursor, keys = await self.run("scan", _scan(cursor, PREFIX + pattern))
-            if keys:
-                removed += await self.run("unlink", _unlink(keys))
-            if cursor == 0:
-                return removed
+        removed = 0
+        for node in await self.run("scan", _primaries):
+            cursor = None
+            while cursor != 0:
+                cursor, keys = await self.run("scan", _scan(node, cursor or 0, PREFIX + pattern))
+                if keys:
+                    removed += await self.run("unlink", _unlink(keys))
+        return removed
 
     async def keep_asking(self) -> None:
         """Ask Redis for a sign of life, for ever: or memory hits alone would never learn that it went or came back."""
         while self.configured:
             with contextlib.suppress(RedisAway):
-                await self.run("ping", lambda redis: redis.ping())
+                await self.run("ping", _sign_of_life, PING_TIMEOUT_SECONDS)
             await asyncio.sleep(PING_SECONDS)
 
     async def close(self) -> None:
         """Close the connections."""
+        if isinstance(self.client, RedisCluster):  # its own close does nothing once it has lost sight of a node
+            await self.client.nodes_manager.aclose()
+            await self.client.nodes_manager.aclose("startup_nodes")
+        elif self.client is not None and isinstance(self.client.connection_pool, SentinelConnectionPool):
+            await self.client.connection_pool.sentinel_manager.aclose()
         if self.client is not None:
             await self.client.aclose()
 
 
-def _client(address: str) -> "Redis":
+def _client(address: str) -> Client:
+    scheme, _, rest = address.partition("://")
+    if "+" not in scheme:
+        return Redis.from_pool(ConnectionPool.from_url(address, **_limits(COMMAND_TIMEOUT_SECONDS)))
+    hosts = [parse_url(url) for url in split_hosts(address)]
+    access: dict[str, Any] = {"username": hosts[0].get("username"), "password": hosts[0].get("password")}
+    access["ssl"] = scheme.startswith("rediss")
+    if scheme.endswith("+cluster"):
+        return _cluster([ClusterNode(host["host"], host.get("port", 6379)) for host in hosts], access)
+    name, _, database = rest.partition("/")[2].partition("/")
+    access["db"] = int(database.strip("/") or 0)
+    return _primary(name, [(host["host"], host.get("port", 26379)) for host in hosts], access)
+
+
+def _limits(seconds: float, retries: int = 1) -> dict[str, Any]:
     # redis-py's defaults wait 58 s on a frozen server; one retry saves the calls that find a connection closed by a
     # restart. Decoding is off: values are bytes.
-    pool = ConnectionPool.from_url(
-        address,
-        max_connections=MAX_CONNECTIONS,
-        socket_timeout=COMMAND_TIMEOUT_SECONDS,
-        socket_connect_timeout=0.25,
-        retry=Retry(NoBackoff(), 1),
-    )
-    return Redis.from_pool(pool)
+    return {
+        "max_connections": MAX_CONNECTIONS,
+        "socket_timeout": seconds,
+        "socket_connect_timeout": seconds,
+        "retry": Retry(NoBackoff(), retries),
+    }
 
 
-async def _within(seconds: float, command: Callable[["Redis"], Awaitable[T]], client: "Redis") -> T:
+def _cluster(nodes: list[ClusterNode], access: dict[str, Any]) -> RedisCluster:
+    # Not dynamic: it asks the hosts of the URL for the nodes there are now, whatever addresses these have had before.
+    cluster = RedisCluster(startup_nodes=nodes, dynamic_startup_nodes=False, **_limits(NODE_TIMEOUT_SECONDS), **access)
+    cluster.commands_parser = _FirstArgument()  # type: ignore[assignment]
+    return cluster
+
+
+def _primary(name: str, hosts: list[tuple[str, int]], access: dict[str, Any]) -> Redis:
+    # Each new connection asks the sentinels, one after the other, which server is the primary now.
+    limits = _limits(NODE_TIMEOUT_SECONDS, retries=0) | {"ssl": access["ssl"]}
+    sentinel = Sentinel(hosts, sentinel_kwargs=limits)  # type: ignore[no-untyped-call]
+    primary: Redis = sentinel.master_for(name, **_limits(COMMAND_TIMEOUT_SECONDS), **access)
+    return primary
+
+
+class _FirstArgument:
+    """Finds the key of a command where all commands used here have it.
+
+    It saves a cluster's client from reading a server's whole table of commands, its longest answer, whenever it looks
+    around.
+    """
+
+    async def initialize(self, node: ClusterNode | None = None) -> None:
+        """Have nothing to read."""
+
+    async def get_keys(self, *command: Any) -> list[Any]:
+        """Return the key of a command."""
+        return [command[1]]
+
+
+async def _within(seconds: float, command: Callable[[Client], Awaitable[T]], client: Client) -> T:
     # Inside the breaker's call: a timeout out there would look like a caller that left.
     async with asyncio.timeout(seconds):
+        if isinstance(client, RedisCluster):
+            await client.initialize()  # it would do that itself, but after it has chosen a node for its first command
         return await command(client)
 
 
-def _scan(cursor: int, pattern: str) -> Callable[["Redis"], Awaitable[tuple[int, list[Any]]]]:
-    return lambda client: client.scan(cursor, match=pattern, count=SCAN_COUNT)
+async def _sign_of_life(client: Client) -> None:
+    try:  # what is left of a cluster that is down answers a PING, but no command that has a key
+        await (client.get(PREFIX) if isinstance(client, RedisCluster) else client.ping())
+    except ResponseError as error:  # it refuses other commands for their own sake, but this one because it is no use
+        raise RedisError(type(error).__name__) from None
 
 
-def _unlink(keys: list[bytes]) -> Callable[["Redis"], Awaitable[Any]]:
+async def _primaries(client: Client) -> list[ClusterNode | None]:
+    return [*client.get_primaries()] if isinstance(client, RedisCluster) else [None]
+
+
+def _scan(node: ClusterNode | None, cursor: int, pattern: str) -> Callable[[Client], Awaitable[tuple[int, list[Any]]]]:
+    async def scan(client: Client) -> tuple[int, list[Any]]:
+        target: dict[str, Any] = {} if node is None else {"target_nodes": node}
+        after: Any
+        after, keys = await client.scan(cursor, match=pattern, count=SCAN_COUNT, **target)
+        return after if node is None else after[node.name], keys
+
+    return scan
+
+
+def _unlink(keys: list[bytes]) -> Callable[[Client], Awaitable[Any]]:
     return lambda client: client.unlink(*keys)
 
 

@@ -5,22 +5,30 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from redis.asyncio import Redis
+from redis.asyncio import RedisCluster
 
 from src.clock import Clock
 from src.entry import Entry, Key
-from src.redis_store import RedisAway, RedisStore
+from src.redis_store import Client, RedisAway, RedisStore
 
 MAX_PENDING_WRITES = 1000  # writes under way beside the answers; past that they are dropped, not queued
 LOCK_POLL_SECONDS = 0.025
 
 # Stores a value unless a newer one is there, and gives up the lock if it is ours. Any broken old value is overwritten.
-# KEYS: value, lock. ARGV: payload (empty: none), milliseconds to keep it, lock token.
+# KEYS: value, lock. ARGV: lock token, milliseconds to keep the value, payload (empty: none).
 STORE = """
 local old = redis.pcall('GETRANGE', KEYS[1], 0, 15)
-local newer = type(old) == 'string' and tonumber(old) and tonumber(old) > (tonumber(string.sub(ARGV[1], 1, 16)) or 0)
-if ARGV[1] ~= '' and not newer then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
-if redis.call('GET', KEYS[2]) == ARGV[3] then redis.call('DEL', KEYS[2]) end
+local newer = type(old) == 'string' and tonumber(old) and tonumber(old) > (tonumber(string.sub(ARGV[3], 1, 16)) or 0)
+if ARGV[3] ~= '' and not newer then redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[2]) end
+if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('DEL', KEYS[2]) end
+"""
+
+# Takes the lock if it is free. KEYS: value, lock. ARGV: lock token, milliseconds to hold it. Returns: 1 when it is ours
+# (perhaps from before: its release was lost in an outage, or a clear took its flight off the board), and the value.
+LOCK = """
+redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2])
+local value = redis.pcall('GET', KEYS[1])
+return {redis.call('GET', KEYS[2]) == ARGV[1] and 1 or 0, type(value) == 'string' and value}
 """
 
 
@@ -57,10 +65,10 @@ class RedisTier:
         give_up = self._clock.monotonic() + self._lock_seconds
         while True:
             try:
-                locked, raw = await self._store.run("lock", lambda redis: self._try_lock(redis, key))
+                held, raw = await self._store.run("lock", self._script(LOCK, key, int(self._lock_seconds * 1000)))
             except RedisAway:
                 return False, None
-            entry = self._parse(raw, ttl)
+            locked, entry = bool(held), self._parse(raw, ttl)
             if entry is not None and accept(entry):
                 if locked:
                     self.write(key, None)
@@ -92,29 +100,25 @@ class RedisTier:
             await asyncio.wait(set(self._writes))
 
     async def _write_now(self, key: Key, payload: bytes, keep_ms: int) -> None:
-        names = (key.redis(), key.redis("lock"))
         try:
-            await self._store.run("set", lambda redis: redis.eval(STORE, 2, *names, payload, keep_ms, self._token))
+            await self._store.run("set", self._script(STORE, key, keep_ms, payload))
         except RedisAway:
             return
 
-    async def _try_lock(self, redis: Redis, key: Key) -> tuple[bool, object]:
-        async with redis.pipeline(transaction=False) as pipe:
-            pipe.set(key.redis("lock"), self._token, nx=True, px=int(self._lock_seconds * 1000))
-            pipe.get(key.redis("lock"))
-            pipe.get(key.redis())
-            locked, holder, raw = await pipe.execute(raise_on_error=False)
-        if isinstance(locked, Exception):  # Redis is full or read-only: there is no lock to be had
-            raise locked
-        # Our own token from before: its release was lost in an outage, or a clear took its flight off the board.
-        return locked is True or holder == self._token.encode(), raw
+    def _script(self, script: str, key: Key, *arguments: bytes | int) -> Callable[[Client], Awaitable[Any]]:
+        return lambda redis: redis.eval(script, 2, key.redis(), key.redis("lock"), self._token, *arguments)
 
     def _parse(self, raw: object, ttl: float) -> Entry | None:
         return Entry.parse(raw, ttl, self._jitter, self._clock)
 
 
-def _mget(names: list[str]) -> Callable[[Redis], Awaitable[list[Any]]]:
-    return lambda redis: redis.mget(names)
+def _mget(names: list[str]) -> Callable[[Client], Awaitable[list[Any]]]:
+    def mget(redis: Client) -> Awaitable[list[Any]]:
+        if isinstance(redis, RedisCluster) and len(names) > 1:  # a command for each slot
+            return redis.mget_nonatomic(names)
+        return redis.mget(names)
+
+    return mget
 
 
 def _literal(symbol: str | None) -> str:

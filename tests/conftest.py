@@ -106,7 +106,7 @@ class Live:
         reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(self.url).port)
         writer.write(request)
         await writer.drain()
-        answer = await asyncio.wait_for(reader.read(65536), 5)
+        answer = await asyncio.wait_for(reader.read(-1 if b"Connection: close" in request else 65536), 5)
         writer.close()
         return answer
 

@@ -51,6 +51,10 @@ def plain(value: object) -> object:
         ("REDIS_PORT", "6380", "redis_address", "redis://localhost:6380/0"),
         ("REDIS_PASSWORD", "p@ss/w", "redis_address", "redis://:p%40ss%2Fw@localhost:6379/0"),
         ("REDIS_URL", "rediss://other:1/3", "redis_address", "rediss://other:1/3"),
+        ("REDIS_URL", "redis+sentinel://:p%2C@a:1,b/x/3", "redis_address", "redis+sentinel://:p%2C@a:1,b/x/3"),
+        ("REDIS_URL", "rediss+sentinel://a/my-master", "redis_address", "rediss+sentinel://a/my-master"),
+        ("REDIS_URL", "redis+cluster://u:p@a:1,[::1]:2/", "redis_address", "redis+cluster://u:p@a:1,[::1]:2/"),
+        ("REDIS_URL", "rediss+cluster://a", "redis_address", "rediss+cluster://a"),
         ("MAX_CONCURRENT", "9", "max_concurrent", 9),
         ("REQUEST_TIMEOUT", "1.5", "request_timeout", 1.5),
         ("CB_THRESHOLD", "3", "cb_threshold", 3),
@@ -193,6 +197,21 @@ def test_long_bad_value_is_cut() -> None:
         ("REDIS_URL", f"redis://:{CANARY}\u2100@host:6379/0"),
         ("REDIS_URL", f"redis://:{CANARY}#x@host:6379/0"),
         ("REDIS_URL", "redis://host:port/0"),
+        ("REDIS_URL", "redis://one:1,two:2/0"),
+        ("REDIS_URL", f"redis+cluster://:{CANARY}@"),
+        ("REDIS_URL", f"redis+cluster://:{CANARY}@one:1,,two:2"),
+        ("REDIS_URL", f"redis+cluster://:{CANARY}@one:1,two:0"),
+        ("REDIS_URL", f"redis+cluster://:{CANARY}@one:1,two:x"),
+        ("REDIS_URL", f"redis+cluster://:{CANARY}@one:1, two:2"),
+        ("REDIS_URL", f"redis+cluster://:{CANARY}@one:1/0"),
+        ("REDIS_URL", f"redis+cluster://:{CANARY}/x@one:1"),
+        ("REDIS_URL", f"redis+cluster://:{CANARY}@one:1?socket_timeout=9"),
+        ("REDIS_URL", f"redis+sentinel://:{CANARY}@one:1,two:2"),
+        ("REDIS_URL", f"redis+sentinel://:{CANARY}@one:1,two:2/"),
+        ("REDIS_URL", f"redis+sentinel://:{CANARY}@one:1/name/x"),
+        ("REDIS_URL", f"redis+sentinel://:{CANARY}@[one/name"),
+        ("REDIS_URL", f"redis+other://:{CANARY}@one:1"),
+        ("REDIS_URL", f"http+cluster://:{CANARY}@one:1"),
         ("HTTPS_PROXY", f"socks5://user:{CANARY}@host:1080"),
         ("HTTPS_PROXY", f"http://user:{CANARY}[@host:1080"),
         ("API_KEYS", f"a:{CANARY},a:{CANARY}"),
@@ -231,6 +250,16 @@ def test_settings_show_no_secret() -> None:
         assert f"{CANARY}-{value}" in settings.secrets, value
     assert held.count(CANARY) >= len(SECRETS)
     assert list(settings.secrets) == sorted(settings.secrets, key=len, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:{}@a:1/0", "redis+sentinel://me:{}@a:1,b:2/name/0", "redis+cluster://:{}@a:1,b:2"]
+)
+def test_password_in_an_url_is_a_secret_as_sent(url: str) -> None:
+    """The list of secrets has the password of any URL, as it stands there and as it is meant."""
+    settings = load_settings({"REDIS_URL": url.format("p%40ss%2Cword")}, NO_FILE)
+    assert {"p%40ss%2Cword", "p@ss,word"} < set(settings.secrets)
+    assert "word" not in repr(settings).replace("password", "")
 
 
 def test_settings_are_frozen() -> None:

@@ -23,7 +23,7 @@ from src.clock import SystemClock
 from src.errors import BadUpstreamData, GatewayError, InternalError, UpstreamError
 from src.exchanges import ExchangeManager, weight_of
 from src.http_client import MAX_MARKETS_BYTES, Answer
-from src.market_reader import read_markets
+from src.market_reader import MarketReader
 from src.markets import Markets
 from src.redis_store import RedisStore
 from src.sandbox import Sandbox
@@ -336,7 +336,7 @@ async def test_a_long_list_costs_the_gateway_little(clock: FakeClock) -> None:
     settings = make_settings(big)
     try:
         before, theirs = time.process_time(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        snapshot = await read_markets("kraken", settings, Answer(max_bytes=MAX_MARKETS_BYTES), 7.0)
+        snapshot = await MarketReader(settings).read("kraken", Answer(max_bytes=MAX_MARKETS_BYTES), 7.0)
         ours = time.process_time() - before  # the sandbox's own work is part of it
         theirs = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - theirs
     finally:
@@ -439,7 +439,24 @@ async def test_the_child_reads_as_carefully_as_the_gateway(sandbox: Sandbox, kno
     """Bodies are bounded, redirects refused and junk is bad data in the child too, and the error says which."""
     await sandbox.set("kraken", **knobs)
     with pytest.raises(UpstreamError, match=told):
-        await read_markets("kraken", make_settings(sandbox), Answer(max_bytes=1_000_000), 1.0)
+        await MarketReader(make_settings(sandbox)).read("kraken", Answer(max_bytes=1_000_000), 1.0)
+
+
+async def test_one_child_reads_all_lists_and_one_that_hangs_holds_up_none(
+    start: StartGateway, sandbox: Sandbox
+) -> None:
+    """Lists that are wanted at once are read by one process; each has its own answer or error, when it comes."""
+    await sandbox.set("bybit", hang=True)
+    await sandbox.set("binance", status=503)
+    live = await start(wait=False)
+    await eventually(lambda: live.gateway.markets.count("kraken") and live.gateway.loader.errors)
+    assert live.gateway.loader.errors == {"binance": "exchange_unavailable"}
+    ((first, _),) = readers()
+    await eventually(lambda: sandbox.count("binance") == 2)  # asked again after a second
+    assert [number for number, _ in readers()] == [first]
+    await sandbox.reset()
+    await eventually(lambda: len(live.gateway.markets.loaded_at) == 3)
+    await eventually(lambda: not readers())
 
 
 async def test_what_is_written_to_the_child_makes_the_same_client(sandbox: Sandbox) -> None:
@@ -447,7 +464,7 @@ async def test_what_is_written_to_the_child_makes_the_same_client(sandbox: Sandb
     settings = make_settings(sandbox, market_types="spot,swap")
     for name in EXCHANGES:
         own = await load_snapshot(name, settings, Answer(max_bytes=MAX_MARKETS_BYTES), 1.0)
-        assert await read_markets(name, settings, Answer(max_bytes=MAX_MARKETS_BYTES), 1.0) == own
+        assert await MarketReader(settings).read(name, Answer(max_bytes=MAX_MARKETS_BYTES), 1.0) == own
 
 
 @pytest.mark.parametrize("first", ["", "import ccxt.async_support; "], ids=["alone", "after all of ccxt"])
