@@ -59,9 +59,7 @@ class Slot:
         return found
 
     def join(self, found: list[Held]) -> Entry:
-        """Return the answer; a batch is joined anew only when a part has changed."""
-        if not self.recipe.places:
-            return found[0].entry
+        """Return the answer of a batch, which is joined anew only when a part has changed."""
         if self._joined is None or found != self._parts:
             bodies = (held.entry.body for held in found)
             whole = joined(dict(zip(self.recipe.places, bodies, strict=True)))
@@ -131,12 +129,14 @@ class FastPath:
         if slot is None or (asked := self._read(scope)) is None:
             return None
         gateway: Gateway = scope["state"]["gateway"]
-        if (found := slot.find(gateway)) is None or (limits := self._limits(asked, scope)) is None:
+        if (found := slot.find(gateway)) is None:
+            return None
+        if (limits := self._always if self._gate.open else self._limits(asked, scope)) is None:
             return None
         slot.used = True
         for held in found:
             gateway.cache.memory.use(held)
-        entry = slot.join(found)
+        entry = slot.join(found) if slot.recipe.places else found[0].entry
         age = max(0.0, self._clock.monotonic() - entry.born)
         fields = head(entry.etag, age, entry.ttl - age, "hit_memory", private=self._private)
         status, body = 200, entry.body
@@ -151,8 +151,6 @@ class FastPath:
 
     def _limits(self, asked: dict[bytes, bytes], scope: Scope) -> Fields | None:
         """Count the request against its client's limit; returns the fields that tell of it, None when it is refused."""
-        if self._gate.open:
-            return self._always
         try:
             limits = self._gate.admit(asked.get(b"x-api-key", b"").decode("latin-1"), scope)
         except GatewayError:

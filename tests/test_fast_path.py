@@ -141,7 +141,7 @@ steps = st.lists(
 
 
 @given(steps)
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_request_is_answered_as_the_app_answers_it(pair: Pair, steps: list[Any]) -> None:
     """Whatever is asked, how often and when: status, header fields and body are those of the app alone."""
     for (method, path, query, headers), times, pause in steps:
