@@ -5,8 +5,11 @@ Started by `benchmarks.bench` with the environment of a gateway; prints the time
 
 import argparse
 import asyncio
+import cProfile
 import json
+import pstats
 import time
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -88,11 +91,27 @@ async def main(pairs: int, calls: int) -> None:
         for name, one, state in sides if pair % 2 else sides[::-1]:
             times = [nanoseconds / 1e6 for nanoseconds in await call(one, state, calls)]
             measured[name].append((percentile(times, 0.50), percentile(times, 0.99)))
+    profiler = cProfile.Profile()
+    profiler.enable()
+    await call(app, lifespan.state, calls)
+    profiler.disable()
     last = await found(app, lifespan.state)
     await lifespan.shutdown()
     if last[0] != 200 or b"detail=memory" not in last[1]:
         raise SystemExit(f"the last call was no memory hit: {last}")
-    print(json.dumps(measured))
+    print(json.dumps({**measured, "profile": shares(profiler)}))
+
+
+def shares(profiler: cProfile.Profile) -> list[tuple[str, float]]:
+    """Name the functions that take the most time of their own, each with its percentage of the time in the app."""
+    rows = pstats.Stats(profiler).get_stats_profile().func_profiles
+    outside = (__file__, "~")
+    inside = {
+        name: row for name, row in rows.items() if row.file_name not in outside and "asyncio" not in row.file_name
+    }
+    own = {f"{Path(row.file_name).stem}.{name}": row.tottime for name, row in inside.items()}
+    whole = sum(own.values())
+    return [(name, 100 * own[name] / whole) for name in sorted(own, key=own.__getitem__, reverse=True)[:10]]
 
 
 if __name__ == "__main__":

@@ -39,20 +39,22 @@ log = logging.getLogger(__name__)
 class Slot:
     """One remembered request."""
 
-    __slots__ = ("_joined", "_parts", "hits", "recipe", "used", "values")
+    __slots__ = ("_joined", "_keys", "_parts", "hits", "is_batch", "recipe", "used", "values")
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.hits = metrics.hits.setdefault(recipe.route, metrics.Hits(recipe.route))
         self.used = False
         self.values = len(recipe.keys)
+        self.is_batch = bool(recipe.places)
+        self._keys = recipe.keys
         self._parts: list[Held] = []
         self._joined: Entry | None = None
 
     def find(self, gateway: Gateway) -> list[Held] | None:
         """Return every value of the answer, if all of them are fresh in memory."""
         found = []
-        for keys in self.recipe.keys:
+        for keys in self._keys:
             if (held := gateway.at_hand(keys)) is None:
                 return None
             found.append(held)
@@ -109,7 +111,7 @@ class FastPath:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = perf_counter()
-        hit = self._hit(scope) if scope["type"] == "http" else None
+        hit = self._hit(scope) if scope["type"] == "http" and scope["method"] == "GET" else None
         if hit is None:
             await self.app(scope, receive, send)
             self._learn(scope)
@@ -125,19 +127,22 @@ class FastPath:
 
     def _hit(self, scope: Scope) -> tuple[Slot, float, int, Fields, bytes] | None:
         """Make the answer to a request: its age, status, header fields and body; None when that is for the app."""
-        slot = self._find(scope)
-        if slot is None or (asked := self._read(scope)) is None:
+        raw = (scope["raw_path"], scope["query_string"])
+        if (slot := self._single.get(raw) or self._batches.get(raw)) is None:
             return None
         gateway: Gateway = scope["state"]["gateway"]
-        if (found := slot.find(gateway)) is None:
+        if gateway.markets.version != self._markets_version:  # who lists what may have changed: the app finds out
+            return None
+        if (asked := self._read(scope["headers"])) is None or (found := slot.find(gateway)) is None:
             return None
         if (limits := self._always if self._gate.open else self._limits(asked, scope)) is None:
             return None
         slot.used = True
         for held in found:
             gateway.cache.memory.use(held)
-        entry = slot.join(found) if slot.recipe.places else found[0].entry
-        age = max(0.0, self._clock.monotonic() - entry.born)
+        entry = slot.join(found) if slot.is_batch else found[0].entry
+        age = self._clock.monotonic() - entry.born
+        age = age if age > 0 else 0.0
         fields = head(entry.etag, age, entry.ttl - age, "hit_memory", private=self._private)
         status, body = 200, entry.body
         if b"if-none-match" in asked and matches([asked[b"if-none-match"].decode("latin-1")], entry.etag):
@@ -157,22 +162,13 @@ class FastPath:
             return None
         return self._always + [(name.lower().encode(), value.encode()) for name, value in limits.items()]
 
-    def _find(self, scope: Scope) -> Slot | None:
-        if scope["method"] != "GET" or self._logs_requests:
-            return None
-        raw = (scope["raw_path"], scope["query_string"])
-        slot = self._single.get(raw) or self._batches.get(raw)
-        if slot is not None and scope["state"]["gateway"].markets.version != self._markets_version:
-            return None  # who lists what may have changed: the app finds out, and teaches again
-        return slot
-
-    def _read(self, scope: Scope) -> dict[bytes, bytes] | None:
+    def _read(self, headers: Fields) -> dict[bytes, bytes] | None:
         """Pick the header fields an answer depends on; None when there is one the app has to see, or too much."""
         asked: dict[bytes, bytes] = {}
-        size = 0
-        for name, value in scope["headers"]:
+        size, noted = 0, self._noted
+        for name, value in headers:
             size += len(name) + len(value)
-            if name in self._noted:
+            if name in noted:
                 if name in asked or name not in NOTED:
                     return None
                 asked[name] = value
@@ -181,7 +177,7 @@ class FastPath:
     def _learn(self, scope: Scope) -> None:
         """Remember how the app answered, if it told."""
         recipe = scope.get("state", {}).pop("recipe", None)
-        if recipe is None or scope["method"] != "GET":
+        if recipe is None or scope["method"] != "GET" or self._logs_requests:
             return
         version = scope["state"]["gateway"].markets.version
         if version != self._markets_version:
