@@ -33,7 +33,7 @@ format: $(VENV)/.dev ## Format the code and mend what can be mended
 bench: $(VENV)/.demo ## Measure the gateway beside other designs, in some minutes; writes benchmarks/RESULTS.md
 	@$(BIN)/python -m benchmarks.bench
 
-scale: $(VENV)/.demo ## Compare one gateway with two replicas behind nginx
+scale: $(VENV)/.demo ## Compare one gateway with two replicas behind nginx, in some four minutes
 	@$(BIN)/python -m benchmarks.scale
 
 soak: $(VENV)/.demo ## Watch the memory under a mixed load for MINUTES (10); writes benchmarks/SOAK.md

@@ -73,7 +73,10 @@ def _redis_url(value: object) -> object:
 
 def _names_hosts(url: str) -> bool:
     known = re.fullmatch(r"rediss?\+(sentinel://[^/?#\s]+/[\w.-]+(/\d+)?|cluster://[^/?#\s]+)/?", url)
-    return bool(known) and all(_is_url(one, "redis", "rediss") and urlsplit(one).hostname for one in split_hosts(url))
+    credentials = url.partition("://")[2].rpartition("@")[0]
+    if not known or set(credentials) & set("@,"):  # one pair for all hosts; signs of it are percent-encoded
+        return False
+    return all(_is_url(one, "redis", "rediss") and urlsplit(one).hostname for one in split_hosts(url))
 
 
 def split_hosts(url: str) -> list[str]:
@@ -265,6 +268,14 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path =
         return Settings.model_validate(found)
     except ValidationError as error:
         raise ConfigError(_explain(error, found)) from None
+
+
+def foreign_environment() -> dict[str, str]:
+    """Return the environment without any setting of ours, for a process that has no business with our secrets."""
+    own = set(setting_names()) | {
+        f"{exchange.upper()}_{short}" for exchange in EXCHANGES for short in ("KEY", "SECRET")
+    }
+    return {name: value for name, value in os.environ.items() if name.upper() not in own}
 
 
 def setting_names() -> dict[str, tuple[FieldInfo, object]]:

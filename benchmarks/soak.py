@@ -40,7 +40,7 @@ def requests(until: float) -> Iterator[str]:
             "batch": f"/tickers?symbols={','.join(draw.sample(names, 20))}",
             "order book": f"/orderbook/{name}?limit={nonce % 200 + 1}",
             "candles": f"/ohlcv/{name}?limit={nonce % 100 + 1}",
-            "distinct query": f"/ticker/{name}?max_age={20 + nonce / 1e6}&nonce={nonce}",
+            "distinct query": f"/ticker/{name}?nonce={nonce}",
             "unknown symbol": f"/ticker/X{nonce}-USDT",
         }[kind]
 

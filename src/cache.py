@@ -6,7 +6,8 @@ one key share one flight: a task nobody owns, so a caller who leaves takes nothi
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 from cachetools import TTLCache
@@ -133,6 +134,16 @@ class Cache:
             if not missing:
                 break
         return at_hand | fetched
+
+    @asynccontextmanager
+    async def turn(self, name: Key) -> AsyncIterator[None]:
+        """Wait until no other replica has its turn at `name`; what it brought is in Redis then."""
+        locked, _ = await self._redis.lock_or_find(name, 0.0, lambda _: False)
+        try:
+            yield
+        finally:
+            if locked:
+                self._redis.write(name, None, last=True)
 
     async def clear(self, exchange: str | None = None, symbol: str | None = None) -> int:
         """Forget what is cached, all of it or of one exchange or symbol; returns how many entries went.
@@ -283,7 +294,7 @@ class Cache:
         elif isinstance(value, CallerError | NoPrice):
             self._negative[key] = value
         if entry is not None or locked:
-            self._redis.write(key, entry)
+            self._redis.write(key, entry, last=locked)
 
     def _remember(self, key: Key, entry: Entry) -> bool:
         """Keep an entry in memory unless a newer one is there; returns whether it is the newest now."""

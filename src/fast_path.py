@@ -24,7 +24,7 @@ from src.responses import Fields, Recipe, content, head, joined, matches
 
 REQUESTS_PER_ENTRY = 2  # requests remembered for each entry memory may hold: a symbol has more than one spelling
 MAX_REQUEST_BYTES = 256  # of path and query; a longer one for a single value is nobody's habit
-MAX_BATCHES = 128  # each holds its whole answer, some 45 KB for 100 symbols
+MAX_BATCHES = 64  # each holds its whole answer: some 45 KB for 100 symbols, three times that with `exchange=all`
 MAX_BATCH_BYTES = 4096
 TURNS = 8  # most requests that get a second chance before a new one is turned away
 
@@ -113,8 +113,7 @@ class FastPath:
         started = perf_counter()
         hit = self._hit(scope) if scope["type"] == "http" and scope["method"] == "GET" else None
         if hit is None:
-            await self.app(scope, receive, send)
-            self._learn(scope)
+            await self._pass_on(scope, receive, send)
             return
         slot, age, status, fields, body = hit
         metrics.in_progress.count += 1
@@ -174,12 +173,19 @@ class FastPath:
                 asked[name] = value
         return asked if b"host" in asked and size <= MAX_HEADER_BYTES else None
 
-    def _learn(self, scope: Scope) -> None:
-        """Remember how the app answered, if it told."""
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the app answer, and remember how, if it told."""
+        gateway: Gateway | None = scope.get("state", {}).get("gateway")
+        version = gateway.markets.version if gateway else 0
+        await self.app(scope, receive, send)
         recipe = scope.get("state", {}).pop("recipe", None)
-        if recipe is None or scope["method"] != "GET" or self._logs_requests:
+        # What came of a market list that was replaced meanwhile may be wrong by now.
+        if recipe is not None and gateway is not None and gateway.markets.version == version:
+            self._learn(scope, recipe, version)
+
+    def _learn(self, scope: Scope, recipe: Recipe, version: int) -> None:
+        if scope["method"] != "GET" or self._logs_requests:
             return
-        version = scope["state"]["gateway"].markets.version
         if version != self._markets_version:
             self._markets_version = version
             self._single.clear()

@@ -171,7 +171,10 @@ class Gateway:
     async def refresh(self, keys: Sequence[Key], max_age: float) -> int:
         """Load keys of one exchange and kind that are older than `max_age` seconds; returns how many could be had."""
         until, ttl = self.clock.monotonic() + self.settings.request_timeout, self._ttls[keys[0].kind]
-        outcomes = await self.cache.get_many(keys, ttl, self._load, until, max_age)
+        # What is hot on one replica mostly is on others too: they take turns, and the next one finds it in Redis.
+        turn = Key(keys[0].exchange, "refresh", "tickers") if keys[0].kind == "ticker" else keys[0]
+        async with self.cache.turn(turn):
+            outcomes = await self.cache.get_many(keys, ttl, self._load, until, max_age)
         return sum(isinstance(outcome, Lookup) for outcome in outcomes.values())
 
     async def _serve(self, kind: str, text: str, exchange: str | None, max_age: float | None, variant: str) -> Served:

@@ -56,6 +56,8 @@ class MarketLoader:
         loaded_at = self._manager.markets.loaded_at
         oldest = self._clock.time() - self._settings.markets_refresh_seconds
         restored = await self._restore(name)
+        if restored is not None and restored.loaded_at > self._clock.time():  # by a clock that is ahead: as if just now
+            restored = restored._replace(loaded_at=self._clock.time())
         if restored is not None and (restored.loaded_at > oldest or name not in loaded_at):
             self._adopt(name, restored)
         if loaded_at.get(name, 0.0) > oldest:
@@ -109,7 +111,8 @@ class MarketLoader:
                 "snapshot_set", lambda redis: redis.set(key, snapshot, ex=SNAPSHOT_SECONDS), SNAPSHOT_TIMEOUT_SECONDS
             )
         except RedisAway:
-            log.info("market snapshot not saved", extra={"exchange": name})
+            if self._store.configured:
+                log.info("market snapshot not saved", extra={"exchange": name})
 
     def _key(self, name: str) -> str:
         # The types belong to the name: replicas with other MARKET_TYPES need other lists.

@@ -2,13 +2,15 @@
 
 ccxt parses a list in one piece, and one thread of a process runs at a time: in the gateway's process, in a thread too,
 that would hold up every request by up to 0.2 s, and leave behind the memory it took. The child is told what it needs
-through its stdin; no key is part of that. It reads every list that is wanted meanwhile, and ends when its stdin does.
+through its stdin; no key is part of that, nor of its environment. It reads every list that is wanted meanwhile, and
+ends when its stdin does.
 """
 
 import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import os
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
@@ -17,14 +19,16 @@ from typing import Any
 
 from multidict import CIMultiDict
 
-from config import Settings, load_settings
+from config import Settings, foreign_environment, load_settings
 from src import errors
 from src.ccxt_client import load_snapshot, translate
 from src.http_client import Answer
 
+log = logging.getLogger(__name__)
+
 ROOT = Path(__file__).parents[1]
 # Without garbage collection: it would take a part of the child's time, and the process ends before it needs one.
-CHILD = "import gc; gc.disable(); from src.market_reader import main; main()"
+CHILD = "import gc, sys; gc.disable(); sys.path.insert(0, ''); from src.market_reader import main; main()"
 NICENESS = 10  # on a busy machine requests come first
 
 
@@ -34,7 +38,7 @@ class MarketReader:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._numbers = itertools.count()
-        self._waiting: dict[int, asyncio.Future[tuple[dict[str, Any], bytes]]] = {}
+        self._waiting: dict[int, asyncio.Future[tuple[dict[str, Any], bytes] | None]] = {}
         self._starting = asyncio.Lock()
         self._child: Process | None = None
         self._listener: asyncio.Task[None] | None = None
@@ -48,13 +52,16 @@ class MarketReader:
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
             await self._tell({"number": number, "exchange": exchange, "max_bytes": got.max_bytes, "now": now})
-            result, snapshot = await answer
+            told = await answer
         except OSError:
-            raise errors.InternalError("the process that reads market lists failed", exchange=exchange) from None
+            told = None
         finally:
             del self._waiting[number]
             if not self._waiting:
                 await self._end()
+        if told is None:
+            raise errors.InternalError("the process that reads market lists failed", exchange=exchange)
+        result, snapshot = told
         got.status, got.headers, got.is_json = result["status"], CIMultiDict(result["headers"]), result["is_json"]
         if (error := result["error"]) is not None:
             kind: type[errors.GatewayError] = getattr(errors, error["kind"])
@@ -77,6 +84,7 @@ class MarketReader:
                     "-c",
                     CHILD,
                     cwd=ROOT,
+                    env=foreign_environment(),
                     stdin=PIPE,
                     stdout=PIPE,
                     stderr=DEVNULL,
@@ -105,8 +113,9 @@ class MarketReader:
                 child.kill()
             if child is self._child:
                 self._child = None
-                for number in [number for number, waiting in self._waiting.items() if not waiting.done()]:
-                    self._waiting[number].set_exception(ConnectionResetError())
+                for waiting in [waiting for waiting in self._waiting.values() if not waiting.done()]:
+                    waiting.set_result(None)
+                log.error("the process that reads market lists ended", extra={"code": await child.wait()})
 
     async def _end(self) -> None:
         """End the child; it is gone when this returns."""

@@ -145,6 +145,13 @@ class RateLimiter:
         """Share of the budget used in its window, as far as this process knows; above 1 when the exchange said so."""
         return self._windows[exchange].used() / self._windows[exchange].limit
 
+    async def look(self, exchange: str) -> None:
+        """Learn what other replicas have spent meanwhile; without Redis there is nothing to learn."""
+        try:
+            await self._spend(exchange, 0)
+        except RedisAway:
+            return
+
     def is_spent(self, exchange: str, cost: int) -> bool:
         """Whether `cost` would be refused now, as far as this process knows."""
         return self._windows[exchange].wait_for(cost) > 0

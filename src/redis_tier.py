@@ -77,13 +77,17 @@ class RedisTier:
                 return locked, None
             await asyncio.sleep(LOCK_POLL_SECONDS)
 
-    def write(self, key: Key, entry: Entry | None) -> None:
-        """Store an entry (if there is one) and give up the lock, beside the answer: nobody waits for it."""
+    def write(self, key: Key, entry: Entry | None, *, last: bool = False) -> None:
+        """Store an entry (if there is one) and give up the lock, beside the answer: nobody waits for it.
+
+        With `last` it is done after the writes that are under way.
+        """
         if not self._store.configured or len(self._writes) >= MAX_PENDING_WRITES:
             return
+        earlier = set(self._writes) if last else set()
         payload = b"" if entry is None else entry.dump(self._clock)
         keep = 1 if entry is None else max(1, int((entry.ttl + self._keep_seconds) * 1000))
-        task = asyncio.create_task(self._write_now(key, payload, keep))
+        task = asyncio.create_task(self._write_now(key, payload, keep, earlier))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
 
@@ -99,7 +103,9 @@ class RedisTier:
         if self._writes:
             await asyncio.wait(set(self._writes))
 
-    async def _write_now(self, key: Key, payload: bytes, keep_ms: int) -> None:
+    async def _write_now(self, key: Key, payload: bytes, keep_ms: int, earlier: set[asyncio.Task[None]]) -> None:
+        if earlier:
+            await asyncio.wait(earlier)
         try:
             await self._store.run("set", self._script(STORE, key, keep_ms, payload))
         except RedisAway:

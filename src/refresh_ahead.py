@@ -6,7 +6,7 @@ refreshed together, and the second half of a budget is left to what callers wait
 
 import asyncio
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 from src import metrics
@@ -37,7 +37,9 @@ class RefreshAhead:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._hot = gateway.cache.memory.hot
-        self._most = max(1, int(gateway.settings.max_concurrent * LOADS_RATIO))
+        most = gateway.settings.max_concurrent
+        self._most = min(max(1, int(most * LOADS_RATIO)), most - 1)  # one load is always left to callers
+        self._pending = Counter[str]()  # exchange -> weight of the refreshes under way
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -83,23 +85,34 @@ class RefreshAhead:
 
     def _begin(self, keys: list[Key]) -> None:
         entries = [self._hot.pop(key) for key in keys]
-        first, manager = keys[0], self._gateway.manager
+        first = keys[0]
         kind = "tickers" if len(keys) > 1 else first.kind
         levels = int(first.variant) if kind == "orderbook" else len(keys)
         cost = weight_of(first.exchange, kind, levels, first.symbol)
-        if manager.limiter.used_ratio(first.exchange) > BUDGET_RATIO or not manager.is_available(first.exchange, cost):
-            metrics.cache_refreshes_total.labels("skipped").inc(len(keys))
-            return
         newest = min(self._life(entry) for entry in entries) * (1 - TOGETHER_RATIO)
-        task = asyncio.create_task(self._refresh(keys, newest))
+        task = asyncio.create_task(self._refresh(keys, newest, cost))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _refresh(self, keys: list[Key], max_age: float) -> None:
-        refreshed = 0
+    async def _refresh(self, keys: list[Key], max_age: float, cost: int) -> None:
+        exchange, refreshed = keys[0].exchange, 0
+        if not await self._may_spend(exchange, cost):
+            metrics.cache_refreshes_total.labels("skipped").inc(len(keys))
+            return
+        self._pending[exchange] += cost
         try:
             refreshed = await self._gateway.refresh(keys, max_age)
         except Exception:  # the next look must come all the same
             log.exception("refresh failed")
+        finally:
+            self._pending[exchange] -= cost
         metrics.cache_refreshes_total.labels("success").inc(refreshed)
         metrics.cache_refreshes_total.labels("error").inc(len(keys) - refreshed)
+
+    async def _may_spend(self, exchange: str, cost: int) -> bool:
+        """Whether the exchange would take a call, and callers keep their half of its budget, other replicas' too."""
+        manager = self._gateway.manager
+        await manager.limiter.look(exchange)
+        pending = self._pending[exchange] / self._gateway.settings.exchange(exchange).budget[0]
+        used = manager.limiter.used_ratio(exchange) + pending
+        return used <= BUDGET_RATIO and manager.is_available(exchange, cost)

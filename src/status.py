@@ -52,7 +52,9 @@ def health(gateway: Gateway) -> dict[str, Any]:
     all_open, kept = all(state == "open" for state in states.values()), len(gateway.cache)
     redis = "" if gateway.store.up or not gateway.store.configured else "does not answer"
     parts = {
-        "exchanges": _part("; ".join(tripped), "unhealthy" if all_open and not kept else "degraded"),
+        "exchanges": _part(
+            "; ".join(tripped), "unhealthy" if all_open and not gateway.cache.memory.has_any() else "degraded"
+        ),
         "markets": _part(
             f"not loaded: {', '.join(unloaded) or 'no exchange is enabled'}" if unloaded or not names else "",
             "unhealthy" if len(unloaded) == len(names) else "degraded",

@@ -210,6 +210,7 @@ def test_long_bad_value_is_cut() -> None:
         ("REDIS_URL", f"redis+sentinel://:{CANARY}@one:1,two:2/"),
         ("REDIS_URL", f"redis+sentinel://:{CANARY}@one:1/name/x"),
         ("REDIS_URL", f"redis+sentinel://:{CANARY}@[one/name"),
+        ("REDIS_URL", f"redis+cluster://me:{CANARY}@one:1,me:{CANARY}@two:2"),
         ("REDIS_URL", f"redis+other://:{CANARY}@one:1"),
         ("REDIS_URL", f"http+cluster://:{CANARY}@one:1"),
         ("HTTPS_PROXY", f"socks5://user:{CANARY}@host:1080"),

@@ -368,6 +368,26 @@ def readers() -> list[tuple[int, str]]:
     return [(int(row[1]), row[2]) for row in rows if int(row[0]) == os.getpid() and "market_reader" in row[-1]]
 
 
+def environment_of(number: int) -> bytes:
+    return Path(f"/proc/{number}/environ").read_bytes()
+
+
+async def test_the_child_knows_no_secret_and_starts_anywhere(
+    start: StartGateway, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No setting of ours is in its environment, and it finds its code where Python adds no folder by itself."""
+    names = ("BYBIT_API_SECRET", "KRAKEN_KEY", "ADMIN_TOKEN", "REDIS_URL")
+    for name in names:
+        monkeypatch.setenv(name, "canary-value")
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    await sandbox.set("kraken", hang=True)
+    await start(wait=False)
+    await eventually(lambda: sandbox.count("kraken"))
+    ((number, _),) = readers()
+    assert b"PYTHONSAFEPATH=1" in environment_of(number)
+    assert b"canary-value" not in environment_of(number)
+
+
 async def test_a_load_that_is_cancelled_leaves_no_process(start: StartGateway, sandbox: Sandbox) -> None:
     """A shutdown while an exchange hangs ends the child that waits for it; its command line tells no secret."""
     await sandbox.set("kraken", hang=True)
@@ -381,7 +401,7 @@ async def test_a_load_that_is_cancelled_leaves_no_process(start: StartGateway, s
 
 
 async def test_a_child_that_dies_is_no_fault_of_the_exchange(
-    start: StartGateway, sandbox: Sandbox, clock: FakeClock
+    start: StartGateway, sandbox: Sandbox, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The load fails as a fault of the gateway, the breaker stays closed, and the old list stays."""
     live = await start(cb_threshold=1)
@@ -393,6 +413,7 @@ async def test_a_child_that_dies_is_no_fault_of_the_exchange(
     os.kill(number, signal.SIGKILL)
     with pytest.raises(InternalError):
         await load
+    await eventually(lambda: "the process that reads market lists ended" in caplog.messages)
     assert live.gateway.manager["kraken"].breaker.state == "closed"
     assert live.gateway.markets.count("kraken") > 10
 

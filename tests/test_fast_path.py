@@ -294,6 +294,21 @@ async def test_a_new_market_list_is_taken_notice_of(live: Live, passed_on: Count
     assert passed_on.count == 2
 
 
+async def test_what_an_older_market_list_led_to_is_not_learned(live: Live, sandbox: Sandbox) -> None:
+    """A list that comes while a request is under way may put another exchange first: the next request finds out."""
+    passed_on, markets = Counted(live), live.gateway.markets
+    listed = list(live.gateway.manager["bybit"].client.markets.values())
+    others = [market for market in listed if market["symbol"] != "BTC/USDT"]
+    markets.replace("bybit", others, markets.loaded_at["bybit"])
+    await sandbox.set("binance", latency_ms=200, rate_limit=-1)
+    first = asyncio.create_task(live.get(TICKER))
+    await eventually(lambda: sandbox.count("binance"))
+    markets.replace("bybit", listed, markets.loaded_at["bybit"])
+    assert (await first).json()["exchange"] == "binance"
+    assert (await live.get(TICKER)).json()["exchange"] == "bybit"
+    assert passed_on.count == 2
+
+
 async def test_a_batch_is_joined_anew_when_a_part_changes(live: Live, passed_on: Counted, clock: FakeClock) -> None:
     """A batch is the same bytes until one of its tickers is another, and as old as its oldest one."""
     path = "/tickers?symbols=BTC-USDT,ETH-USDT,btc/usdt"

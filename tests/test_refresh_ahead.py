@@ -690,3 +690,45 @@ async def test_of_a_list_each_counts_for_itself(watched: StartWatched, tally: Ta
         hold(live, Key("kraken", "ticker", f"{coin}/USDT"), age=DUE)
     await eventually(lambda: sum(tally()) == 8)
     assert tally() == (7, 1, 0)
+
+
+async def test_replicas_with_different_favourites_share_a_call(
+    watched: StartWatched, sandbox: Sandbox, clock: FakeClock, redis: RedisServer
+) -> None:
+    """What is hot on one replica and in the list another one refreshes costs no second call."""
+    replicas = [await watched(redis_url=redis.url) for _ in range(2)]
+    for live in replicas:
+        await reachable(live, clock)
+    one, other = replicas
+    await ask(one, "/tickers?symbols=ADA-USDT,BTC-USDT&exchange=bybit")
+    await ask(other, PATH)
+    sandbox.clear_counts()
+    before = failures("error") + failures("skipped")
+    await sandbox.set("bybit", latency_ms=200, rate_limit=-1)
+    clock.advance(DUE)
+    now = pytest.approx(clock.elapsed, abs=0.002)  # Redis keeps milliseconds
+    await eventually(lambda: born(one, KEY) == now and born(other, KEY) == now)
+    assert sandbox.count("bybit") == 1 or failures("error") + failures("skipped") != before, (
+        "Redis did not answer in time"
+    )
+
+
+async def test_what_is_under_way_counts_as_spent(watched: StartWatched, clock: FakeClock, tally: Tally) -> None:
+    """Refreshes that come due at once do not together take what is left to callers."""
+    live = await watched(("kraken",), kraken_budget="10/60", orderbook_ttl_seconds=TTL)
+    for coin in ("BTC", "ETH", "SOL", "XRP", "ADA", "LTC", "DOT", "DOGE", "LINK"):
+        hold(live, Key("kraken", "orderbook", f"{coin}/USDT", "5"))
+    used = live.gateway.manager.limiter.used_ratio("kraken")
+    clock.advance(DUE)
+    await eventually(lambda: sum(tally()) == 9)
+    assert used < live.gateway.manager.limiter.used_ratio("kraken") <= BUDGET_RATIO + 0.1
+    assert await ask(live, "/trades/BTC-USDT?exchange=kraken", 1) == [MISS]
+
+
+async def test_the_only_load_is_for_callers(watched: StartWatched, sandbox: Sandbox, clock: FakeClock) -> None:
+    """Where one load is allowed at a time, nothing is refreshed ahead."""
+    live = await watched(("bybit",), max_concurrent=1)
+    hold(live, KEY, age=DUE)
+    refresher = RefreshAhead(live.gateway)
+    refresher.look()
+    assert (refresher._tasks, list(live.gateway.cache.memory.hot)) == (set(), [KEY])
