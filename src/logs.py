@@ -17,7 +17,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 def new_request_id() -> str:
     """Name a request: random by process, then a number. A random id for each would cost half a memory hit."""
-    return f"{_PROCESS}{next(_NUMBERS):x}"
+    return f"{_PROCESS}{next(_NUMBERS):016x}"
 
 
 class LineFormatter(logging.Formatter):
