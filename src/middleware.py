@@ -136,6 +136,7 @@ class Gate:
         return self.headers(self._limit - window.used(), window.wait_for(self._limit))
 
     def headers(self, left: int, seconds: float) -> dict[str, str]:
+        """Return the headers that tell of the limit: how many requests are left, and when all of it is free again."""
         return {
             "RateLimit-Policy": f'"client";q={self._limit};w={CLIENT_WINDOW_SECONDS}',
             "RateLimit": f'"client";r={left};t={math.ceil(seconds)}',

@@ -374,7 +374,7 @@ async def test_at_debug_level_every_request_is_logged(start: StartGateway, caplo
     assert len([record for record in caplog.records if record.message == "request"]) == 3
 
 
-async def test_a_client_that_does_not_read_is_in_progress(live: Live) -> None:
+async def test_no_request_stays_in_progress(live: Live) -> None:
     """The gauge of requests under way is back at zero after hits and misses."""
     for _ in range(3):
         await live.get(TICKER)
