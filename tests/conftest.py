@@ -5,6 +5,7 @@ Only the clock and the addresses are replaced.
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -219,3 +220,13 @@ def recordings() -> Path | None:
     """Where recorded answers of the live exchanges lie, if they are there: beside the checkout, or as told."""
     folder = Path(os.environ.get("VIRTUOSO_RECORDINGS", Path(__file__).parents[2] / "shared" / "recordings"))
     return folder if folder.is_dir() else None
+
+
+def tool(name: str, package: str) -> str:
+    """Find an optional system tool; without it the test is skipped, or failed where all tools are promised."""
+    if path := shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin"):  # where Debian has nginx
+        return path
+    missing = f"{name} is not installed (Debian: {package})"
+    if os.environ.get("VIRTUOSO_ALL_TOOLS"):
+        pytest.fail(missing)
+    pytest.skip(missing)

@@ -1,16 +1,14 @@
 """The metrics: well-formed, bounded in labels, true."""
 
 import asyncio
-import shutil
 import subprocess
 import time
 
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from src.clock import SystemClock
 from src.sandbox import Sandbox
-from tests.conftest import FakeClock, RedisServer, StartGateway, eventually, sample
+from tests.conftest import FakeClock, RedisServer, StartGateway, eventually, sample, tool
 
 FIXED_LABELS = {"route", "method", "code", "exchange", "operation", "outcome", "state", "to", "result", "tier"} | {
     "reason", "task", "version", "python", "le",
@@ -37,8 +35,7 @@ async def test_the_text_is_what_prometheus_reads(start: StartGateway, redis: Red
 
 async def test_promtool_finds_nothing_to_say(start: StartGateway) -> None:
     """`promtool check metrics` is clean, where it is installed."""
-    if (promtool := shutil.which("promtool")) is None:
-        pytest.skip("promtool is not installed (Debian: prometheus)")
+    promtool = tool("promtool", "prometheus")
     text = (await (await start()).get("/metrics")).content
     command = [promtool, "check", "metrics"]
     checked = await asyncio.to_thread(subprocess.run, command, input=text, capture_output=True, check=False)
