@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote, unquote, urlsplit
@@ -126,7 +127,18 @@ def _token(value: object) -> object:
     return value
 
 
+def _networks(value: object) -> object:
+    """Read a comma list of addresses and networks."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return tuple(str(ip_network(part.strip(), strict=False)) for part in value.split(",") if part.strip())
+    except ValueError:
+        raise ValueError("is no list of networks; allowed: such as 10.0.0.0/8,192.168.1.7,fd00::/8") from None
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Networks = Annotated[tuple[str, ...], BeforeValidator(_networks)]
 Url = Annotated[str, BeforeValidator(_url)]
 ProxyUrl = Annotated[SecretStr, BeforeValidator(_proxy_url)]
 RedisUrl = Annotated[SecretStr, BeforeValidator(_redis_url)]
@@ -195,6 +207,7 @@ class Settings(BaseModel):
     api_keys: ApiKeys = Field({}, description="Keys clients must send as `X-API-Key`; empty means open.")
     admin_token: Token = Field(SecretStr(""), description="Bearer token of `/admin`; empty switches it off.")
     client_rate_limit: int = Field(0, ge=0, le=1_000_000, description="Requests a minute per client; 0 is no limit.")
+    trusted_proxies: Networks = Field((), description="Proxies whose `X-Forwarded-For` is believed.")
     cors_origins: Names = Field((), description="Origins browsers may call from.")
     docs_enabled: bool = Field(True, description="Whether `/docs` and `/openapi.json` are served.")
     metrics_enabled: bool = Field(True, description="Whether `/metrics` is served.")

@@ -21,9 +21,10 @@ from config import EXCHANGES, ConfigError, Settings, load_settings
 from src import errors, metrics, responses, status
 from src.clock import Clock, SystemClock
 from src.fast_path import FastPath
+from src.gate import Gate
 from src.gateway import Gateway
 from src.logs import request_id, set_up_logging
-from src.middleware import Access, Gate, Observe
+from src.middleware import Access, Observe
 from src.models import Candles, OrderBook, Ticker, Trades
 from src.redis_store import RedisAway
 from src.refresh_ahead import RefreshAhead

@@ -15,11 +15,11 @@ from config import Settings
 from src import metrics
 from src.clock import Clock
 from src.entry import Entry
-from src.errors import GatewayError
+from src.gate import Gate
 from src.gateway import Gateway
 from src.logs import new_request_id
 from src.memory import Held
-from src.middleware import MAX_HEADER_BYTES, Gate, identify
+from src.middleware import MAX_HEADER_BYTES, identify
 from src.responses import Fields, Recipe, content, head, joined, matches
 
 REQUESTS_PER_ENTRY = 2  # requests remembered for each entry memory may hold: a symbol has more than one spelling
@@ -29,7 +29,7 @@ MAX_BATCH_BYTES = 4096
 TURNS = 8  # most requests that get a second chance before a new one is turned away
 
 # What a ready answer depends on, and what only the app can judge.
-NOTED = frozenset({b"host", b"if-none-match", b"x-api-key", b"x-request-id"})
+NOTED = frozenset({b"host", b"if-none-match", b"x-api-key", b"x-forwarded-for", b"x-request-id"})
 FOR_THE_APP = frozenset({b"content-length", b"transfer-encoding", b"expect"})
 
 Raw = tuple[bytes, bytes]  # path and query as they came
@@ -134,7 +134,7 @@ class FastPath:
             return None
         if (asked := self._read(scope["headers"])) is None or (found := slot.find(gateway)) is None:
             return None
-        if (limits := self._always if self._gate.open else self._limits(asked, scope)) is None:
+        if (limits := self._always if self._gate.open else self._limits(asked, scope, gateway)) is None:
             return None
         slot.used = True
         for held in found:
@@ -153,13 +153,13 @@ class FastPath:
         fields.append((b"x-request-id", (identify(given.decode("latin-1")) if given else new_request_id()).encode()))
         return slot, age, status, fields, body
 
-    def _limits(self, asked: dict[bytes, bytes], scope: Scope) -> Fields | None:
-        """Count the request against its client's limit; returns the fields that tell of it, None when it is refused."""
-        try:
-            limits = self._gate.admit(asked.get(b"x-api-key", b"").decode("latin-1"), scope)
-        except GatewayError:
+    def _limits(self, asked: dict[bytes, bytes], scope: Scope, gateway: Gateway) -> Fields | None:
+        """Count the request against its client's limit; returns the fields that tell of it, or None: the app's."""
+        key, forwarded = (asked.get(name, b"").decode("latin-1") for name in (b"x-api-key", b"x-forwarded-for"))
+        told = self._gate.at_once(scope, key, forwarded, gateway.store)
+        if told is None:
             return None
-        return self._always + [(name.lower().encode(), value.encode()) for name, value in limits.items()]
+        return self._always + [(name.lower().encode(), value.encode()) for name, value in told.items()]
 
     def _read(self, headers: Fields) -> dict[bytes, bytes] | None:
         """Pick the header fields an answer depends on; None when there is one the app has to see, or too much."""

@@ -7,6 +7,7 @@ What was not measured is not exported.
 import asyncio
 import platform
 from bisect import bisect_left
+from collections import Counter as Counts
 from collections.abc import Iterable
 
 import prometheus_client
@@ -96,6 +97,9 @@ class _Flush(Collector):
     def collect(self) -> Iterable[prometheus_client.Metric]:
         for counted in hits.values():
             counted.flush()
+        for (client, outcome), count in clients.items():
+            client_requests_total.labels(client, outcome).inc(count)
+        clients.clear()
         return ()
 
 
@@ -106,6 +110,7 @@ class InProgress:
 
 
 hits: dict[str, Hits] = {}  # by route; as many as there are routes
+clients: Counts[tuple[str, str]] = Counts()  # by name of the key and outcome
 in_progress = InProgress()
 REGISTRY.register(_Flush())
 
@@ -116,6 +121,9 @@ http_request_duration_seconds = Histogram(
 )
 http_requests_in_progress = Gauge("virtuoso_http_requests_in_progress", "Requests being answered now.")
 http_requests_in_progress.set_function(lambda: in_progress.count)
+client_requests_total = Counter(
+    "virtuoso_client_requests_total", "Requests held against the keys and the client limit.", ["client", "outcome"]
+)
 exchange_requests_total = Counter(
     "virtuoso_exchange_requests_total", "Calls made to an exchange.", ["exchange", "operation", "outcome"]
 )

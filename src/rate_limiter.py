@@ -1,10 +1,12 @@
 """The request budget of each exchange: what all replicas together may ask of it from one address.
 
-A window of weight in small buckets, kept in Redis when it is there and in memory when it is not. Three things keep
-this from being a library: the clock is an argument, a refusal names the seconds until the weight fits, and the
-exchange's own count can raise ours. The same script carries a hold (a ban, a Retry-After): one replica's ban stops all.
+A window of weight in small buckets, kept in Redis when it is there and in memory when it is not; what a client may ask
+of the gateway is counted in the same kind of window. Three things keep this from being a library: the clock is an
+argument, a refusal names the seconds until the weight fits, and the exchange's own count can raise ours. The same
+script carries a hold (a ban, a Retry-After): one replica's ban stops all.
 """
 
+import contextlib
 import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -74,15 +76,17 @@ redis.call('PEXPIRE', KEYS[1], math.max(tonumber(ARGV[1]), redis.call('PTTL', KE
 class Window:
     """Weight spent in the last `seconds`, in memory; conservative, as it counts by whole buckets."""
 
-    def __init__(self, limit: int, seconds: float, clock: Clock) -> None:
+    def __init__(self, limit: int, seconds: float, clock: Clock, count: int = BUCKETS) -> None:
+        """Allow `limit` in so many seconds, counted in `count` buckets."""
         self.limit = limit
-        self._width = seconds / BUCKETS
+        self.count = count
+        self.width = seconds / count
         self._clock = clock
-        self._buckets: deque[list[int]] = deque(maxlen=BUCKETS + 1)  # [bucket number, weight], oldest first
+        self._buckets: deque[list[int]] = deque(maxlen=count + 1)  # [bucket number, weight], oldest first
 
     def used(self) -> int:
         """Weight that counts now."""
-        oldest = self._current() - BUCKETS
+        oldest = self._current() - self.count
         while self._buckets and self._buckets[0][0] < oldest:
             self._buckets.popleft()
         return sum(weight for _, weight in self._buckets)
@@ -94,7 +98,7 @@ class Window:
             return 0.0
         wait = 0.0
         for number, weight in self._buckets:
-            wait = (number + BUCKETS + 1) * self._width - self._clock.monotonic()
+            wait = (number + self.count + 1) * self.width - self._clock.monotonic()
             excess -= weight
             if excess <= 0:
                 break
@@ -112,7 +116,7 @@ class Window:
         shift, weights = self._current() - current, Counter[int]()
         for number, weight in zip(shared[::2], shared[1::2], strict=True):
             weights[number + shift] += weight
-        self._buckets = deque(([number, weights[number]] for number in sorted(weights)), maxlen=BUCKETS + 1)
+        self._buckets = deque(([number, weights[number]] for number in sorted(weights)), maxlen=self.count + 1)
 
     def raise_to(self, used: int) -> None:
         """Count at least `used`, as somebody who sees more than we do said."""
@@ -120,14 +124,73 @@ class Window:
             self.add(missing)
 
     def _current(self) -> int:
-        return math.floor(self._clock.monotonic() / self._width)
+        return math.floor(self._clock.monotonic() / self.width)
 
 
-class _Reply(NamedTuple):
+class Reply(NamedTuple):
+    """What came of the wish to spend: whether it was, else the seconds until it fits; and the hold there is."""
+
     admitted: bool
     wait_seconds: float
-    hold_seconds: float
-    cause: str
+    hold_seconds: float = 0.0
+    cause: str = ""
+
+
+class SharedWindow:
+    """A window all replicas count in together, through Redis; while that is away each counts for itself.
+
+    `window` follows the shared count, so that it goes on from there when Redis is lost.
+    """
+
+    def __init__(self, key: str, window: Window, store: RedisStore, operation: str) -> None:
+        """`key` names it in Redis, `operation` in the metrics."""
+        self.window = window
+        self._key = key
+        self._store = store
+        self._operation = operation
+        self._untold = False  # spent while Redis was away: it has to be told of that before it may admit
+
+    async def spend(self, cost: int) -> Reply:
+        """Spend `cost`, or the whole limit if that is less."""
+        cost = min(cost, self.window.limit)
+        # The count is not told on every call: ours lags above the shared one, and the two would keep each other up.
+        at_least = self.window.used() if self._untold else 0
+        try:
+            reply = await self._ask(cost, at_least)
+        except RedisAway:
+            return self.spend_alone(cost)
+        self._untold = False
+        return reply
+
+    def spend_alone(self, cost: int) -> Reply:
+        """Spend `cost` as far as this process knows; Redis is told later."""
+        self._untold = True
+        wait = self.window.wait_for(cost)
+        if not wait:
+            self.window.add(cost)
+        return Reply(not wait, wait)
+
+    async def look(self) -> None:
+        """Learn what other replicas have spent meanwhile; without Redis there is nothing to learn."""
+        with contextlib.suppress(RedisAway):
+            await self._ask(0, 0)
+
+    async def raise_to(self, used: int) -> None:
+        """Count at least `used`, as somebody who sees more than we do said."""
+        if used <= self.window.used():
+            return
+        self.window.raise_to(used)
+        with contextlib.suppress(RedisAway):
+            await self._ask(0, used)
+
+    async def _ask(self, cost: int, at_least: int) -> Reply:
+        limit, width, count = self.window.limit, round(self.window.width * 1000), self.window.count
+        raw = await self._store.run(
+            self._operation, lambda redis: redis.eval(SPEND, 1, self._key, cost, limit, width, count, at_least)
+        )
+        admitted, wait, hold, cause, current, shared = raw
+        self.window.mirror(current, shared)
+        return Reply(bool(admitted), max(wait, 1) / 1000, hold / 1000, cause.decode())
 
 
 class RateLimiter:
@@ -136,38 +199,27 @@ class RateLimiter:
     def __init__(self, budgets: Mapping[str, tuple[int, int]], store: RedisStore, clock: Clock) -> None:
         self._store = store
         self._seconds = {exchange: seconds for exchange, (_, seconds) in budgets.items()}
-        # Follows the shared count, so that it goes on from there when Redis is lost.
-        self._windows = {exchange: Window(weight, seconds, clock) for exchange, (weight, seconds) in budgets.items()}
-
-        self._away: set[str] = set()  # asked while Redis was away: it has to be told of that before it may admit
+        self._shared = {
+            exchange: SharedWindow(_key(exchange), Window(weight, seconds, clock), store, "budget")
+            for exchange, (weight, seconds) in budgets.items()
+        }
 
     def used_ratio(self, exchange: str) -> float:
         """Share of the budget used in its window, as far as this process knows; above 1 when the exchange said so."""
-        return self._windows[exchange].used() / self._windows[exchange].limit
+        window = self._shared[exchange].window
+        return window.used() / window.limit
 
     async def look(self, exchange: str) -> None:
         """Learn what other replicas have spent meanwhile; without Redis there is nothing to learn."""
-        try:
-            await self._spend(exchange, 0)
-        except RedisAway:
-            return
+        await self._shared[exchange].look()
 
     def is_spent(self, exchange: str, cost: int) -> bool:
         """Whether `cost` would be refused now, as far as this process knows."""
-        return self._windows[exchange].wait_for(cost) > 0
+        return self._shared[exchange].window.wait_for(cost) > 0
 
     async def acquire(self, exchange: str, cost: int) -> None:
         """Spend `cost`. Raises `BudgetSpent` with the seconds to wait, or the reason of a hold other replicas know."""
-        window = self._windows[exchange]
-        try:
-            reply = await self._spend(exchange, min(cost, window.limit), self._untold(exchange))
-            self._away.discard(exchange)
-        except RedisAway:
-            self._away.add(exchange)
-            wait = window.wait_for(cost)
-            reply = _Reply(wait == 0, wait, 0.0, "")
-            if reply.admitted:
-                window.add(min(cost, window.limit))
+        reply = await self._shared[exchange].spend(cost)
         if reply.hold_seconds:
             banned = reply.cause == ExchangeBanned.cause
             raise (ExchangeBanned if banned else ExchangeRateLimited)(
@@ -176,8 +228,9 @@ class RateLimiter:
                 retry_after=reply.hold_seconds,
             )
         if not reply.admitted:
+            limit = self._shared[exchange].window.limit
             raise BudgetSpent(
-                f"the request budget of {exchange} ({window.limit} per {self._seconds[exchange]} s) is spent; "
+                f"the request budget of {exchange} ({limit} per {self._seconds[exchange]} s) is spent; "
                 "ask again later or ask another exchange",
                 exchange=exchange,
                 retry_after=reply.wait_seconds,
@@ -185,43 +238,19 @@ class RateLimiter:
 
     async def correct(self, exchange: str, used: int) -> None:
         """Take over the exchange's own count of what this address has used, when it is higher than ours."""
-        window = self._windows[exchange]
-        if used <= window.used():
-            return
-        window.raise_to(used)
-        try:
-            await self._spend(exchange, 0, at_least=used)
-        except RedisAway:
-            return
+        await self._shared[exchange].raise_to(used)
 
     async def hold(self, exchange: str, seconds: float, cause: str) -> None:
         """Tell every replica not to ask the exchange for `seconds`."""
-        try:
+        with contextlib.suppress(RedisAway):
             await self._store.run(
                 "hold", lambda redis: redis.eval(HOLD, 1, _key(exchange), math.ceil(seconds * 1000), cause)
             )
-        except RedisAway:
-            return
 
     async def release(self, exchange: str) -> None:
         """Forget a hold, as a reset of the breaker asks for."""
-        try:
+        with contextlib.suppress(RedisAway):
             await self._store.run("hold", lambda redis: redis.hdel(_key(exchange), "hold"))
-        except RedisAway:
-            return
-
-    def _untold(self, exchange: str) -> int:
-        # Not on every call: ours lags above the shared count, and the two would keep each other up.
-        return self._windows[exchange].used() if exchange in self._away else 0
-
-    async def _spend(self, exchange: str, cost: int, at_least: int = 0) -> _Reply:
-        limit, width = self._windows[exchange].limit, self._seconds[exchange] * 1000 // BUCKETS
-        raw = await self._store.run(
-            "budget", lambda redis: redis.eval(SPEND, 1, _key(exchange), cost, limit, width, BUCKETS, at_least)
-        )
-        admitted, wait, hold, cause, current, shared = raw
-        self._windows[exchange].mirror(current, shared)
-        return _Reply(bool(admitted), max(wait, 1) / 1000, hold / 1000, cause.decode())
 
 
 def _key(exchange: str) -> str:

@@ -33,6 +33,7 @@ LEVELS = {
     "src.cache": 3,
     "src.exchanges": 3,
     "src.market_loader": 3,
+    "src.gate": 3,
     "src.gateway": 4,
     "src.status": 5,
     "src.responses": 5,

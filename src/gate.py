@@ -1,0 +1,199 @@
+"""Who may ask, and how often: keys, addresses behind proxies, and a limit per client that all replicas share.
+
+Asking Redis about every request would cost more than answering it. So a replica takes permits in lots of a second's
+worth of the limit and spends them by itself: never more than the limit is given out, and a permit counts from when it
+was taken. While Redis is away each replica counts for itself.
+"""
+
+import asyncio
+import hmac
+import math
+from collections import OrderedDict
+from functools import lru_cache
+from ipaddress import ip_address, ip_network
+
+from starlette.types import Scope
+
+from config import Settings
+from src import metrics
+from src.clock import Clock
+from src.errors import TooManyRequests, Unauthorized
+from src.rate_limiter import SharedWindow, Window
+from src.redis_store import PREFIX, RedisStore
+
+WINDOW_SECONDS = 60
+WINDOW_BUCKETS = 60  # a client waits a second too long at most
+MAX_CLIENTS = 10_000  # clients counted at once; the least recently seen is forgotten first
+MAX_FORWARDED = 512  # characters of X-Forwarded-For that are read, from its end: what is nearest is what is trusted
+IPV6_PREFIX = 64  # who has one IPv6 address has all of its network
+LOOPBACK = "127.0.0.1"
+
+Told = dict[str, str]
+
+
+class Client:
+    """What a replica knows of one client's limit."""
+
+    __slots__ = ("free_at", "left", "permits", "permits_until", "refused_until", "shared", "taking")
+
+    def __init__(self, shared: SharedWindow) -> None:
+        self.shared = shared
+        self.permits, self.permits_until = 0, 0.0  # taken and not spent yet
+        self.left, self.free_at = 0, 0.0  # beside those permits; when all of the limit is free again
+        self.refused_until = 0.0
+        self.taking = asyncio.Lock()
+
+
+class Gate:
+    """Lets in who has a key, as often as the limit allows; without keys or limit it lets everybody in."""
+
+    def __init__(self, settings: Settings, clock: Clock) -> None:
+        self.open = not settings.api_keys and not settings.client_rate_limit
+        self.limit = settings.client_rate_limit
+        self._keys = {name: key.get_secret_value().encode() for name, key in settings.api_keys.items()}
+        self._trusted = [ip_network(network) for network in settings.trusted_proxies]
+        self._clock = clock
+        self._clients: OrderedDict[str, Client] = OrderedDict()
+        self._lot = max(1, self.limit // WINDOW_SECONDS)
+        self._address = lru_cache(1024)(self._find_address)
+
+    def at_once(self, scope: Scope, key: str, forwarded: str, store: RedisStore) -> Told | None:
+        """Admit a request if that takes no word from Redis; returns as `admit` does, or None when that has to judge."""
+        if (name := self._name(key)) is None:
+            return None
+        if self.limit:
+            client = self._client(self._whose(name, scope, forwarded), store)
+            if not self._spend_permit(client) and (store.up or not self._spend_alone(client)):
+                return None
+            told = self._told(client)
+        else:
+            told = {}
+        metrics.clients[name, "admitted"] += 1
+        return told
+
+    async def admit(self, scope: Scope, key: str, forwarded: str, store: RedisStore) -> Told:
+        """Count a request that came with this key and X-Forwarded-For; returns the headers that tell what is left.
+
+        A wrong key counts against the limit of its address. Raises `Unauthorized`, or `TooManyRequests`, which counts
+        as nothing.
+        """
+        name = self._name(key)
+        try:
+            told = await self._take(self._client(self._whose(name, scope, forwarded), store)) if self.limit else {}
+        except TooManyRequests:
+            metrics.clients[name or "unknown", "limited"] += 1
+            raise
+        if name is None:
+            metrics.clients["unknown", "unauthorized"] += 1
+            raise Unauthorized("send one of the configured keys in the header X-API-Key")
+        metrics.clients[name, "admitted"] += 1
+        return told
+
+    def refused(self, seconds: float) -> Told:
+        """Return the headers that tell of a limit that is used up for so many seconds."""
+        return self._headers(0, seconds)
+
+    def _name(self, given: str) -> str | None:
+        """Return the name of the key, `anonymous` where there are none, None for a wrong one."""
+        if not self._keys:
+            return "anonymous"
+        # Every key is compared, in constant time, so that time tells nothing.
+        names = [name for name, key in self._keys.items() if hmac.compare_digest(given.encode(), key)]
+        return names[0] if names else None
+
+    def _whose(self, name: str | None, scope: Scope, forwarded: str) -> str:
+        """Return whose limit a request counts against: that of its key, or of its address."""
+        if self._keys and name is not None:
+            return f"key:{name}"
+        return self._address((scope.get("client") or ("unknown",))[0], forwarded[-MAX_FORWARDED:])
+
+    def _find_address(self, host: str, forwarded: str) -> str:
+        """Return who asks behind proxies that are trusted; of IPv6 the network."""
+        told = [part.strip() for part in forwarded.split(",")]
+        known = [address for part in told if (address := _bare(part))]
+        if host in told or host in known:
+            # The server took it from there, as uvicorn does on the word of its own machine unless it is told not to.
+            host = host if self._trusts(LOOPBACK) else "forwarded"
+        elif self._trusts(host):
+            host = next((address for address in reversed(known) if not self._trusts(address)), host)
+        bare = _bare(host)
+        return str(ip_network((bare, IPV6_PREFIX), strict=False)) if ":" in bare else bare or host
+
+    def _trusts(self, host: str) -> bool:
+        bare = _bare(host)
+        return bool(bare) and any(ip_address(bare) in network for network in self._trusted)
+
+    def _client(self, whose: str, store: RedisStore) -> Client:
+        client = self._clients.pop(whose, None)
+        if client is None:
+            window = Window(self.limit, WINDOW_SECONDS, self._clock, WINDOW_BUCKETS)
+            client = Client(SharedWindow(f"{PREFIX}client:{{{whose}}}", window, store, "limit"))
+            if len(self._clients) >= MAX_CLIENTS:
+                self._clients.popitem(last=False)
+        self._clients[whose] = client  # at the end, so that who asks often is not who is forgotten
+        return client
+
+    async def _take(self, client: Client) -> Told:
+        """Spend a permit, of those at hand or of a new lot; returns the headers. Raises `TooManyRequests`."""
+        async with client.taking:  # or a burst would take a lot for each of its requests
+            if not self._spend_permit(client):
+                wait = client.refused_until - self._clock.monotonic()
+                if wait <= 0 and (wait := await self._take_lot(client)):
+                    client.refused_until = self._clock.monotonic() + wait
+                if wait > 0:
+                    raise TooManyRequests(
+                        f"more than {self.limit} requests in {WINDOW_SECONDS} s; wait and ask again", retry_after=wait
+                    )
+        return self._told(client)
+
+    async def _take_lot(self, client: Client) -> float:
+        """Take a lot and spend its first permit, or one alone where no more is left; returns seconds to wait, or 0."""
+        for lot in dict.fromkeys((self._lot, 1)):
+            reply = await client.shared.spend(lot)
+            if reply.admitted:
+                client.permits, client.permits_until = lot - 1, self._clock.monotonic() + WINDOW_SECONDS
+                self._note(client)
+                return 0.0
+        return reply.wait_seconds
+
+    def _spend_permit(self, client: Client) -> bool:
+        if client.permits <= 0 or self._clock.monotonic() >= client.permits_until:
+            client.permits = 0
+            return False
+        client.permits -= 1
+        return True
+
+    def _spend_alone(self, client: Client) -> bool:
+        """Spend one without Redis."""
+        if not client.shared.spend_alone(1).admitted:
+            return False
+        self._note(client)
+        return True
+
+    def _note(self, client: Client) -> None:
+        window = client.shared.window
+        client.left = self.limit - window.used()
+        client.free_at = self._clock.monotonic() + window.wait_for(self.limit)
+
+    def _told(self, client: Client) -> Told:
+        return self._headers(client.left + client.permits, client.free_at - self._clock.monotonic())
+
+    def _headers(self, left: int, seconds: float) -> Told:
+        """Tell how many requests are left, and the seconds until all of the limit is free again."""
+        return {
+            "RateLimit-Policy": f'"client";q={self.limit};w={WINDOW_SECONDS}',
+            "RateLimit": f'"client";r={max(left, 0)};t={math.ceil(max(seconds, 0))}',
+        }
+
+
+def _bare(text: str) -> str:
+    """Return the IP address in a text, without brackets, port and zone; nothing when there is none."""
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        address = ip_address(text.partition("%")[0])
+    except ValueError:
+        return ""
+    return str(getattr(address, "ipv4_mapped", None) or address)
