@@ -130,7 +130,7 @@ def _create_app(settings: Settings, clock: Clock, gate: Gate) -> FastAPI:
             ],
         )
     app.add_middleware(Observe)
-    metrics.initialise(settings.enabled_exchanges, ("/ticker/{symbol}", "/tickers"))
+    metrics.initialise(settings.enabled_exchanges)
     return app
 
 

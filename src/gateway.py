@@ -4,6 +4,7 @@ Every way into the gateway comes through here, so all of them share one entry pe
 """
 
 import asyncio
+import contextlib
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from src.models import TIMEFRAMES, MarketData
 from src.redis_store import PREFIX, RedisAway, RedisStore
 
 ALL = "all"
+START_SECONDS = 3.0  # longest wait for market lists before the port opens; with a snapshot it takes a tenth of one
 SECONDS_BELOW = 100_000_000_000  # as milliseconds this is in 1973, before there was a market: somebody meant seconds
 
 
@@ -303,9 +305,16 @@ class Gateway:
         return bool(self.markets.loaded_at)
 
     async def start(self) -> None:
-        """Make the clients and begin the background work; nothing has to be reachable."""
+        """Make the clients, begin the background work, and give the market lists a moment to come.
+
+        Whoever finds the port open then finds answers: no proxy sends a request to a replica that has no list yet. But
+        nothing has to be reachable: after `START_SECONDS` it goes on without.
+        """
         await self.manager.start()
         self.loader.start()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_SECONDS):
+                await self.loader.first_word()
         await self._recall_maintenance()
 
     async def close(self) -> None:

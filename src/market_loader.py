@@ -20,6 +20,7 @@ from src.redis_store import PREFIX, RedisAway, RedisStore
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = (1.0, 60.0)  # first and longest pause between tries
+FIRST_WORD_POLL_SECONDS = 0.01
 SNAPSHOT_SECONDS = 86400  # a list this old still names nearly every market, and spares a call at start-up
 SNAPSHOT_TIMEOUT_SECONDS = 1.0  # some hundred kilobytes, once an hour and beside all requests
 
@@ -44,6 +45,11 @@ class MarketLoader:
             gc.collect()
             gc.freeze()
         self._tasks = [asyncio.create_task(self._keep_loaded(name)) for name in self._manager.names]
+
+    async def first_word(self) -> None:
+        """Wait until each exchange's list is there, or a try to read it has failed."""
+        while set(self._manager.names) - set(self._manager.markets.loaded_at) - set(self.errors):  # noqa: ASYNC110 - once
+            await asyncio.sleep(FIRST_WORD_POLL_SECONDS)
 
     async def close(self) -> None:
         """End the background work."""

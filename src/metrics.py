@@ -9,6 +9,7 @@ import platform
 from bisect import bisect_left
 from collections import Counter as Counts
 from collections.abc import Iterable
+from itertools import product
 
 import prometheus_client
 from prometheus_client import REGISTRY, Counter, Gauge, disable_created_metrics
@@ -36,6 +37,8 @@ CACHE_RESULTS = ("hit_memory", "hit_redis", "miss", "stale_revalidate", "stale_e
 TIERS = ("memory", "redis")
 EVICTIONS = ("size", "expired", "cleared")
 REFRESHES = ("success", "error", "skipped")
+DATA_ROUTES = ("/ticker/{symbol}", "/tickers", "/orderbook/{symbol}", "/ohlcv/{symbol}", "/trades/{symbol}")
+CODES = ("200", "500", "502", "503", "504")  # a code first seen with a burst would be no increase
 TASKS = ("daily", "check", "warm")
 LAG_INTERVAL_SECONDS = 0.025  # how often the loop is asked to wake up; a stall shorter than this may hide
 
@@ -174,7 +177,7 @@ maintenance_last_success_timestamp_seconds = Gauge(
 )
 
 
-def initialise(exchanges: tuple[str, ...], routes: tuple[str, ...]) -> None:
+def initialise(exchanges: tuple[str, ...]) -> None:
     """Create the label sets that are known beforehand, so that a rate over them begins at zero."""
     build_info.labels(version=VERSION, python=platform.python_version()).set(1)
     for result in CACHE_RESULTS:
@@ -183,8 +186,8 @@ def initialise(exchanges: tuple[str, ...], routes: tuple[str, ...]) -> None:
         cache_refreshes_total.labels(outcome)
     for reason in EVICTIONS:
         cache_evictions_total.labels(reason)
-    for route in routes:
-        http_requests_total.labels(route, "GET", "200")
+    for route, code in product(DATA_ROUTES, CODES):
+        http_requests_total.labels(route, "GET", code)
         http_request_duration_seconds.labels(route)
     for exchange in exchanges:
         circuit_rejected_total.labels(exchange)

@@ -49,6 +49,7 @@ async def test_label_sets_are_there_from_the_start(start: StartGateway) -> None:
     for line in (
         'virtuoso_cache_requests_total{result="negative"}',
         'virtuoso_circuit_transitions_total{exchange="kraken",to="open"}',
+        'virtuoso_http_requests_total{code="503",method="GET",route="/trades/{symbol}"}',
         'virtuoso_circuit_state{exchange="bybit",state="closed"} 1.0',
         'virtuoso_circuit_state{exchange="bybit",state="open"} 0.0',
         'virtuoso_exchange_requests_total{exchange="binance",operation="ohlcv",outcome="success"}',
