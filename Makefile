@@ -1,4 +1,4 @@
-# make demo | run | test | format | bench | scale | soak | clean. Everything is installed into .venv; nothing needs root.
+# `make` alone lists what there is. Everything is installed into .venv; only ci-deps and ops-test need root.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ MINUTES ?= 10
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test format bench scale soak ci-deps clean
+.PHONY: help demo run test ops-test format bench scale soak drill ci-deps clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,7 +24,12 @@ test: $(VENV)/.dev ## Check formatting, lint, types, and run all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --cov --cov-report=term
+	$(BIN)/pytest -m "not ops" --cov --cov-report=term
+
+# What tests the deployment, each tool it needs being there for sure: a missing one is a failure, not a skip.
+OPS_TESTS := alerts ci compose contract dashboards deploy edge secrets units
+ops-test: ci-deps $(VENV)/.dev ## Install what the tests of the deployment need (Debian, as root), and run them
+	VIRTUOSO_ALL_TOOLS=1 $(BIN)/pytest $(OPS_TESTS:%=tests/test_%.py)
 
 format: $(VENV)/.dev ## Format the code and mend what can be mended
 	$(BIN)/ruff format .
@@ -39,9 +44,13 @@ scale: $(VENV)/.demo ## Compare one gateway with two replicas behind nginx, in s
 soak: $(VENV)/.demo ## Watch the memory under a mixed load for MINUTES (10); writes benchmarks/SOAK.md
 	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
-# Debian starts nginx and prometheus as services where its policy allows that; what is here needs only the programs.
-ci-deps: ## Install the optional system tools (Debian): wrk and nginx for the benchmarks, promtool for a test
-	apt-get update -qq && apt-get install -y -qq --no-install-recommends wrk nginx-light prometheus
+drill: $(VENV)/.dev ## Break every part of the deployment under load, in some 25 minutes, and write docs/drills.md
+	@$(BIN)/python -m tests.drills
+
+# Debian starts some of them as services where its policy allows that; what is here needs only the programs.
+ci-deps: ## Install the optional system tools (Debian, as root) that benchmarks and tests use
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends \
+		wrk nginx-light shellcheck systemd prometheus prometheus-alertmanager prometheus-redis-exporter openssl
 
 clean: ## Remove what was installed and cached
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
