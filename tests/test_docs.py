@@ -184,7 +184,7 @@ def test_example_lists_every_setting_with_its_default() -> None:
     """.env.example has each setting once, after its description, with the default, commented out."""
     pairs = re.findall(r"^# (.+)\n# ([A-Z][A-Z0-9_]*)=(.*)$", EXAMPLE, re.MULTILINE)
     expected = [(field.description, name, as_text(default)) for name, (field, default) in setting_names().items()]
-    assert pairs == expected
+    assert pairs[: len(expected)] == expected  # behind them stand those of compose: tests/test_compose.py
     assert all(line.startswith("#") or not line for line in EXAMPLE.splitlines())
 
 

@@ -1,0 +1,60 @@
+#!/bin/sh
+# Runs both halves of the edge, and reloads the inner one when the addresses of the gateways change. From nginx 1.27.3 on,
+# `server app:8000 resolve` and a resolver could follow them without a second nginx; this works with every nginx, and with
+# whatever the system resolves names by.
+#
+#   EDGE_UPSTREAM  name of the gateways (app)
+#   EDGE_INTERVAL  seconds between two look-ups (5)
+#   EDGE_CONFIG    where nginx.conf and upstream.conf are (/etc/nginx)
+set -u
+
+upstream=${EDGE_UPSTREAM:-app}
+interval=${EDGE_INTERVAL:-5}
+config=${EDGE_CONFIG:-/etc/nginx}
+
+say() { printf 'edge: %s\n' "$*" >&2; }
+addresses() { getent ahostsv4 "$upstream" | awk '{print $1}' | sort -u | tr '\n' ' '; }
+run() { exec nginx -c "$config/$1" -g 'daemon off;'; }
+
+# Starts the inner half once there is an address, and again should it ever end; until then the outer one answers 502.
+follow() {
+  inner='' known=''
+  trap '[ -z "$inner" ] || { kill -QUIT "$inner" && wait "$inner"; }; exit 0' TERM
+  while :; do
+    found=$(addresses)
+    if [ -n "$inner" ] && ! kill -0 "$inner" 2>/dev/null; then
+      say "the inner nginx has ended"
+      inner=''
+    fi
+    if [ -z "$found" ]; then
+      [ -n "$known" ] || say "$upstream cannot be resolved yet"
+    elif [ -z "$inner" ]; then
+      run upstream.conf &
+      inner=$! known=$found
+      say "$upstream is at $found"
+    # It reads the whole configuration first. When that fails, nothing changes, and the next round tries again.
+    elif [ "$found" != "$known" ] && nginx -c "$config/upstream.conf" -g 'daemon off;' -s reload; then
+      known=$found
+      say "$upstream is now at $found"
+    fi
+    sleep "$interval" &
+    wait $! # a signal ends it at once, as it would not end a sleep
+  done
+}
+
+run nginx.conf &
+outer=$!
+# QUIT lets requests finish, within worker_shutdown_timeout; TERM, by which containers and people stop things, would not.
+trap 'kill -QUIT "$outer"' TERM QUIT INT
+trap 'kill -HUP "$outer"' HUP # after a new certificate
+follow &
+follower=$!
+
+# A signal ends the wait before nginx ends. The inner half goes last: requests that are being answered need it.
+code=129
+while [ "$code" -gt 128 ] && kill -0 "$outer" 2>/dev/null; do
+  wait "$outer"
+  code=$?
+done
+kill "$follower" && wait "$follower"
+exit "$code"
