@@ -20,7 +20,7 @@ demo: $(VENV)/.demo ## Run it with sandbox exchanges and an embedded Redis; Ctrl
 run: $(VENV)/.runtime ## Run it against the live exchanges, with the settings of the environment and .env
 	@$(BIN)/uvicorn src.api:app --host $(HOST) --port $(PORT)
 
-test: $(VENV)/.dev ## Check formatting, lint, types, and run all tests
+test: $(VENV)/.dev ## Check formatting, lint and types, and run the tests but those of ops-test alone
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -44,7 +44,7 @@ scale: $(VENV)/.demo ## Compare one gateway with two replicas behind nginx, in s
 soak: $(VENV)/.demo ## Watch the memory under a mixed load for MINUTES (10); writes benchmarks/SOAK.md
 	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
-drill: $(VENV)/.dev ## Break every part of the deployment under load, in some 25 minutes, and write docs/drills.md
+drill: $(VENV)/.dev ## Break every part of the deployment under load, and write docs/drills.md
 	@$(BIN)/python -m tests.drills
 
 # Debian starts some of them as services where its policy allows that; what is here needs only the programs.

@@ -1,8 +1,8 @@
 """Who may ask, and how often: keys, addresses behind proxies, and a limit per client that all replicas share.
 
 Asking Redis about every request would cost more than answering it. So a replica takes permits in lots of a second's
-worth of the limit and spends them by itself: never more than the limit is given out, and a permit counts from when it
-was taken. While Redis is away each replica counts for itself.
+worth of the limit and spends them by itself: no more than the limit is given out in a window, but a permit counts from
+when it was taken, and may be spent up to a window later. While Redis is away each replica counts for itself.
 """
 
 import asyncio

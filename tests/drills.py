@@ -1,4 +1,4 @@
-"""Breaks the deployment on purpose, under load, and writes down what happened: `make drill`, in some 25 minutes.
+"""Breaks the deployment on purpose, under load, and writes down what happened: `make drill`.
 
 A copy of the project is started by compose in a directory of its own, with simulated exchanges, three gateways, other
 ports and another name, so that a deployment on this machine is left alone. Alerts wait a `SPEED`th of their time there.
@@ -403,7 +403,7 @@ INTRODUCTION = """\
 # Drills
 
 Each part was broken on purpose, under load, in a deployment by the compose file with three gateways and simulated
-exchanges. `make drill` does all of it again, in some 25 minutes, and writes this page; it needs Docker Compose, and
+exchanges. `make drill` does all of it again and writes this page; it needs Docker Compose, and
 ends with an error when a promise is broken.
 
 The last run was on {where}. The load was {PER_SECOND} requests a second through the edge; in the drills of one exchange
