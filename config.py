@@ -201,6 +201,7 @@ class Settings(BaseModel):
     redis_port: int = Field(6379, ge=1, le=65535, description="Port of Redis.")
     redis_password: SecretStr = Field(SecretStr(""), description="Password of Redis.")
     redis_url: RedisUrl = Field(SecretStr(""), description="Whole URL of Redis; wins over the three above.")
+    redis_timeout_seconds: float = Field(0.15, gt=0, le=5, description="A Redis slower than this is done without.")
 
     max_concurrent: int = Field(100, ge=1, le=10_000, description="Most upstream loads in flight; more get 503.")
     request_timeout: float = Field(5, gt=0, le=120, description="Longest time a request may take in all.")

@@ -94,7 +94,8 @@ def check(settings: Settings) -> int:
 
 async def _check_exchanges(settings: Settings) -> int:
     clock, failures = SystemClock(), 0
-    store = RedisStore(settings.redis_address, clock)  # a budget or a ban the gateway knows of holds here too
+    # A budget or a ban the gateway knows of holds here too.
+    store = RedisStore(settings.redis_address, clock, settings.redis_timeout_seconds)
     manager = ExchangeManager(settings, store, clock)
     await manager.start()
     try:

@@ -56,7 +56,7 @@ class Gateway:
     def __init__(self, settings: Settings, clock: Clock) -> None:
         self.settings = settings
         self.clock = clock
-        self.store = RedisStore(settings.redis_address, clock)
+        self.store = RedisStore(settings.redis_address, clock, settings.redis_timeout_seconds)
         self.manager = ExchangeManager(settings, self.store, clock)
         self.loader = MarketLoader(self.manager, settings, self.store, clock)
         self.cache = Cache(settings, self.store, clock)

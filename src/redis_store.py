@@ -28,8 +28,7 @@ T = TypeVar("T")
 Client = Redis | RedisCluster
 
 PREFIX = "virtuoso:1:"  # the number is the version of what the keys hold; raise it when that changes
-COMMAND_TIMEOUT_SECONDS = 0.15  # a Redis slower than this is no cache
-NODE_TIMEOUT_SECONDS = COMMAND_TIMEOUT_SECONDS / 2  # of one of several: it leaves time to ask another
+NODE_SHARE = 0.5  # of a command's time, for one of several servers: it leaves time to ask another
 MAX_CONNECTIONS = 50  # to each server
 SLOT_WAIT_SECONDS = 0.1  # longest wait for one of them; a burst of our own making is no fault of Redis
 # One timeout is enough: a cold request uses Redis three times, and three waits would be three times as long.
@@ -48,11 +47,12 @@ class RedisAway(Exception):
 class RedisStore:
     """Runs commands on Redis; every one of them may raise `RedisAway`, and nothing else."""
 
-    def __init__(self, address: str, clock: Clock) -> None:
-        """Prepare a client for the URL `address` (empty: no Redis); nothing connects yet."""
+    def __init__(self, address: str, clock: Clock, timeout: float = 0.15) -> None:
+        """Prepare a client for the URL `address` (empty: no Redis), whose commands take `timeout` seconds at most."""
         self._clock = clock
+        self._timeout = timeout
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
-        self.client = _client(address) if address else None
+        self.client = _client(address, timeout) if address else None
         self.breaker = CircuitBreaker(
             "redis",
             clock=clock,
@@ -76,10 +76,8 @@ class RedisStore:
         """Whether the last word from Redis was an answer."""
         return self.client is not None and self.breaker.state == "closed"
 
-    async def run(
-        self, operation: str, command: Callable[[Client], Awaitable[T]], seconds: float = COMMAND_TIMEOUT_SECONDS
-    ) -> T:
-        """Run one command within `seconds` and count it under `operation`. Raises `RedisAway`."""
+    async def run(self, operation: str, command: Callable[[Client], Awaitable[T]], seconds: float = 0) -> T:
+        """Run one command within the timeout, or `seconds` if that is more; count it. Raises `RedisAway`."""
         if self.client is None:
             raise RedisAway("not configured")
         if not self.breaker.admits:
@@ -88,7 +86,7 @@ class RedisStore:
         started, outcome = self._clock.monotonic(), "error"
         try:
             async with self._slot():
-                result = await self.breaker.call(_within, seconds, command, self.client)
+                result = await self.breaker.call(_within, max(seconds, self._timeout), command, self.client)
         except Exception as error:  # noqa: BLE001 - a cluster's client may close a connection that another call uses
             log.debug("redis command failed", extra={"operation": operation, "error": type(error).__name__})
             raise RedisAway(type(error).__name__) from None
@@ -142,18 +140,18 @@ class RedisStore:
             await self.client.aclose()
 
 
-def _client(address: str) -> Client:
+def _client(address: str, timeout: float) -> Client:
     scheme, _, rest = address.partition("://")
     if "+" not in scheme:
-        return Redis.from_pool(ConnectionPool.from_url(address, **_limits(COMMAND_TIMEOUT_SECONDS)))
+        return Redis.from_pool(ConnectionPool.from_url(address, **_limits(timeout)))
     hosts = [parse_url(url) for url in split_hosts(address)]
     access: dict[str, Any] = {"username": hosts[0].get("username"), "password": hosts[0].get("password")}
     access["ssl"] = scheme.startswith("rediss")
     if scheme.endswith("+cluster"):
-        return _cluster([ClusterNode(host["host"], host.get("port", 6379)) for host in hosts], access)
+        return _cluster([ClusterNode(host["host"], host.get("port", 6379)) for host in hosts], timeout, access)
     name, _, database = rest.partition("/")[2].partition("/")
     access["db"] = int(database.strip("/") or 0)
-    return _primary(name, [(host["host"], host.get("port", 26379)) for host in hosts], access)
+    return _primary(name, [(host["host"], host.get("port", 26379)) for host in hosts], timeout, access)
 
 
 def _limits(seconds: float, retries: int = 1) -> dict[str, Any]:
@@ -167,18 +165,19 @@ def _limits(seconds: float, retries: int = 1) -> dict[str, Any]:
     }
 
 
-def _cluster(nodes: list[ClusterNode], access: dict[str, Any]) -> RedisCluster:
+def _cluster(nodes: list[ClusterNode], timeout: float, access: dict[str, Any]) -> RedisCluster:
     # Not dynamic: it asks the hosts of the URL for the nodes there are now, whatever addresses these have had before.
-    cluster = RedisCluster(startup_nodes=nodes, dynamic_startup_nodes=False, **_limits(NODE_TIMEOUT_SECONDS), **access)
+    limits = _limits(timeout * NODE_SHARE)
+    cluster = RedisCluster(startup_nodes=nodes, dynamic_startup_nodes=False, **limits, **access)
     cluster.commands_parser = _FirstArgument()  # type: ignore[assignment]
     return cluster
 
 
-def _primary(name: str, hosts: list[tuple[str, int]], access: dict[str, Any]) -> Redis:
+def _primary(name: str, hosts: list[tuple[str, int]], timeout: float, access: dict[str, Any]) -> Redis:
     # Each new connection asks the sentinels, one after the other, which server is the primary now.
-    limits = _limits(NODE_TIMEOUT_SECONDS, retries=0) | {"ssl": access["ssl"]}
+    limits = _limits(timeout * NODE_SHARE, retries=0) | {"ssl": access["ssl"]}
     sentinel = Sentinel(hosts, sentinel_kwargs=limits)  # type: ignore[no-untyped-call]
-    primary: Redis = sentinel.master_for(name, **_limits(COMMAND_TIMEOUT_SECONDS), **access)
+    primary: Redis = sentinel.master_for(name, **_limits(timeout), **access)
     return primary
 
 
@@ -200,9 +199,20 @@ class _FirstArgument:
 async def _within(seconds: float, command: Callable[[Client], Awaitable[T]], client: Client) -> T:
     # Inside the breaker's call: a timeout out there would look like a caller that left.
     async with asyncio.timeout(seconds):
+        already = _cancellations()
         if isinstance(client, RedisCluster):
             await client.initialize()  # it would do that itself, but after it has chosen a node for its first command
-        return await command(client)
+        result = await command(client)
+        # Before Python 3.12 `asyncio.wait_for`, by which redis-py sends, loses a cancellation that comes as it ends: a
+        # loop such as `keep_asking` would then never end, nor would the process.
+        if _cancellations() > already:
+            raise asyncio.CancelledError
+        return result
+
+
+def _cancellations() -> int:
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0
 
 
 async def _sign_of_life(client: Client) -> None:

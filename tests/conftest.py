@@ -63,7 +63,7 @@ class RedisServer:
         command = [server, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", *self._arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         self.client = redis_py.Redis(port=self.port)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not self._answers():
             assert time.monotonic() < deadline, "Redis did not start"
             time.sleep(0.01)
@@ -105,11 +105,12 @@ class Live:
     async def raw(self, request: bytes) -> bytes:
         """Send bytes as they are and return all that comes back; for what no client would send."""
         reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(self.url).port)
-        writer.write(request)
-        await writer.drain()
-        answer = await asyncio.wait_for(reader.read(-1 if b"Connection: close" in request else 65536), 5)
-        writer.close()
-        return answer
+        try:
+            writer.write(request)
+            await writer.drain()
+            return await asyncio.wait_for(reader.read(-1 if b"Connection: close" in request else 65536), 60)
+        finally:
+            writer.close()
 
 
 StartGateway = Callable[..., Awaitable[Live]]
@@ -154,9 +155,16 @@ async def sandbox(clock: FakeClock) -> AsyncIterator[Sandbox]:
 
 
 def make_settings(sandbox: Sandbox | None = None, **overrides: object) -> Settings:
-    """Settings for the sandbox, without Redis, jitter, refreshes or small budgets unless a test asks for them."""
+    """Settings for the sandbox, without Redis, jitter, refreshes or small budgets unless a test asks for them.
+
+    A test that is not about how long something may take is not failed by a busy machine: it waits far longer than
+    the gateway does by default.
+    """
     environment = {
         "REDIS_HOST": "",
+        "REDIS_TIMEOUT_SECONDS": "5",
+        "EXCHANGE_TIMEOUT_SECONDS": "30",
+        "REQUEST_TIMEOUT": "60",
         "REFRESH_AHEAD": "false",
         "TTL_JITTER_RATIO": "0",
         "KRAKEN_BUDGET": "1000/5",
@@ -187,7 +195,7 @@ async def start(sandbox: Sandbox, clock: FakeClock) -> AsyncIterator[StartGatewa
 async def serve(settings: Settings, clock: Any, *, shortcut: bool = True) -> AsyncIterator[Live]:
     """Run the app under a real uvicorn in this event loop; without `shortcut` nothing stands before the app."""
     front = create_app(settings, clock)
-    config = uvicorn.Config(front if shortcut else front.app, log_config=None, lifespan="on")
+    config = uvicorn.Config(front if shortcut else front.app, log_config=None, lifespan="on", timeout_keep_alive=75)
     server = uvicorn.Server(config)
     # With its protocol named: asyncio sets TCP_NODELAY on such only, and without it each answer takes 40 ms.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -195,7 +203,7 @@ async def serve(settings: Settings, clock: Any, *, shortcut: bool = True) -> Asy
     task = asyncio.create_task(server.serve([listener]))
     await eventually(lambda: server.started or task.done())
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    async with httpx.AsyncClient(timeout=15, limits=httpx.Limits(max_connections=1500)) as client:
+    async with httpx.AsyncClient(timeout=90, limits=httpx.Limits(max_connections=1500)) as client:
         try:
             yield Live(url, client, server.lifespan.state["gateway"], server, front)
         finally:
@@ -204,8 +212,8 @@ async def serve(settings: Settings, clock: Any, *, shortcut: bool = True) -> Asy
             listener.close()
 
 
-async def eventually(predicate: Callable[[], object], seconds: float = 10.0) -> None:
-    """Wait for something that is about to happen, as soon as it has."""
+async def eventually(predicate: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait for something that is about to happen, as soon as it has; the limit is for what never will."""
     async with asyncio.timeout(seconds):
         while not predicate():  # noqa: ASYNC110 - what is waited for is in another task or process
             await asyncio.sleep(0.002)

@@ -103,7 +103,7 @@ async def make(clock: FakeClock) -> AsyncIterator[Make]:
     stores: list[RedisStore] = []
 
     def limiter(url: str = "", seconds: int = SECONDS) -> RateLimiter:
-        stores.append(RedisStore(url, clock))
+        stores.append(RedisStore(url, clock, timeout=5))
         return RateLimiter(dict.fromkeys(["binance", "kraken"], (LIMIT, seconds)), stores[-1], clock)
 
     yield limiter

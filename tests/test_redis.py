@@ -1,6 +1,7 @@
 """Redis as the second tier: shared when it answers, and never more than a short delay when it does not."""
 
 import asyncio
+import contextlib
 import gc
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -10,14 +11,14 @@ import pytest
 from src.clock import SystemClock
 from src.entry import Entry, Key
 from src.errors import ExchangeUnavailable
-from src.redis_store import PREFIX, RedisAway
+from src.redis_store import PREFIX, RedisAway, RedisStore
 from src.redis_tier import MAX_PENDING_WRITES
 from src.sandbox import Sandbox
 from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, sample
 from tests.test_cache import FAILURE, KEY, TTL, Bench, key, number
 
 LOCK, DATA = KEY.redis("lock"), KEY.redis()
-WAIT = 0.15  # seconds that a Redis which does not answer may cost once
+WAIT = 1.0  # seconds that a Redis which does not answer may cost once; more than a busy machine costs
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ async def test_a_process_does_not_wait_for_its_own_lock(bench: Bench, redis: Red
     """A lock of ours whose release got lost in an outage is ours still."""
     cache = bench.make(redis_url=redis.url)
     redis.client.set(LOCK, cache._redis._token)
-    assert await asyncio.wait_for(bench.ask(), 1) == ("miss", 1)
+    assert await asyncio.wait_for(bench.ask(), 15) == ("miss", 1)
 
 
 async def test_a_clear_is_not_undone_by_reading_redis(bench: Bench, redis: RedisServer) -> None:
@@ -216,7 +217,7 @@ async def test_a_full_redis_is_read_and_else_does_without(
 
 async def test_a_frozen_redis_costs_one_short_wait(bench: Bench, own_redis: RedisServer) -> None:
     """The first request waits for one command's timeout, the next for nothing; the same when it freezes again."""
-    bench.make(redis_url=own_redis.url)
+    bench.make(redis_url=own_redis.url, redis_timeout_seconds=WAIT)
     await timed(bench, "A/A")
     for time_ in ("once", "again"):
         own_redis.freeze()
@@ -261,7 +262,8 @@ async def test_losing_redis_under_load_loses_no_answer(
     start: StartGateway, sandbox: Sandbox, clock: FakeClock, own_redis: RedisServer, blow: str
 ) -> None:
     """Frozen, killed, back or lost again in the middle of many requests: all of them are answered."""
-    live = await start(redis_url=own_redis.url, ticker_ttl_seconds=1, stale_seconds=0, exchange_timeout_seconds=1)
+    settings = {"redis_timeout_seconds": WAIT, "exchange_timeout_seconds": 5}  # a lock that thaws lasts for the second
+    live = await start(redis_url=own_redis.url, ticker_ttl_seconds=1, stale_seconds=0, **settings)
     symbols = [market["symbol"].replace("/", "-") for market in live.gateway.markets.select("bybit", None, "USDT")][:12]
     for _ in range(2):
         await sandbox.set("bybit", latency_ms=30, rate_limit=-1)
@@ -288,7 +290,7 @@ async def test_the_write_is_beside_the_answer(bench: Bench, own_redis: RedisServ
     """An answer does not wait for its write to Redis, and a write that fails is nobody's error."""
     complaints: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-    bench.make(redis_url=own_redis.url)
+    bench.make(redis_url=own_redis.url, redis_timeout_seconds=WAIT)
     gate, task = bench.close_gate(), bench.task()
     await bench.called(1)
     own_redis.freeze()
@@ -314,7 +316,7 @@ async def test_writes_do_not_pile_up(bench: Bench, redis: RedisServer) -> None:
 
 async def test_after_an_outage_redis_takes_nothing_back(bench: Bench, own_redis: RedisServer) -> None:
     """A value in Redis that is older than the one in memory is neither served nor kept, however fresh it is."""
-    bench.make(redis_url=own_redis.url, cache_memory_ttl=2)
+    bench.make(redis_url=own_redis.url, redis_timeout_seconds=WAIT, cache_memory_ttl=2)
     await bench.ask()
     await settled(bench)
     own_redis.freeze()
@@ -353,7 +355,7 @@ async def test_replicas_load_a_cold_symbol_once(start: StartGateway, sandbox: Sa
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.content for answer in answers}) == 1
     assert sum("detail=redis" in answer.headers["Cache-Status"] for answer in answers) == 1
-    await eventually(lambda: not redis.client.exists(LOCK), seconds=1)
+    await eventually(lambda: not redis.client.exists(LOCK), seconds=15)  # by itself it goes after 30
 
 
 async def test_replicas_load_a_cold_batch_once(start: StartGateway, sandbox: Sandbox, redis: RedisServer) -> None:
@@ -375,10 +377,10 @@ async def test_replicas_load_a_cold_batch_once(start: StartGateway, sandbox: San
 async def test_a_load_gives_up_its_lock(bench: Bench, redis: RedisServer, error: Exception | None) -> None:
     """The lock is held while a load runs, would expire by itself, and is gone after it, whatever the load brought."""
     redis.client.rpush(DATA, "a value of the wrong type")
-    bench.make(redis_url=redis.url, exchange_timeout_seconds=3)
+    bench.make(redis_url=redis.url, exchange_timeout_seconds=60)
     bench.error, gate, task = error, bench.close_gate(), bench.task()
     await bench.called(1)
-    assert 2000 < redis.client.pttl(LOCK) <= 3000
+    assert 30_000 < redis.client.pttl(LOCK) <= 60_000
     gate.set()
     await asyncio.wait([task])
     await settled(bench)
@@ -386,16 +388,16 @@ async def test_a_load_gives_up_its_lock(bench: Bench, redis: RedisServer, error:
     assert redis.client.type(DATA) == (b"list" if error else b"string")
 
 
-@pytest.mark.parametrize("milliseconds", [300, None])
+@pytest.mark.parametrize("milliseconds", [1000, None])
 async def test_a_dead_lock_holder_costs_at_most_the_locks_time(
     bench: Bench, redis: RedisServer, milliseconds: int | None
 ) -> None:
     """A lock whose holder died is waited for until it expires, or else for as long as ours would last."""
     redis.client.set(LOCK, "dead", px=milliseconds)
-    bench.make(SystemClock(), redis_url=redis.url, exchange_timeout_seconds=0.3)
+    bench.make(SystemClock(), redis_url=redis.url, exchange_timeout_seconds=1)
     began = time.perf_counter()
-    assert await bench.ask() == ("miss", 1)
-    assert 0.2 < time.perf_counter() - began < 0.6
+    assert await bench.ask(seconds=60) == ("miss", 1)
+    assert 0.7 < time.perf_counter() - began < 5
 
 
 async def test_a_clear_removes_only_what_is_ours_and_named(bench: Bench, redis: RedisServer) -> None:
@@ -454,9 +456,29 @@ async def test_a_clear_is_not_undone_by_a_load(bench: Bench, redis: RedisServer)
     assert (names(redis), len(cache)) == (set(), 0)
 
 
+async def test_a_cancellation_is_never_lost(redis: RedisServer, clock: FakeClock) -> None:
+    """A client that swallows a cancellation, as redis-py may before Python 3.12, keeps no task from ending."""
+    store, sent = RedisStore(redis.url, clock), asyncio.Event()
+
+    async def swallow(_: object) -> None:
+        sent.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+    task = asyncio.create_task(store.run("get", swallow, 30))
+    await sent.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert store.up
+    with pytest.raises(RedisAway):
+        await store.run("get", swallow, 0.2)
+    await store.close()
+
+
 async def test_a_clear_without_redis_says_so(bench: Bench, own_redis: RedisServer) -> None:
     """When Redis does not answer memory is cleared all the same, and the caller is told."""
-    cache = bench.make(redis_url=own_redis.url)
+    cache = bench.make(redis_url=own_redis.url, redis_timeout_seconds=WAIT)
     await bench.ask()
     own_redis.freeze()
     with pytest.raises(RedisAway):

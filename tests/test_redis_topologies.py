@@ -26,9 +26,10 @@ from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventuall
 
 PASSWORD = "c4nary/p@ss:w,rd"
 QUOTED = quote(PASSWORD, safe="")
-NODE_LOST_MS = "500"  # after this a node that does not answer is given up by the others
-PRIMARY_LOST_MS = "1000"  # the same for a sentinel; with less it takes a primary for lost between two of its pings
-SLOWEST = 1.0  # seconds an answer may take while servers are lost, on a busy machine
+NODE_LOST_MS = "2000"  # after this a node that does not answer is given up by the others
+PRIMARY_LOST_MS = "3000"  # the same for a sentinel; with less it takes a primary for lost between two of its pings
+TIMEOUT = 1.0  # seconds a command may take where servers are lost
+SLOWEST = 10 * TIMEOUT  # an answer may take while servers are lost, on a busy machine; without a bound it is minutes
 DATABASE = 2
 
 
@@ -120,7 +121,7 @@ def as_text(raw: object) -> str:
 
 
 def wait_for(predicate: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not predicate():
         assert time.monotonic() < deadline, "the servers did not get ready"
         time.sleep(0.01)
@@ -201,9 +202,9 @@ def begin(start: StartGateway, clock: FakeClock) -> StartGateway:
 
     async def begin(**overrides: object) -> Live:
         live = await start(**overrides)
-        while not live.gateway.store.up:
+        if not live.gateway.store.up:
             clock.advance(BREAKER_MAX_OPEN_SECONDS)
-            await works(live.gateway.store, PREFIX)
+            await until_it_works(live.gateway.store, PREFIX, clock)
         return live
 
     return begin
@@ -236,7 +237,7 @@ async def found_in_redis(begin: StartGateway, url: str, wanted: list[str]) -> bo
 
 async def comes_back(live: Live, clock: FakeClock, wanted: list[str], group: Group) -> None:
     """Ask on until every value reaches Redis again. The breaker's time flies; the servers' does not."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while True:
             for server in group.primaries():
                 server.client.flushall()
@@ -244,7 +245,7 @@ async def comes_back(live: Live, clock: FakeClock, wanted: list[str], group: Gro
             assert await ask(live, wanted) < SLOWEST
             if live.gateway.store.up:
                 with suppress(TimeoutError):
-                    await eventually(lambda: len(group.keys(f"{PREFIX}data:*")) == len(wanted), seconds=0.3)
+                    await eventually(lambda: len(group.keys(f"{PREFIX}data:*")) == len(wanted), seconds=2)
                     return
 
 
@@ -255,6 +256,13 @@ async def works(store: RedisStore, key: str) -> bool:
     except RedisAway:
         return False
     return True
+
+
+async def until_it_works(store: RedisStore, key: str, clock: FakeClock) -> None:
+    """Try until a command gets through. The breaker's time flies; the servers' does not."""
+    async with asyncio.timeout(120):
+        while not await works(store, key):
+            clock.advance(BREAKER_MAX_OPEN_SECONDS)
 
 
 async def test_replicas_share_what_one_of_them_loaded(begin: StartGateway, group: Group, sandbox: Sandbox) -> None:
@@ -280,7 +288,7 @@ async def test_replicas_load_a_cold_symbol_once(begin: StartGateway, group: Grou
     assert sandbox.count("bybit", "tickers") == 1
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.content for answer in answers}) == 1
-    await eventually(lambda: not group.keys(f"{PREFIX}lock:*"), seconds=1)
+    await eventually(lambda: not group.keys(f"{PREFIX}lock:*"), seconds=15)  # by itself it goes after 30
 
 
 async def test_replicas_share_one_budget(begin: StartGateway, group: Group, sandbox: Sandbox) -> None:
@@ -352,7 +360,7 @@ async def test_a_cluster_that_lost_a_part_loses_no_answer(
     begin: StartGateway, own_cluster: Group, clock: FakeClock, blow: str
 ) -> None:
     """Without one of its parts a cluster answers nothing; the gateway does, soon, and uses it once it is whole."""
-    live = await begin(redis_url=own_cluster.url, ticker_ttl_seconds=10, stale_seconds=0)
+    live = await begin(redis_url=own_cluster.url, ticker_ttl_seconds=10, stale_seconds=0, redis_timeout_seconds=TIMEOUT)
     wanted = symbols(live, 12)
     await ask(live, wanted)
     lost = own_cluster.servers[2]
@@ -368,7 +376,7 @@ async def test_a_cluster_that_lost_a_part_loses_no_answer(
     assert not live.gateway.store.up
     own_cluster.lost.clear()
     lost.thaw() if blow == "freeze" else lost.start()
-    await eventually(own_cluster.is_whole, 20)
+    await eventually(own_cluster.is_whole)
     await comes_back(live, clock, wanted, own_cluster)
     assert await found_in_redis(begin, own_cluster.url, wanted)
 
@@ -379,21 +387,19 @@ async def test_after_a_failover_the_new_primary_is_used(
 ) -> None:
     """When a replica takes over, the gateway finds it without a restart, and no answer is lost meanwhile."""
     group: Group = request.getfixturevalue(kind)
-    live = await begin(redis_url=group.url, ticker_ttl_seconds=10, stale_seconds=0)
+    live = await begin(redis_url=group.url, ticker_ttl_seconds=10, stale_seconds=0, redis_timeout_seconds=TIMEOUT)
     wanted = symbols(live, 12)
     await ask(live, wanted)
     lost, heir = group.servers if kind == "own_sentinel" else group.servers[1::2]
     await eventually(lambda: group.on(lost, f"{PREFIX}data:*"))
-    store, key = RedisStore(group.url, clock), group.on(lost, f"{PREFIX}data:*").pop()
-    assert await works(store, key)
+    store, key = RedisStore(group.url, clock, TIMEOUT), group.on(lost, f"{PREFIX}data:*").pop()
+    await until_it_works(store, key, clock)
     group.lose(lost, blow)
     assert not await works(store, key)
     clock.advance(BREAKER_MAX_OPEN_SECONDS)
     assert await ask(live, wanted) < SLOWEST
-    await eventually(lambda: heir.client.info("replication")["role"] == "master", 20)
-    async with asyncio.timeout(10):
-        while not await works(store, key):
-            clock.advance(BREAKER_MAX_OPEN_SECONDS)
+    await eventually(lambda: heir.client.info("replication")["role"] == "master")
+    await until_it_works(store, key, clock)
     await store.close()
     await comes_back(live, clock, wanted, group)
     assert group.on(heir, f"{PREFIX}data:*")
@@ -402,7 +408,7 @@ async def test_after_a_failover_the_new_primary_is_used(
 
 async def test_a_cluster_that_is_down_does_not_look_up(own_cluster: Group, clock: FakeClock) -> None:
     """What is left of a cluster still answers, but is not taken for one; and closing closes all there is."""
-    store, hosts = RedisStore(own_cluster.url, clock), own_cluster.url.rpartition("@")[2]
+    store, hosts = RedisStore(own_cluster.url, clock, TIMEOUT), own_cluster.url.rpartition("@")[2]
     client = store.client
     assert isinstance(client, RedisCluster)
     assert all([await works(store, str(place)) for place in range(30)])
@@ -413,7 +419,7 @@ async def test_a_cluster_that_is_down_does_not_look_up(own_cluster: Group, clock
     nodes = [*client.get_nodes(), *client.nodes_manager.startup_nodes.values()]
     assert not any(connection.is_connected for node in nodes for connection in node._connections)
     await eventually(lambda: "cluster_state:fail" in own_cluster.servers[0].cluster("INFO"))
-    other = RedisStore(own_cluster.url, clock)
+    other = RedisStore(own_cluster.url, clock, TIMEOUT)
     asking = asyncio.create_task(other.keep_asking())
     await eventually(lambda: not other.up)
     asking.cancel()
@@ -441,14 +447,14 @@ async def test_whatever_is_wrong_is_only_redis_away(
     if "{sentinel}" in url:
         ports["sentinel"] = request.getfixturevalue("own_sentinel").watchers[0].port
     clock = FakeClock()
-    store, said = RedisStore(url.format(**ports), clock), []
+    store, said = RedisStore(url.format(**ports), clock, TIMEOUT), []
     assert store.client is not None
     for operation in (store.client.get, store.client.unlink):
         clock.advance(BREAKER_MAX_OPEN_SECONDS)
         began = time.perf_counter()
         with pytest.raises(RedisAway) as away:
             await store.run("test", lambda _: operation(PREFIX))  # noqa: B023 - run at once
-        assert time.perf_counter() - began < SLOWEST / 2
+        assert time.perf_counter() - began < SLOWEST
         said += [repr(away.value), repr(store), repr(store.client)]
     clock.advance(BREAKER_MAX_OPEN_SECONDS)
     asking = asyncio.create_task(store.keep_asking())
