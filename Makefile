@@ -20,16 +20,20 @@ demo: $(VENV)/.demo ## Run it with sandbox exchanges and an embedded Redis; Ctrl
 run: $(VENV)/.runtime ## Run it against the live exchanges, with the settings of the environment and .env
 	@$(BIN)/uvicorn src.api:app --host $(HOST) --port $(PORT)
 
+# Clocks, servers and processes of the tests are real: what fails on a starved machine is tried again, twice at most,
+# and named in the summary (RERUN). What is broken fails three times.
+PYTEST := $(BIN)/pytest --reruns 2 --reruns-delay 1 -r fERs
+
 test: $(VENV)/.dev ## Check formatting, lint and types, and run the tests but those of ops-test alone
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not ops" --cov --cov-report=term
+	$(PYTEST) -m "not ops" --cov --cov-report=term
 
 # What tests the deployment, each tool it needs being there for sure: a missing one is a failure, not a skip.
 OPS_TESTS := alerts ci compose contract dashboards deploy edge secrets units
 ops-test: ci-deps $(VENV)/.dev ## Install what the tests of the deployment need (Debian, as root), and run them
-	VIRTUOSO_ALL_TOOLS=1 $(BIN)/pytest $(OPS_TESTS:%=tests/test_%.py)
+	VIRTUOSO_ALL_TOOLS=1 $(PYTEST) $(OPS_TESTS:%=tests/test_%.py)
 
 format: $(VENV)/.dev ## Format the code and mend what can be mended
 	$(BIN)/ruff format .

@@ -56,7 +56,7 @@ async def test_a_flood_of_unknown_symbols_costs_nothing(
     start: StartGateway, sandbox: Sandbox, redis: RedisServer
 ) -> None:
     """A thousand well-formed unknown symbols: 404 each, no call upstream, memory, Redis and label sets unchanged."""
-    live = await start(redis_url=redis.url)
+    live = await start(redis_url=redis.url, stale_seconds=3600)
     for path in ("/ticker/BTC/USDT", "/ticker/NO/SUCH", "/metrics"):  # these make the series the flood will count in
         await live.get(path)
     await eventually(lambda: redis.client.keys("virtuoso:1:data:*"))

@@ -1,6 +1,7 @@
 """maintenance.py as cron runs it: against a running gateway, by its exit codes."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -14,6 +15,7 @@ TOKEN = "open-sesame"
 async def run(monkeypatch: pytest.MonkeyPatch, live: Live | None, *arguments: str, **environment: str) -> int:
     """Run a task in a thread, with the environment cron would give it."""
     environment = {"GATEWAY_URL": live.url if live else "http://127.0.0.1:9", "ADMIN_TOKEN": TOKEN} | environment
+    environment = {"EXCHANGE_TIMEOUT_SECONDS": "30"} | environment
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return await asyncio.to_thread(maintenance.main, arguments)
@@ -83,6 +85,8 @@ async def test_check_asks_each_exchange_for_its_time(
 ) -> None:
     """Reachable and in step is 0; a clock that is off or an exchange that is away is 1, each named."""
     live = await start(admin_token=TOKEN)
+    for listener in sandbox.listeners.values():
+        listener.now = time.time  # the clock of the test stood still meanwhile
     urls = {f"{name.upper()}_REST_URL": url for name, url in sandbox.urls.items()} | {"REDIS_HOST": ""}
     assert await run(monkeypatch, live, "check", **urls) == maintenance.OK
     assert capsys.readouterr().out.count("reachable") == 3

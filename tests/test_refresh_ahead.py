@@ -665,9 +665,9 @@ async def test_who_is_sent_away_makes_nothing_hot(watched: StartWatched) -> None
     """Requests without the right key, or over the limit, do not count: they could keep the budget busy."""
     live = await watched(api_keys="me:0123456789", client_rate_limit=1)
     assert (await live.get(PATH, headers={"X-API-Key": "0123456789"})).status_code == 200
-    for headers, status in (({}, 401), ({"X-API-Key": "0123456789"}, 429)):
-        for _ in range(OFTEN):
-            assert (await live.get(PATH, headers=headers)).status_code == status
+    # Without a key the first is refused for that, and the others because their address asked too often.
+    for headers, statuses in (({}, [401, 429, 429]), ({"X-API-Key": "0123456789"}, [429, 429, 429])):
+        assert [(await live.get(PATH, headers=headers)).status_code for _ in range(OFTEN)] == statuses
     assert not live.gateway.cache.memory.hot
 
 

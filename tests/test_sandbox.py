@@ -81,7 +81,7 @@ async def connect(sandbox: Sandbox) -> AsyncIterator[Connect]:
         options = {} if name == "kraken" else {"fetchMarkets": {"types": ["spot", "linear"]}}
         client = getattr(ccxt, name)({"enableRateLimit": False, "options": options})
         client.has["fetchCurrencies"] = False
-        client.timeout_on_exit, client.timeout = 0, 2_000
+        client.timeout_on_exit, client.timeout = 0, 30_000
         client.urls["api"] = moved(client.urls["api"], sandbox.urls[name])
         clients.append(client)
         await client.load_markets()
@@ -233,12 +233,12 @@ async def test_own_words(get: Get, name: str, path: str, status: int, text: str)
 )
 async def test_spoiled_answers_raise(sandbox: Sandbox, client: Any, knobs: dict[str, Any], error: Any) -> None:
     """Each knob makes ccxt raise what the real trouble would, and reset ends it."""
-    client.timeout = 200
+    client.timeout = 1_000
     await sandbox.set(client.id, **knobs)
     with pytest.raises(error):
         await client.fetch_ticker("BTC/USDT")
     await sandbox.reset()
-    client.timeout = 2_000
+    client.timeout = 30_000
     assert (await client.fetch_ticker("BTC/USDT"))["last"] > 0
 
 
@@ -296,7 +296,7 @@ async def test_hang_refuse_and_reopen(sandbox: Sandbox, get: Get) -> None:
     await asyncio.sleep(0.1)
     begun = time.monotonic()
     await sandbox.stop()
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 10
     with pytest.raises(aiohttp.ClientError):
         await waiting
 
