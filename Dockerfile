@@ -21,7 +21,7 @@ WORKDIR /app
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-c", "__import__('urllib.request').request.urlopen('http://127.0.0.1:8000/health/live',timeout=3)"]
 # Idle connections are kept longer than the edge keeps them (60 s), so that it never sends into a closing one. Whose
 # client an address is, TRUSTED_PROXIES decides, not the server. A stop waits 10 s for answers that have begun.

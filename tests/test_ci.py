@@ -39,6 +39,11 @@ def test_it_runs_the_same_two_commands_on_every_python() -> None:
     assert (setup["python-version"], setup["cache"]) == ("${{ matrix.python }}", "pip")
 
 
+def test_what_make_test_leaves_out_is_run_too() -> None:
+    """The tests of the deployment have a job of their own, which may install their tools."""
+    assert runs("operations") == ['sudo env PATH="$PATH" make ops-test']
+
+
 def test_the_image_is_built_linted_and_run_as_it_will_be() -> None:
     """Without a writable file system or a privilege, and it has to live and to stop."""
     text = "\n".join(runs("image"))
