@@ -115,7 +115,9 @@ class Gate:
             # The server took it from there, as uvicorn does on the word of its own machine unless it is told not to.
             host = host if self._trusts(LOOPBACK) else "forwarded"
         elif self._trusts(host):
-            host = next((address for address in reversed(known) if not self._trusts(address)), host)
+            strangers = [address for address in known if not self._trusts(address)]
+            # Who is on the proxies' own network is trusted like them: then it is whom the nearest of them has seen.
+            host = (strangers or known or [host])[-1]
         bare = _bare(host)
         return str(ip_network((bare, IPV6_PREFIX), strict=False)) if ":" in bare else bare or host
 

@@ -148,32 +148,29 @@ class SharedWindow:
         self._key = key
         self._store = store
         self._operation = operation
-        self._untold = False  # spent while Redis was away: it has to be told of that before it may admit
+        self._alone = 0  # weight spent without Redis
+        self._told = 0  # of that, what Redis was told: it has to know all before it may admit
 
     async def spend(self, cost: int) -> Reply:
         """Spend `cost`, or the whole limit if that is less."""
         cost = min(cost, self.window.limit)
-        # The count is not told on every call: ours lags above the shared one, and the two would keep each other up.
-        at_least = self.window.used() if self._untold else 0
         try:
-            reply = await self._ask(cost, at_least)
+            return await self._ask(cost)
         except RedisAway:
             return self.spend_alone(cost)
-        self._untold = False
-        return reply
 
     def spend_alone(self, cost: int) -> Reply:
         """Spend `cost` as far as this process knows; Redis is told later."""
-        self._untold = True
         wait = self.window.wait_for(cost)
         if not wait:
             self.window.add(cost)
+            self._alone += cost
         return Reply(not wait, wait)
 
     async def look(self) -> None:
         """Learn what other replicas have spent meanwhile; without Redis there is nothing to learn."""
         with contextlib.suppress(RedisAway):
-            await self._ask(0, 0)
+            await self._ask(0)
 
     async def raise_to(self, used: int) -> None:
         """Count at least `used`, as somebody who sees more than we do said."""
@@ -183,13 +180,20 @@ class SharedWindow:
         with contextlib.suppress(RedisAway):
             await self._ask(0, used)
 
-    async def _ask(self, cost: int, at_least: int) -> Reply:
+    async def _ask(self, cost: int, at_least: int = 0) -> Reply:
+        alone = self._alone
+        if alone > self._told:
+            # Not on every call: ours lags above the shared count, and the two would keep each other up.
+            at_least = max(at_least, self.window.used())
         limit, width, count = self.window.limit, round(self.window.width * 1000), self.window.count
         raw = await self._store.run(
             self._operation, lambda redis: redis.eval(SPEND, 1, self._key, cost, limit, width, count, at_least)
         )
         admitted, wait, hold, cause, current, shared = raw
+        self._told = alone
         self.window.mirror(current, shared)
+        if meanwhile := self._alone - alone:
+            self.window.add(meanwhile)
         return Reply(bool(admitted), max(wait, 1) / 1000, hold / 1000, cause.decode())
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.errors import BudgetSpent, ExchangeBanned, ExchangeRateLimited
-from src.rate_limiter import BUCKETS, RateLimiter, Window
+from src.rate_limiter import BUCKETS, RateLimiter, SharedWindow, Window
 from src.redis_store import BREAKER_MAX_OPEN_SECONDS, PREFIX, RedisStore
 from tests.conftest import FakeClock, RedisServer
 
@@ -316,6 +316,37 @@ async def test_an_outage_is_no_second_budget(make: Make, own_redis: RedisServer,
     clock.advance(BREAKER_MAX_OPEN_SECONDS)
     await refused(one)
     await refused(make(own_redis.url))
+
+
+async def test_a_look_after_an_outage_forgets_nothing(make: Make, own_redis: RedisServer, clock: FakeClock) -> None:
+    """Who only looks what others spent tells what it spent alone as well, and goes on counting it."""
+    one = make(own_redis.url)
+    own_redis.kill()
+    await one.acquire("binance", LIMIT)
+    own_redis.start()
+    clock.advance(BREAKER_MAX_OPEN_SECONDS)
+    await one.look("binance")
+    assert one.used_ratio("binance") == 1
+    await refused(make(own_redis.url))
+
+
+async def test_what_is_spent_alone_while_redis_is_asked_counts(own_redis: RedisServer, clock: FakeClock) -> None:
+    """An answer that was under way meanwhile does not wipe it out, and Redis is told at the next word."""
+    store = RedisStore(own_redis.url, clock, timeout=20)
+    shared = SharedWindow(KEY, Window(LIMIT, SECONDS, clock), store, "budget")
+    await shared.spend(1)
+    own_redis.client.client_pause(60_000, all=False)
+    asked = asyncio.create_task(shared.spend(2))
+    await asyncio.sleep(0)
+    shared.spend_alone(3)
+    own_redis.client.client_unpause()
+    assert (await asked).admitted
+    assert shared.window.used() == 6
+    await shared.look()
+    other = SharedWindow(KEY, Window(LIMIT, SECONDS, clock), store, "budget")
+    await other.look()
+    assert other.window.used() == 6
+    await store.close()
 
 
 async def test_a_shorter_hold_does_not_shorten_a_longer_one(make: Make, redis: RedisServer) -> None:
