@@ -60,12 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def daily(settings: Settings) -> int:
-    """Clear our cache keys and close the breakers, and note that it was done."""
+    """Clear our cache keys and close the breakers but those of a ban, and note that it was done."""
     if not settings.admin_token.get_secret_value():
         print("daily needs ADMIN_TOKEN, the same as the gateway's", file=sys.stderr)
         return USAGE
     _, cleared = ask(settings, "/admin/cache/clear", "POST")
-    _, reset = ask(settings, "/admin/breakers/reset", "POST")
+    _, reset = ask(settings, "/admin/breakers/reset?bans=keep", "POST")
     if cleared["cleared"] is None:
         print(f"cache: redis {cleared['redis']}", file=sys.stderr)
         return FAILED

@@ -303,9 +303,9 @@ async def clear_cache(
     return responses.json({"cleared": cleared, "redis": redis})
 
 
-async def reset_breakers(request: Request) -> Response:
-    """Close every breaker and forget every ban, whatever the exchanges said."""
-    return responses.json({"reset": await _gateway(request).manager.reset_breakers()})
+async def reset_breakers(request: Request, bans: Literal["forget", "keep"] = "forget") -> Response:
+    """Close every breaker and forget every ban, whatever the exchanges said; `bans=keep` leaves the banned alone."""
+    return responses.json({"reset": await _gateway(request).manager.reset_breakers(keep_holds=bans == "keep")})
 
 
 async def record_maintenance(request: Request, task: Literal["daily", "check", "warm"]) -> Response:

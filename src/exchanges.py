@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_TRADES = {"bybit": 60}  # bybit refuses more for spot
+HOLDS = ("rate_limited", "banned")  # causes of an open breaker that are an exchange's own word
 MAX_BATCH = 100  # tickers in one call: kraken's list of pairs goes into the URL
 
 # Documented request weights of binance; the others count calls.
@@ -158,12 +159,20 @@ class ExchangeManager:
         fetched = await self.call(call)
         return fetched.value / 1000 - (before + self._clock.time()) / 2
 
-    async def reset_breakers(self) -> list[str]:
-        """Close every breaker and forget every hold; returns the exchanges whose breaker was not closed."""
-        changed = [name for name, exchange in self._exchanges.items() if exchange.breaker.state != "closed"]
+    async def reset_breakers(self, *, keep_holds: bool = False) -> list[str]:
+        """Close every breaker and forget every hold; returns the exchanges whose breaker was not closed.
+
+        With `keep_holds` what an exchange asked for stays: asking again too soon may lengthen a ban.
+        """
+        changed = []
         for name, exchange in self._exchanges.items():
+            if keep_holds and exchange.breaker.cause in HOLDS:
+                continue
+            if exchange.breaker.state != "closed":
+                changed.append(name)
             exchange.breaker.reset()
-            await self.limiter.release(name)
+            if not keep_holds:  # it may be another replica's
+                await self.limiter.release(name)
         return changed
 
     async def call(self, call: Call[T]) -> Fetched[T]:

@@ -35,7 +35,8 @@ from src.models import TIMEFRAMES, MarketData
 from src.redis_store import PREFIX, RedisAway, RedisStore
 
 ALL = "all"
-START_SECONDS = 3.0  # longest wait for market lists before the port opens; with a snapshot it takes a tenth of one
+START_SECONDS = 3.0  # longest wait for all market lists before the port opens; with a snapshot it takes a tenth of one
+FIRST_LIST_SECONDS = 15.0  # longest wait for any of them
 SECONDS_BELOW = 100_000_000_000  # as milliseconds this is in 1973, before there was a market: somebody meant seconds
 
 
@@ -308,13 +309,16 @@ class Gateway:
         """Make the clients, begin the background work, and give the market lists a moment to come.
 
         Whoever finds the port open then finds answers: no proxy sends a request to a replica that has no list yet. But
-        nothing has to be reachable: after `START_SECONDS` it goes on without.
+        nothing has to be reachable: after `START_SECONDS` some are enough, after `FIRST_LIST_SECONDS` none is needed.
         """
         await self.manager.start()
         self.loader.start()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_SECONDS):
                 await self.loader.first_word()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0 if self.is_ready() else FIRST_LIST_SECONDS - START_SECONDS):
+                await self.loader.first_word(least=1)
         await self._recall_maintenance()
 
     async def close(self) -> None:

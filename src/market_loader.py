@@ -46,9 +46,10 @@ class MarketLoader:
             gc.freeze()
         self._tasks = [asyncio.create_task(self._keep_loaded(name)) for name in self._manager.names]
 
-    async def first_word(self) -> None:
-        """Wait until each exchange's list is there, or a try to read it has failed."""
-        while set(self._manager.names) - set(self._manager.markets.loaded_at) - set(self.errors):  # noqa: ASYNC110 - once
+    async def first_word(self, least: int | None = None) -> None:
+        """Wait until each exchange's list is there, or a try to read it has failed; `least` lists are enough."""
+        loaded, names = self._manager.markets.loaded_at, set(self._manager.names)
+        while names - set(loaded) - set(self.errors) and len(loaded) < (least or len(names)):  # noqa: ASYNC110 - once
             await asyncio.sleep(FIRST_WORD_POLL_SECONDS)
 
     async def close(self) -> None:

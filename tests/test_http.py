@@ -540,6 +540,9 @@ async def test_admin_clears_and_resets(start: StartGateway, sandbox: Sandbox, re
     await sandbox.set("kraken", status=429, headers={"Retry-After": "1000"}, rate_limit=-1)
     await live.get("/ticker/BTC-USDT?exchange=kraken")
     await sandbox.set("kraken", rate_limit=-1)
+    assert (await live.client.post(live.url + "/admin/breakers/reset?bans=no", headers=admin)).status_code == 422
+    assert (await post("/admin/breakers/reset?bans=keep"))["reset"] == []
+    assert (await live.get("/ticker/BTC-USDT?exchange=kraken&max_age=0")).json()["code"] == "circuit_open"
     assert (await post("/admin/breakers/reset"))["reset"] == ["kraken"]
     assert (await live.get("/ticker/BTC-USDT?exchange=kraken")).status_code == 200
 
