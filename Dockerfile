@@ -14,7 +14,9 @@ ARG VERSION=dev
 LABEL org.opencontainers.image.title="virtuoso" \
       org.opencontainers.image.description="A self-hosted gateway to crypto market data" \
       org.opencontainers.image.version="${VERSION}"
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# Docker may give every container a proxy, which has no business between a container and itself.
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 NO_PROXY=localhost,127.0.0.1 \
+    no_proxy=localhost,127.0.0.1
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /app /app
 WORKDIR /app

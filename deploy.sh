@@ -12,7 +12,8 @@
 #
 # From the environment: REGISTRY (push to it and pull from it; else the one in .env; with none, the image goes by ssh),
 # SMOKE_SYMBOL (BTC-USDT), COMPOSE_PROJECT_NAME, and the times below. .env keeps TAG, PREVIOUS_TAGS and REGISTRY.
-# A deployment that fails leaves what ran before. While it runs there are twice as many containers, and twice the memory.
+# A deployment that fails leaves what ran before. While it runs there are twice as many containers, and twice the memory; the
+# new ones answer clients beside the old from the moment their port is open, also while they are being tried.
 # Edge, Prometheus, Alertmanager and Grafana are made anew only when their files changed; with the edge's, that costs the
 # requests of about a second. Exit codes: 0 done, 1 failed, 2 wrong usage, 128 and more: stopped by a signal.
 set -euo pipefail

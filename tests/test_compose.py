@@ -108,6 +108,11 @@ def test_images_are_pinned(name: str) -> None:
         assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+(-alpine)?", image)
 
 
+def test_the_number_of_gateways_is_a_setting() -> None:
+    """Or the next `docker compose up -d` without `--scale` would leave one of three."""
+    assert SERVICES["app"]["scale"] == "${APP_REPLICAS:-1}"
+
+
 @every_service
 def test_every_part_is_asked_for_its_health(name: str) -> None:
     """Each has a check, the app that of its image; traffic answers nobody. Who waits, waits for health."""
