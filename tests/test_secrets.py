@@ -169,7 +169,13 @@ HEADERS: list[dict[str, str]] = [
 
 
 ASKED = ["/ticker/BTC-USDT?max_age=0", "/tickers?symbols=BTC-USDT&exchange=all&max_age=0"]
-ASKED += ["/orderbook/ETH-USDT?exchange=binance&max_age=0", "/exchanges", "/health", "/metrics"]
+ASKED += [
+    "/orderbook/ETH-USDT?exchange=binance&max_age=0",
+    "/trades/SOL-USDT?exchange=binance",
+    "/exchanges",
+    "/health",
+    "/metrics",
+]
 
 
 class Driver:
@@ -221,7 +227,7 @@ async def test_no_secret_comes_out(
     environment = settings_with_secrets(proxy.port, url) | {
         "LOG_LEVEL": "DEBUG", "LOG_FORMAT": log_format, "REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(own_redis.port),
         "BYBIT_REST_URL": exchanges.urls["bybit"], "BINANCE_REST_URL": exchanges.urls["binance"],
-        "KRAKEN_REST_URL": "https://kraken.invalid", "EXCHANGE_TIMEOUT_SECONDS": "0.3", "CB_THRESHOLD": "1000",
+        "KRAKEN_REST_URL": "https://kraken.invalid", "EXCHANGE_TIMEOUT_SECONDS": "1.5", "CB_THRESHOLD": "1000",
         "CORS_ORIGINS": "https://app.example", "CLIENT_RATE_LIMIT": "100000",
     }  # fmt: skip
     gateway = GatewayProcess(tmp_path, environment)
