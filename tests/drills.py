@@ -425,7 +425,8 @@ become {minutes} s), and the gateways ran with {settings}.
 - *Errors* are all answers but 200, and none at all, as the clients saw them.
 - *Detected* is from the end of the command that broke something to its sign in Prometheus: Redis down on all gateways,
   a gateway gone, a breaker open. For slow clients it is when the edge closed them.
-- *Alert* is from there to its firing; *recovered* from the end of the command that mended it until all are as before.
+- *Alert* is from there to its firing; *recovered* from the end of the command that mended it until all are as before;
+  after all exchanges were down, until all answers are fresh: breakers of exchanges nobody asks stay half-open.
 """
 
 
