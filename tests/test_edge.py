@@ -114,7 +114,7 @@ class Script:
     def start(self, interval: float = 0.1) -> subprocess.Popen[bytes]:
         environment = {"PATH": self.path, "EDGE_CONFIG": str(self.folder), "EDGE_INTERVAL": str(interval)}
         with (self.folder / "out").open("ab") as out, (self.folder / "err").open("ab") as err:
-            command = ["/bin/sh", EDGE / "start.sh"]
+            command = ["/bin/sh", str(EDGE / "start.sh")]
             return subprocess.Popen(command, stdout=out, stderr=err, env=environment, preexec_fn=heed_signals)
 
     @asynccontextmanager
