@@ -40,6 +40,24 @@ async def test_daily_clears_closes_and_is_noted(
     assert restarted.gateway.maintenance["daily"] == pytest.approx(clock.time(), abs=1)
 
 
+async def test_daily_leaves_bans_alone(
+    start: StartGateway, sandbox: Sandbox, redis: RedisServer, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """An exchange that told us to wait is not asked sooner for it, neither by who was told nor by another replica."""
+    told, other = [await start(admin_token=TOKEN, cb_threshold=1, redis_url=redis.url) for _ in range(2)]
+    await sandbox.set("kraken", status=429, headers={"Retry-After": "1000"}, rate_limit=-1)
+    await told.get("/ticker/BTC/USDT?exchange=kraken")
+    await sandbox.set("kraken", rate_limit=-1)
+    sandbox.clear_counts()
+    for live in (told, other):
+        assert await run(monkeypatch, live, "daily") == maintenance.OK
+        assert "breakers closed: none" in capsys.readouterr().out
+    answers = [(await live.get("/ticker/BTC/USDT?exchange=kraken")).json()["code"] for live in (told, other)]
+    assert answers == ["circuit_open", "exchange_rate_limited"]
+    assert sandbox.count("kraken", "Ticker") == 0
+
+
 async def test_daily_fails_loudly(
     start: StartGateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
