@@ -18,6 +18,7 @@ import ccxt
 import orjson
 import pytest
 
+from src import gateway
 from src.ccxt_client import SNAPSHOT_FORMAT, TRANSLATION, load_snapshot, make_client, restore_markets, translate
 from src.clock import SystemClock
 from src.errors import BadUpstreamData, GatewayError, InternalError, UpstreamError
@@ -262,6 +263,21 @@ async def test_an_exchange_that_cannot_be_loaded_stops_nobody(
     assert (only_there.status_code, only_there.json()["code"]) == (503, "markets_loading")
     await sandbox.set("bybit", rate_limit=-1)
     await eventually(lambda: "bybit" in live.gateway.markets.loaded_at)
+
+
+async def test_the_port_opens_with_the_first_list(
+    start: StartGateway, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When all lists are late the port stays closed until one is there, and not for the others."""
+    monkeypatch.setattr(gateway, "START_SECONDS", 0.1)
+    monkeypatch.setattr(gateway, "FIRST_LIST_SECONDS", 60)
+    for name in ("bybit", "binance"):
+        await sandbox.set(name, hang=True)
+    await sandbox.set("kraken", latency_ms=500, rate_limit=-1)
+    live = await start(wait=False)
+    assert set(live.gateway.markets.loaded_at) == {"kraken"}
+    assert not live.gateway.loader.errors, "the others are waited for still, but not by the port"
+    assert (await live.get("/ticker/BTC/USDT")).json()["exchange"] == "kraken"
 
 
 async def test_a_restart_needs_no_upstream_call(start: StartGateway, sandbox: Sandbox, redis: Any) -> None:
