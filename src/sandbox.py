@@ -10,21 +10,28 @@ latency_ms answers late, hang never; refuse closes the port and all connections,
 body, size (bytes of JSON), redirect (an address) and geo_block replace the answer; headers come on top; drip sends a
 byte per 100 ms; rate_limit is what a window allows (0 as documented, -1 no limit); price multiplies all prices;
 clock_skew_ms shifts the time it tells. They hold for paths that contain `only`, and for so many requests as `times`.
+
+Sockets push every push_ms. freeze pushes nothing, pings being answered; latency_ms pushes late, body pushes that; drop
+ends those that are open now, by a "cut" or a "close" in order, as binance does after 24 hours; status, geo_block and
+refuse keep new ones out.
 """
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import signal
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
+from typing import Literal
 
 import orjson
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from src.sandbox_market import Market
+from src.sandbox_stream import DIALECTS, Socket
 from src.sandbox_wire import Binance, Bybit, Call, Exchange, Kraken, RefusalError
 
 logger = logging.getLogger(__name__)
@@ -51,6 +58,9 @@ class Knobs(BaseModel):
     times: int = 0
     price: float = 1.0
     clock_skew_ms: int = 0
+    push_ms: float = Field(250, ge=1)
+    freeze: bool = False
+    drop: Literal["", "cut", "close"] = ""
 
 
 KNOBS = web.RequestKey("knobs", Knobs)
@@ -72,21 +82,66 @@ class Listener:
         self.calls: Counter[str] = Counter()
         self.requests: deque[tuple[str, dict[str, str]]] = deque(maxlen=1_000)
         self.runner: web.AppRunner | None = None
+        self.sockets: dict[Socket, web.Request] = {}
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self.spoil])
         app.router.add_route("*", "/{path:.*}", self.answer)
         return app
 
-    async def answer(self, request: web.Request) -> web.Response:
-        knobs, exchange, now = request[KNOBS], self.exchange, self.now()
-        market = Market(now, (1 + exchange.bias) * knobs.price, exchange.half_spread)
-        told = int(now * 1000) + knobs.clock_skew_ms
+    def market(self, knobs: Knobs) -> Market:
+        return Market(self.now(), (1 + self.exchange.bias) * knobs.price, self.exchange.half_spread)
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        if request.headers.get("Upgrade", "").lower() == "websocket":
+            return await self.stream(request)
+        knobs, exchange = request[KNOBS], self.exchange
+        market = self.market(knobs)
+        told = int(market.now * 1000) + knobs.clock_skew_ms
         try:
             text, headers = exchange.answer(Call(request.path, request.query, market, told, knobs.rate_limit))
         except RefusalError as refusal:
             return respond(*refusal.args)
         return respond(200, orjson.Fragment(text), headers)
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        """Serve a socket until it ends."""
+        socket = Socket(DIALECTS[self.exchange.name](self.exchange), request.path, self.calls)
+        await socket.ws.prepare(request)
+        self.sockets[socket] = request
+        pushing = asyncio.create_task(self.push(socket))
+        try:
+            await socket.answer()
+        finally:
+            pushing.cancel()
+            del self.sockets[socket]
+        return socket.ws
+
+    async def push(self, socket: Socket) -> None:
+        """Push what is new, at the pace and in the way of the knobs."""
+        while True:
+            await self.pause(self.bound(socket.path).push_ms)
+            knobs = self.bound(socket.path)
+            messages = [] if knobs.freeze else socket.news(self.market(knobs))
+            await self.pause(knobs.latency_ms)
+            for message in messages:
+                await socket.send(message if knobs.body is None else knobs.body)
+
+    async def pause(self, ms: float) -> None:
+        """Wait for so long, or until the knobs change."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ms / 1000):
+                await self.changed.wait()
+
+    async def drop(self, knobs: Knobs) -> None:
+        """End the sockets that are open."""
+        for socket, request in list(self.sockets.items()):
+            if knobs.only not in socket.path:
+                continue
+            if knobs.drop == "close":
+                await socket.ws.close()
+            elif request.transport is not None:
+                request.transport.abort()
 
     @web.middleware
     async def spoil(self, request: web.Request, handler: Next) -> web.StreamResponse:
@@ -99,11 +154,11 @@ class Listener:
             await self.changed.wait()
         if knobs.reset and request.transport is not None:
             request.transport.abort()
-        response = self.canned(knobs) or await handler(request)
+        response = self.canned(knobs, "Upgrade" in request.headers) or await handler(request)
         response.headers.update(knobs.headers)
         return await drip(request, response) if knobs.drip and isinstance(response, web.Response) else response
 
-    def canned(self, knobs: Knobs) -> web.Response | None:
+    def canned(self, knobs: Knobs, is_socket: bool) -> web.Response | None:
         """Return what the knobs answer in place of the exchange, if anything."""
         status = knobs.status or 200
         if knobs.geo_block:
@@ -112,15 +167,17 @@ class Listener:
             return respond(302, "", {"Location": knobs.redirect})
         if knobs.size:
             return respond(status, ["x" * (knobs.size - 4)])
-        if knobs.status or knobs.body is not None:
+        if knobs.status or (knobs.body is not None and not is_socket):
             return respond(status, f"status {status}" if knobs.body is None else knobs.body)
         return None
 
+    def bound(self, path: str) -> Knobs:
+        """Return the knobs that apply to this path."""
+        return self.knobs if self.knobs.only in path else Knobs()
+
     def take(self, path: str) -> Knobs:
         """Return the knobs that apply to this path, and use up one of their times."""
-        knobs = self.knobs
-        if knobs.only not in path:
-            return Knobs()
+        knobs = self.bound(path)
         if knobs.times:
             self.knobs = knobs.model_copy(update={"times": knobs.times - 1}) if knobs.times > 1 else Knobs()
         return knobs
@@ -129,6 +186,8 @@ class Listener:
         """Replace the knobs, forgive the rate limit, open or close the port, and wake what hangs."""
         self.knobs = knobs
         self.exchange.forgive()
+        if knobs.drop:
+            await self.drop(knobs)
         await (self.close() if knobs.refuse else self.open())
         self.changed.set()
         self.changed = asyncio.Event()
@@ -188,6 +247,12 @@ class Sandbox:
     @property
     def urls(self) -> dict[str, str]:
         return {name: f"http://{self.host}:{listener.port}" for name, listener in self.listeners.items()}
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Return the settings that point a gateway here."""
+        told = {f"{name.upper()}_REST_URL": url for name, url in self.urls.items()}
+        return told | {f"{name.upper()}_WS_URL": url.replace("http", "ws") for name, url in self.urls.items()}
 
     @property
     def control_url(self) -> str:

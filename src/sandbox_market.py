@@ -2,14 +2,15 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Self
 from zlib import crc32
 
 Row = dict[str, Any]
 Time = float | None
 DAY = 86_400
+STEPS = 10  # a second: how often books change
 PRICE_LIST = """
 BTC 97000 ETH 3400 SOL 190 XRP 2.4 ADA 0.85 DOGE 0.33 LTC 105 LINK 21 AVAX 36 DOT 6.8 BCH 440 XLM 0.38 ATOM 6.4 UNI 12.5
 ETC 25 TRX 0.24 AAVE 310 ALGO 0.33 FIL 5 NEAR 5.1 BNB 650 APT 9 ARB 0.72 OP 1.7 INJ 22 SUI 4.2 TON 5.4 XTZ 1.2
@@ -86,6 +87,18 @@ class Market:
     now: float
     factor: float = 1.0
     half_spread: float = 0.0001
+
+    @property
+    def step(self) -> int:
+        """Return the number of the step of time in which books change, for sockets and REST alike."""
+        return int(self.now * STEPS)
+
+    @property
+    def ms(self) -> int:
+        return round(self.now * 1000)
+
+    def at(self, step: int) -> Self:
+        return replace(self, now=step / STEPS)
 
     def price(self, pair: Pair, at: float) -> float:
         return self.factor * _usd(pair.base, at) / _usd(pair.quote, at)

@@ -171,7 +171,7 @@ def make_settings(sandbox: Sandbox | None = None, **overrides: object) -> Settin
         "LOG_LEVEL": "DEBUG",
     }
     if sandbox is not None:
-        environment |= {f"{name.upper()}_REST_URL": url for name, url in sandbox.urls.items()}
+        environment |= sandbox.settings
     environment |= {name.upper(): str(value) for name, value in overrides.items()}
     return load_settings(environment, NO_ENV_FILE)
 
