@@ -26,6 +26,9 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-c", "__import__('urllib.request').request.urlopen('http://127.0.0.1:8000/health/live',timeout=3)"]
 # Idle connections are kept longer than the edge keeps them (60 s), so that it never sends into a closing one. Whose
-# client an address is, TRUSTED_PROXIES decides, not the server. A stop waits 10 s for answers that have begun.
+# client an address is, TRUSTED_PROXIES decides, not the server. A stop waits 10 s for answers that have begun. Clients of
+# /ws send little, and one that answers no ping is gone. What they get is not compressed: that would cost memory and time
+# for each of them, and an update is framed once for all.
 CMD ["uvicorn", "src.api:app", "--host", "0.0.0.0", "--port", "8000", "--no-access-log", "--no-server-header", \
-     "--no-proxy-headers", "--timeout-keep-alive", "75", "--timeout-graceful-shutdown", "10"]
+     "--no-proxy-headers", "--timeout-keep-alive", "75", "--timeout-graceful-shutdown", "10", "--ws-max-size", "65536", \
+     "--ws-ping-interval", "20", "--ws-ping-timeout", "20", "--ws-per-message-deflate", "false"]

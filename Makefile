@@ -17,8 +17,10 @@ help: ## Show what there is
 demo: $(VENV)/.demo ## Run it with sandbox exchanges and an embedded Redis; Ctrl-C stops all of it
 	@$(BIN)/python -m src.demo --host $(HOST) --port $(PORT) --sandbox-port $(SANDBOX_PORT)
 
+# As in the image, which says why.
+SOCKETS := --ws-max-size 65536 --ws-ping-interval 20 --ws-ping-timeout 20 --ws-per-message-deflate false
 run: $(VENV)/.runtime ## Run it against the live exchanges, with the settings of the environment and .env
-	@$(BIN)/uvicorn src.api:app --host $(HOST) --port $(PORT)
+	@$(BIN)/uvicorn src.api:app --host $(HOST) --port $(PORT) $(SOCKETS)
 
 # Clocks, servers and processes of the tests are real: what fails on a starved machine is tried again, twice at most,
 # and named in the summary (RERUN). What is broken fails three times.

@@ -197,6 +197,14 @@ class Settings(BaseModel):
     )
     refresh_ahead: bool = Field(True, description="Whether what is asked for often is refreshed before it expires.")
 
+    streaming: bool = Field(True, description="Whether `/ws` and `/stream` are served, and exchanges' sockets used.")
+    stream_max_topics: int = Field(200, ge=1, le=10_000, description="Most streams watched at once, of all exchanges.")
+    stream_idle_seconds: float = Field(
+        120, gt=0, le=86400, description="How long a stream is watched after its last use."
+    )
+    stream_max_clients: int = Field(2000, ge=1, le=100_000, description="Most clients of `/ws` and `/stream` at once.")
+    stream_max_subscriptions: int = Field(100, ge=1, le=10_000, description="Most streams of one client.")
+
     redis_host: Host = Field("localhost", description="Host of Redis; empty means memory only.")
     redis_port: int = Field(6379, ge=1, le=65535, description="Port of Redis.")
     redis_password: SecretStr = Field(SecretStr(""), description="Password of Redis.")

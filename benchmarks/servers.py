@@ -119,8 +119,9 @@ class Servers:
         """Start the simulated exchanges, with this many markets on top of the usual ones."""
         port = _four_ports()
         self.start([sys.executable, "-m", "src.sandbox", "--port", str(port), "--filler", str(filler)])
-        names = enumerate(("BYBIT", "BINANCE", "KRAKEN"), start=1)
-        urls = {f"{name}_REST_URL": f"http://127.0.0.1:{port + at}" for at, name in names}
+        places = {name: f"127.0.0.1:{port + at}" for at, name in enumerate(("BYBIT", "BINANCE", "KRAKEN"), start=1)}
+        urls = {f"{name}_REST_URL": f"http://{place}" for name, place in places.items()}
+        urls |= {f"{name}_WS_URL": f"ws://{place}" for name, place in places.items()}
         self.wait(f"http://127.0.0.1:{port}/control")
         return Sandbox(f"http://127.0.0.1:{port}/control", urls)
 

@@ -6,8 +6,12 @@ Run it with `uvicorn src.api:app`.
 import asyncio
 import hmac
 import logging
+import re
+import signal
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import FrameType
 from typing import Annotated, Any, Literal, TypedDict
 
 from fastapi import Depends, FastAPI, Path, Query, Request
@@ -15,10 +19,11 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
+from starlette.websockets import WebSocket
 
 from config import EXCHANGES, ConfigError, Settings, load_settings
-from src import errors, metrics, responses, status
+from src import errors, metrics, responses, status, websocket
 from src.clock import Clock, SystemClock
 from src.fast_path import FastPath
 from src.gate import Gate
@@ -28,8 +33,12 @@ from src.middleware import Access, Observe
 from src.models import Candles, OrderBook, Ticker, Trades
 from src.redis_store import RedisAway
 from src.refresh_ahead import RefreshAhead
+from src.server_events import Events
+from src.streams import Streams
 
 log = logging.getLogger(__name__)
+
+END_SECONDS = 3.0  # for background work to end
 
 MAX_SYMBOLS = 100
 
@@ -38,6 +47,7 @@ class State(TypedDict):
     """What the lifespan hands to every request."""
 
     gateway: Gateway
+    streams: Streams | None
 
 
 COMMON = (
@@ -49,6 +59,9 @@ UPSTREAM = (
     errors.UpstreamError, errors.BadUpstreamData, errors.NoPrice, errors.ExchangeUnavailable,
     errors.ExchangeRateLimited, errors.ExchangeBanned, errors.CircuitOpen, errors.BudgetSpent, errors.Overloaded,
     errors.MarketsLoading, errors.NoExchangeAvailable, errors.TooOld, errors.ExchangeTimeout, errors.DeadlineExceeded,
+)  # fmt: skip
+STREAM = (
+    errors.UnknownSymbol, errors.UnknownExchange, errors.InvalidParameter, errors.MarketsLoading, errors.TooManyStreams,
 )  # fmt: skip
 NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "The `If-None-Match` tag is still right."}}
 DATA = NOT_MODIFIED | responses.describe(*COMMON, *UPSTREAM)
@@ -95,11 +108,15 @@ def _create_app(settings: Settings, clock: Clock, gate: Gate) -> FastAPI:
             endless = [metrics.measure_loop_lag(clock), gateway.store.keep_asking()]
             if settings.refresh_ahead:
                 endless.append(RefreshAhead(gateway).run())
+            streams = Streams(gateway) if settings.streaming else None
+            if streams is not None:
+                endless.append(streams.run())
+                stack.callback(_before_stop(streams.goodbye))
             for work in endless:
                 task = asyncio.create_task(work)
                 task.add_done_callback(_report)
-                stack.callback(task.cancel)
-            yield {"gateway": gateway}
+                stack.push_async_callback(_end, task)
+            yield {"gateway": gateway, "streams": streams}
 
     app = FastAPI(
         title="Virtuoso",
@@ -110,7 +127,7 @@ def _create_app(settings: Settings, clock: Clock, gate: Gate) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,  # it would send clients to wherever their Host header says
     )
-    _add_routes(app, settings)
+    _add_routes(app, settings, gate)
     _add_handlers(app)
     app.add_middleware(Access, gate=gate)
     if settings.cors_origins:
@@ -134,13 +151,48 @@ def _create_app(settings: Settings, clock: Clock, gate: Gate) -> FastAPI:
     return app
 
 
+def _before_stop(say: Callable[[], None]) -> Callable[[], None]:
+    """Have it said as soon as the process is asked to stop: the server closes connections before it ends the lifespan.
+
+    Returns what undoes it.
+    """
+    loop = asyncio.get_running_loop()
+    kept: dict[int, Any] = {}
+
+    def stop(number: int) -> None:
+        say()
+        if callable(then := kept[number]):
+            then(number, None)  # only now: the server looks several times a second whether it was called
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        loop.call_soon_threadsafe(stop, number)
+
+    def undo() -> None:
+        for number, then in kept.items():
+            signal.signal(number, then)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            kept[number] = signal.signal(number, on_signal)
+    return undo
+
+
+async def _end(background: asyncio.Task[None]) -> None:
+    """End background work, and wait for it: it has something to put in order."""
+    background.cancel()
+    await asyncio.wait([background], timeout=END_SECONDS)
+
+
 def _report(background: asyncio.Task[None]) -> None:
     """Say that background work has ended: the gateway goes on answering without it, and nobody would notice."""
     if not background.cancelled() and (error := background.exception()) is not None:
         log.error("background work ended", exc_info=error)
 
 
-def _add_routes(app: FastAPI, settings: Settings) -> None:
+def _add_routes(app: FastAPI, settings: Settings, gate: Gate) -> None:
+    async def open_socket(connection: WebSocket) -> None:
+        await websocket.serve(connection, gate, connection.state.streams)
+
     def get(path: str, handler: Any, tag: str, described: dict[int | str, dict[str, Any]], model: Any = None) -> None:
         answers = described | ({200: model if isinstance(model, dict) else {"model": model}} if model else {})
         app.add_api_route(path, handler, tags=[tag], responses=answers, response_class=Response, response_model=None)
@@ -150,6 +202,12 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
     get("/orderbook/{symbol:path}", get_order_book, "market data", DATA, OrderBook)
     get("/ohlcv/{symbol:path}", get_ohlcv, "market data", DATA, Candles)
     get("/trades/{symbol:path}", get_trades, "market data", DATA, Trades)
+    if settings.streaming:
+        pushed: dict[int | str, dict[str, Any]] = {
+            200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}
+        }
+        get("/stream/{symbol:path}", get_stream, "streams", responses.describe(*COMMON, *STREAM) | pushed)
+        app.add_api_websocket_route("/ws", open_socket)
     get("/markets", get_markets, "market data", DATA, responses.members("count", "markets"))
     get("/exchanges", get_exchanges, "status", OWN, responses.members(*EXCHANGES))
     health = responses.members("status", "parts", "exchanges", "timestamp", "version", "uptime_seconds")
@@ -232,6 +290,25 @@ async def get_trades(
     return responses.answer(request, await _gateway(request).trades(symbol, exchange, max_age, limit))
 
 
+async def get_stream(
+    request: Request,
+    symbol: Symbol,
+    channel: Literal["ticker", "book", "trades"] = "ticker",
+    exchange: Exchange = None,
+    levels: Annotated[int, Query(ge=1, le=50, description="Levels on each side of a book.")] = 10,
+) -> Response:
+    """Push what is new as server-sent events, beginning with a snapshot; `exchange=all` pushes every exchange's."""
+    streams: Streams = request.state.streams
+    streams.check_room()
+    want = streams.want(channel, symbol, exchange or "", levels)
+    topics = streams.find(want)
+    last = request.headers.get("last-event-id", "")
+    seen = int(last) if re.fullmatch(r"[0-9]{1,18}", last) and len(topics) == 1 else None
+    streams.make_room(want, topics)
+    pushed = Events(streams).run(want, topics, seen)
+    return StreamingResponse(pushed, headers={"Cache-Control": "no-store"}, media_type="text/event-stream")
+
+
 async def get_markets(
     request: Request,
     exchange: Exchange = None,
@@ -249,12 +326,12 @@ async def get_markets(
 
 async def get_exchanges(request: Request) -> Response:
     """Tell of each exchange: breaker, budget, last success, market list. Asks nobody."""
-    return responses.json(status.exchanges(_gateway(request)))
+    return responses.json(status.exchanges(_gateway(request), request.state.streams))
 
 
 async def get_health(request: Request) -> Response:
     """Tell how the gateway is, part by part. Asks nobody."""
-    health = status.health(_gateway(request))
+    health = status.health(_gateway(request), request.state.streams)
     return responses.json(health, 503 if health["status"] == "unhealthy" else 200)
 
 
@@ -271,7 +348,7 @@ async def get_ready(request: Request) -> Response:
 
 async def get_metrics(request: Request) -> Response:
     """Give the metrics in Prometheus' text format. Asks nobody."""
-    status.update_gauges(_gateway(request))
+    status.update_gauges(_gateway(request), request.state.streams)
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -296,6 +296,13 @@ class Cache:
         if entry is not None or locked:
             self._redis.write(key, entry, last=locked)
 
+    def adopt(self, key: Key, entry: Entry, *, spread: bool) -> None:
+        """Keep what came unasked; with `spread` in Redis, too."""
+        self._remember(key, entry)
+        self._negative.pop(key, None)
+        if spread:
+            self._redis.write(key, entry)
+
     def _remember(self, key: Key, entry: Entry) -> bool:
         """Keep an entry in memory unless a newer one is there; returns whether it is the newest now."""
         known = self.memory.get(key)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import orjson
 
-from config import Settings
+from config import EXCHANGES, Settings
 from src.errors import (
     BadUpstreamData,
     ExchangeBanned,
@@ -43,15 +43,23 @@ SNAPSHOT_FORMAT = 2  # the first had no number
 UNREAD = {"info", "limits", "precision", "marginModes", "tiers"}
 
 
+# Binance's small ticker has no bid and ask. ccxt spreads what is watched over fifty sockets, and counts what ever was.
+BINANCE_SOCKETS = {
+    "watchTickers": {"name": "ticker"},
+    "streamLimits": dict.fromkeys(("spot", "linear"), 1),
+    "subscriptionLimitByStream": dict.fromkeys(("spot", "linear"), 10**9),
+}
+
+
 def _import_ccxt() -> Any:
     """Import what is used of ccxt, and return its errors and clients as one namespace.
 
-    Its two packages import a hundred exchanges each, which is 50 MB and 0.3 s. So they are registered without being
+    Its packages import a hundred exchanges each, which is 50 MB and 0.3 s. So they are registered without being
     run, and hold only what the modules below them look for.
     """
     if "ccxt" in sys.modules:
         return import_module("ccxt.async_support")
-    for name in ("ccxt", "ccxt.async_support"):
+    for name in ("ccxt", "ccxt.async_support", "ccxt.pro"):
         spec = find_spec(name)
         if spec is None:
             raise ModuleNotFoundError(name)
@@ -62,7 +70,7 @@ def _import_ccxt() -> Any:
     vars(ccxt).update(getmembers(errors, isclass), Exchange=exchange.Exchange)
     ccxt.async_support = package = sys.modules["ccxt.async_support"]
     vars(package).update(getmembers(errors, isclass))
-    for name in ("bybit", "binance", "kraken"):
+    for name in EXCHANGES:
         setattr(package, name, getattr(import_module(f"ccxt.async_support.{name}"), name))
     return package
 
@@ -105,8 +113,8 @@ REASONS: dict[type[BaseException], str] = {
 }
 
 
-def make_client(exchange: str, settings: Settings, session: aiohttp.ClientSession) -> Client:
-    """Make the ccxt client of an exchange: no queue of its own, no private calls, our URLs."""
+def make_client(exchange: str, settings: Settings, session: aiohttp.ClientSession, *, sockets: bool = False) -> Client:
+    """Make the ccxt client of an exchange: no queue of its own, no private calls, our URLs; with `sockets`, its pro."""
     own = settings.exchange(exchange)
     types = ["spot", "linear"] if "swap" in settings.market_types else ["spot"]
     config: dict[str, Any] = {
@@ -118,11 +126,18 @@ def make_client(exchange: str, settings: Settings, session: aiohttp.ClientSessio
         "has": {"fetchCurrencies": False},  # with keys set these would be signed requests
         "options": {"fetchMarkets": {"types": types}, "fetchCurrencies": False, "fetchMargins": False},
     }
-    client = getattr(ccxt, exchange)(config)
+    package = import_module(f"ccxt.pro.{exchange}") if sockets else ccxt
+    client = getattr(package, exchange)(config)
     client.timeout_on_exit = 0
     client.urls["api"] = _moved(client.urls["api"], own.rest_url, own.ws_url)
+    if sockets and exchange == "binance":
+        client.options |= BINANCE_SOCKETS
+        if own.ws_url:  # by this word ccxt tells spot from swaps, and it stood in the host
+            client.urls["api"]["ws"]["spot"] = f"{own.ws_url}/stream/ws"
     if not own.rest_url.startswith("http://"):
         client.aiohttp_proxy = settings.https_proxy.get_secret_value() or None
+    if not own.ws_url.startswith("ws://"):
+        client.wss_proxy = settings.https_proxy.get_secret_value() or None
     return client
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 START_SECONDS = 30
 STOP_SECONDS = 10
+SOCKETS = ["--ws-max-size", "65536", "--ws-ping-interval", "20", "--ws-ping-timeout", "20"]  # as in the image
+SOCKETS += ["--ws-per-message-deflate", "false"]
 
 
 def main() -> int:
@@ -51,14 +53,15 @@ def start(parts: list[subprocess.Popen[bytes]], host: str, port: int, sandbox_po
     """Start the processes in a session of their own each, so that Ctrl-C reaches only this one."""
     environment = os.environ | dict.fromkeys(("REDIS_URL", "REDIS_HOST", "API_KEYS", "CLIENT_RATE_LIMIT"), "")
     for number, name in enumerate(("BYBIT", "BINANCE", "KRAKEN"), start=1):
-        environment[f"{name}_REST_URL"] = f"http://{host}:{sandbox_port + number}"
+        for kind, scheme in (("REST", "http"), ("WS", "ws")):
+            environment[f"{name}_{kind}_URL"] = f"{scheme}://{host}:{sandbox_port + number}"
     if (redis := redis_server()) is not None:
         redis_port = free_port()
         parts.append(launch([redis, "--port", str(redis_port), "--bind", "127.0.0.1", "--save", ""], quiet=True))
         environment["REDIS_URL"] = f"redis://127.0.0.1:{redis_port}/0"
     python = sys.executable
     parts.append(launch([python, "-m", "src.sandbox", "--host", host, "--port", str(sandbox_port)]))
-    command = [python, "-m", "uvicorn", "src.api:app", "--host", host, "--port", str(port)]
+    command = [python, "-m", "uvicorn", "src.api:app", "--host", host, "--port", str(port), *SOCKETS]
     parts.append(launch(command, environment=environment))
 
 

@@ -86,9 +86,8 @@ class Entry:
 
 def encode(data: MarketData) -> bytes:
     """Encode an answer once, as it will be sent: members that were not given are left out, `stale` comes last."""
-    document = data.model_dump(exclude_unset=True)
-    document.pop("stale", None)
-    return orjson.dumps(document | {"stale": False})
+    document = data.model_dump(exclude_unset=True, exclude={"source", "stale"})
+    return orjson.dumps(document | {"source": data.source, "stale": False})
 
 
 def etag_of(body: bytes) -> str:

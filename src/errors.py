@@ -13,6 +13,7 @@ GatewayError
 |   |-- InvalidParameter       422 invalid_parameter
 |   |-- RequestRejected        422 request_rejected
 |   |-- TooManyRequests        429 too_many_requests
+|   |-- TooManySubscriptions   429 too_many_subscriptions
 |   `-- HeadersTooLarge        431 headers_too_large
 `-- UpstreamError          502 upstream_error: the exchange is at fault, or the way to it
     |-- BadUpstreamData        502 bad_upstream_data
@@ -27,6 +28,7 @@ GatewayError
         |-- CircuitOpen            503 circuit_open
         |-- BudgetSpent            503 budget_spent
         |-- Overloaded             503 overloaded
+        |-- TooManyStreams         503 too_many_streams
         |-- MarketsLoading         503 markets_loading
         |-- NoExchangeAvailable    503 no_exchange_available
         `-- TooOld                 503 too_old
@@ -159,6 +161,12 @@ class TooManyRequests(CallerError):
     status, code, title = 429, "too_many_requests", "The client limit is reached"
 
 
+class TooManySubscriptions(CallerError):
+    """One connection wants more streams than it may have."""
+
+    status, code, title = 429, "too_many_subscriptions", "This connection has as many streams as it may"
+
+
 class HeadersTooLarge(CallerError):
     """The headers are larger than anything the gateway reads."""
 
@@ -247,6 +255,12 @@ class Overloaded(Unavailable):
     """As many loads are in flight as the gateway allows."""
 
     code, title = "overloaded", "Too many loads in flight"
+
+
+class TooManyStreams(Unavailable):
+    """As many streams are watched, or clients connected, as the gateway allows."""
+
+    code, title = "too_many_streams", "Too many streams are watched"
 
 
 class MarketsLoading(Unavailable):

@@ -140,6 +140,13 @@ class ExchangeManager:
         ask = methodcaller("fetch_order_book", symbol, limit)
         return await self.call(Call(name, "orderbook", weight_of(name, "orderbook", limit, symbol), ask, build))
 
+    async def raw_order_book(self, name: str, symbol: str, limit: int) -> dict[str, Any]:
+        """Fetch a book as ccxt has it, to which what is pushed is added."""
+        ask = methodcaller("fetch_order_book", symbol, limit)
+        call = Call(name, "orderbook", weight_of(name, "orderbook", limit, symbol), ask, lambda raw, fetched_at: raw)
+        fetched: Fetched[dict[str, Any]] = await self.call(call)
+        return fetched.value
+
     async def ohlcv(self, name: str, symbol: str, timeframe: str, limit: int, since: int | None) -> Fetched[Candles]:
         """Fetch up to `limit` candles, from `since` (UTC ms) or the newest ones."""
         build = partial(Candles.from_ccxt, exchange=name, symbol=symbol, timeframe=timeframe, since=since)
@@ -187,8 +194,12 @@ class ExchangeManager:
             told = f"{name} refuses this location; ask another exchange"  # waiting changes nothing: say so each time
             raise GeoBlocked(told, exchange=name, retry_after=rejected.retry_after) from None
         except (GeoBlocked, ExchangeRateLimited) as error:
-            breaker.open_until(self._clock.monotonic() + self._pause(error), error.cause)
+            self.keep_away(name, error)
             raise
+
+    def keep_away(self, name: str, error: UpstreamError) -> None:
+        """Keep the breaker open for as long as an exchange's refusal says."""
+        self._exchanges[name].breaker.open_until(self._clock.monotonic() + self._pause(error), error.cause)
 
     async def _ask(self, call: Call[T]) -> Fetched[T]:
         name, got = call.exchange, call.got

@@ -111,6 +111,8 @@ class FastPath:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = perf_counter()
+        if scope["type"] == "websocket":  # behind the app's layers `send` does not tell any more whose it is
+            scope["virtuoso.server"] = getattr(send, "__self__", None)
         hit = self._hit(scope) if scope["type"] == "http" and scope["method"] == "GET" else None
         if hit is None:
             await self._pass_on(scope, receive, send)

@@ -73,11 +73,11 @@ class Gateway:
 
     async def ticker(self, symbol: str, exchange: str | None, max_age: float | None) -> Served:
         """Answer with one ticker."""
-        return await self._serve("ticker", symbol, exchange, max_age, "")
+        return await self.serve("ticker", symbol, exchange, max_age, "")
 
     async def order_book(self, symbol: str, exchange: str | None, max_age: float | None, limit: int) -> Served:
         """Answer with the best `limit` levels of an order book."""
-        return await self._serve("orderbook", symbol, exchange, max_age, str(limit))
+        return await self.serve("orderbook", symbol, exchange, max_age, str(limit))
 
     async def ohlcv(
         self, symbol: str, exchange: str | None, max_age: float | None, timeframe: str, limit: int, since: int | None
@@ -92,11 +92,11 @@ class Gateway:
             length = TIMEFRAMES[timeframe] * 1000
             since = -(-since // length) * length
         variant = f"{timeframe}:{limit}:{'' if since is None else since}"
-        return await self._serve("ohlcv", symbol, exchange, max_age, variant)
+        return await self.serve("ohlcv", symbol, exchange, max_age, variant)
 
     async def trades(self, symbol: str, exchange: str | None, max_age: float | None, limit: int) -> Served:
         """Answer with the newest trades."""
-        return await self._serve("trades", symbol, exchange, max_age, str(limit))
+        return await self.serve("trades", symbol, exchange, max_age, str(limit))
 
     async def tickers(
         self, symbols: Sequence[str], exchange: str | None, max_age: float | None
@@ -140,7 +140,7 @@ class Gateway:
         for text in symbols:
             for name in self.manager.names if exchange == ALL else [""]:
                 try:
-                    keys = self._keys("ticker", text, name or exchange, "")
+                    keys = self.keys("ticker", text, name or exchange, "")
                     wanted[keys[0].symbol, name] = keys
                 except (CallerError, MarketsLoading) as error:
                     refused[error.symbol or text, name] = error
@@ -180,10 +180,15 @@ class Gateway:
             outcomes = await self.cache.get_many(keys, ttl, self._load, until, max_age)
         return sum(isinstance(outcome, Lookup) for outcome in outcomes.values())
 
-    async def _serve(self, kind: str, text: str, exchange: str | None, max_age: float | None, variant: str) -> Served:
+    def adopt(self, key: Key, body: bytes, born: float, *, spread: bool) -> None:
+        """Keep an answer that came unasked at `born` (monotonic seconds); with `spread` in Redis, too."""
+        entry = Entry.of(body, born, born, self._ttls[key.kind], self.cache.jitter)
+        self.cache.adopt(key, entry, spread=spread)
+
+    async def serve(self, kind: str, text: str, exchange: str | None, max_age: float | None, variant: str) -> Served:
         """Answer from the first exchange that can, in order; from an old value when none can."""
         deadline = self.clock.monotonic() + self.settings.request_timeout
-        keys = self._keys(kind, text, exchange, variant)
+        keys = self.keys(kind, text, exchange, variant)
         attempts: dict[Key, GatewayError] = {}
         while len(attempts) < len(keys) and (not attempts or self.clock.monotonic() < deadline):
             key = self._pick([key for key in keys if key not in attempts], max_age)
@@ -240,7 +245,7 @@ class Gateway:
         body = encode(fetched.value)
         return Entry.of(body, fetched.started, fetched.received, self._ttls[kind], self.cache.jitter)
 
-    def _keys(self, kind: str, text: str, exchange: str | None, variant: str) -> list[Key]:
+    def keys(self, kind: str, text: str, exchange: str | None, variant: str) -> list[Key]:
         """Return the keys of the exchanges that list the symbol, in order of preference.
 
         Raises `MalformedRequest`, `UnknownExchange`, `UnknownSymbol`, or `MarketsLoading` while it cannot be told.

@@ -64,6 +64,16 @@ async def _note_status(request: aiohttp.ClientRequest, handler: aiohttp.ClientHa
     return response
 
 
+async def _refuse_redirect(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    response = await handler(request)
+    if 300 <= response.status < 400:
+        response.close()
+        raise AnswerRefused("it sent a redirect")
+    return response
+
+
 @cache
 def _ssl_context() -> ssl.SSLContext:
     return ssl.create_default_context(cafile=certifi.where())  # 16 ms of blocking, so once and for all clients
@@ -77,4 +87,12 @@ def open_session(max_connections: int) -> aiohttp.ClientSession:
         cookie_jar=aiohttp.DummyCookieJar(),
         response_class=BoundedResponse,
         middlewares=(_note_status,),
+    )
+
+
+def open_socket_session() -> aiohttp.ClientSession:
+    """Open a session for WebSockets, of which there are as many as there are exchanges, kinds and types of market."""
+    connector = aiohttp.TCPConnector(ssl=_ssl_context(), happy_eyeballs_delay=0.25)
+    return aiohttp.ClientSession(
+        connector=connector, cookie_jar=aiohttp.DummyCookieJar(), middlewares=(_refuse_redirect,)
     )

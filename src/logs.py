@@ -74,6 +74,11 @@ def _printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else f"\\u{ord(sign):04x}" for sign in text)
 
 
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Whether a line of the server is about more than one connection; those quote the query, which may hold a key."""
+    return not str(record.msg).startswith(('%s - "WebSocket ', "connection open", "connection closed"))
+
+
 def set_up_logging(level: str, log_format: str, secrets: Iterable[str] = ()) -> None:
     """Send all logging, uvicorn's included, through one formatter to standard error."""
     handler = logging.StreamHandler(sys.stderr)
@@ -83,6 +88,9 @@ def set_up_logging(level: str, log_format: str, secrets: Iterable[str] = ()) -> 
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = name != "uvicorn.access"  # without a handler the server does not even write the line
+    server = logging.getLogger("uvicorn.error")
+    server.addFilter(_is_worth_a_line)
+    server.setLevel(max(server.getEffectiveLevel(), logging.INFO))  # below, it writes all that comes in by a socket
     # Each request is one debug line of the gateway's own, and these log whole URLs and headers at debug.
     for name in ("uvicorn.access", "ccxt", "ccxt.base.exchange"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -18,12 +18,13 @@ MAX_HOT = 1000  # hot keys known at once; each is looked at several times a seco
 class Held:
     """An entry in memory, under which key, and how often it was asked for."""
 
-    __slots__ = ("entry", "hits", "key")
+    __slots__ = ("before", "entry", "hits", "key")
 
-    def __init__(self, key: Key, entry: Entry, hits: int) -> None:
+    def __init__(self, key: Key, entry: Entry, hits: int, before: int) -> None:
         self.key = key
         self.entry = entry
         self.hits = hits
+        self.before = before  # what the entries before it were asked for, less what passed to this one's hits
 
 
 class Memory:
@@ -81,7 +82,8 @@ class Memory:
         self._expire()
         while len(self._held) >= self._size:
             self.pop(next(iter(self._held)), "size")
-        self._held[key] = Held(key, entry, hits)
+        before = known.before + known.hits - hits if known else 0
+        self._held[key] = Held(key, entry, hits, before)
         self.hot.pop(key, None)
         if hits >= HOT_HITS:
             self._heat(key, entry)
@@ -91,6 +93,11 @@ class Memory:
         self.hot.pop(key, None)
         if self._held.pop(key, None) is not None:
             metrics.cache_evictions_total.labels(reason).inc()
+
+    def asked(self, key: Key) -> int | None:
+        """Return how often a key was asked for since there has been an entry of it without a break."""
+        held = self._held.get(key)
+        return None if held is None else held.before + held.hits
 
     def keys(self) -> list[Key]:
         """Every key there is an entry of."""

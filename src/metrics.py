@@ -36,6 +36,8 @@ OUTCOMES = (
 CACHE_RESULTS = ("hit_memory", "hit_redis", "miss", "stale_revalidate", "stale_error", "negative", "coalesced")
 TIERS = ("memory", "redis")
 EVICTIONS = ("size", "expired", "cleared")
+STREAM_DROPS = ("slow_client", "implausible", "bus")
+LEASE_CHANGES = ("taken", "lost")
 REFRESHES = ("success", "error", "skipped")
 DATA_ROUTES = ("/ticker/{symbol}", "/tickers", "/orderbook/{symbol}", "/ohlcv/{symbol}", "/trades/{symbol}")
 CODES = ("200", "500", "502", "503", "504")  # a code first seen with a burst would be no increase
@@ -168,6 +170,29 @@ cache_refreshes_total = Counter(
 )
 cache_entries = Gauge("virtuoso_cache_entries", "Entries in memory.")
 cache_evictions_total = Counter("virtuoso_cache_evictions_total", "Entries that left memory.", ["reason"])
+stream_sockets = Gauge("virtuoso_stream_sockets", "Sockets to an exchange that are open.", ["exchange", "channel"])
+stream_reconnects_total = Counter(
+    "virtuoso_stream_reconnects_total",
+    "Times a socket to an exchange was lost, or could not be had.",
+    ["exchange", "cause"],
+)
+stream_watched = Gauge("virtuoso_stream_watched", "Streams that are watched.", ["exchange", "channel"])
+stream_stale = Gauge("virtuoso_stream_stale", "Watched streams whose exchange pushes nothing.", ["exchange"])
+stream_subscribers = Gauge("virtuoso_stream_subscribers", "Clients connected for streams.", ["transport"])
+stream_messages_received_total = Counter(
+    "virtuoso_stream_messages_received_total", "Messages an exchange pushed.", ["exchange", "channel"]
+)
+stream_messages_sent_total = Counter("virtuoso_stream_messages_sent_total", "Updates meant for clients.", ["channel"])
+stream_conflated_total = Counter(
+    "virtuoso_stream_conflated_total", "Updates a slow client did not get because a newer one came."
+)
+stream_dropped_total = Counter("virtuoso_stream_dropped_total", "What was thrown away.", ["reason"])
+stream_event_age_seconds = Histogram(
+    "virtuoso_stream_event_age_seconds", "Time from an exchange's message to clients.", buckets=FAST
+)
+stream_lease_changes_total = Counter(
+    "virtuoso_stream_lease_changes_total", "Streams this replica began or ceased to watch for all.", ["to"]
+)
 event_loop_lag_seconds = Histogram(
     "virtuoso_event_loop_lag_seconds", "How late the event loop woke up.",
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1),
@@ -180,12 +205,12 @@ maintenance_last_success_timestamp_seconds = Gauge(
 def initialise(exchanges: tuple[str, ...]) -> None:
     """Create the label sets that are known beforehand, so that a rate over them begins at zero."""
     build_info.labels(version=VERSION, python=platform.python_version()).set(1)
-    for result in CACHE_RESULTS:
-        cache_requests_total.labels(result)
-    for outcome in REFRESHES:
-        cache_refreshes_total.labels(outcome)
-    for reason in EVICTIONS:
-        cache_evictions_total.labels(reason)
+    for counter, values in (
+        (cache_requests_total, CACHE_RESULTS), (cache_refreshes_total, REFRESHES), (cache_evictions_total, EVICTIONS),
+        (stream_dropped_total, STREAM_DROPS), (stream_lease_changes_total, LEASE_CHANGES),
+    ):  # fmt: skip
+        for value in values:
+            counter.labels(value)
     for route, code in product(DATA_ROUTES, CODES):
         http_requests_total.labels(route, "GET", code)
         http_request_duration_seconds.labels(route)

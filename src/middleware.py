@@ -6,7 +6,7 @@ import time
 from functools import lru_cache
 
 from prometheus_client import Counter, Histogram
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from src import metrics
@@ -103,7 +103,10 @@ class Access:
         headers, gateway = Headers(scope=scope), scope["state"]["gateway"]
         forwarded = ",".join(headers.getlist("x-forwarded-for"))
         try:
-            limits = await self._gate.admit(scope, headers.get("x-api-key", ""), forwarded, gateway.store)
+            key = headers.get("x-api-key", "")
+            if not key and scope["path"].startswith("/stream/"):  # a browser's EventSource cannot send a header
+                key = QueryParams(scope["query_string"]).get("token", "")
+            limits = await self._gate.admit(scope, key, forwarded, gateway.store)
         except Unauthorized as error:
             await problem(error)(scope, receive, send)
             return

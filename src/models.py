@@ -7,7 +7,7 @@ quote and base; times are UTC milliseconds.
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,6 +28,7 @@ class MarketData(BaseModel):
     exchange: str = Field(description="The exchange it comes from.")
     fetched_at: int = Field(description="When the gateway received it, UTC milliseconds.")
     timestamp: int | None = Field(None, description="The exchange's own time of it; absent when it gave none.")
+    source: Literal["rest", "stream"] = Field("rest", description="Whether it was asked for or pushed.")
     stale: bool = Field(
         False, description="True when it is older than it should be because nothing newer could be had."
     )
@@ -162,7 +163,7 @@ class Trades(MarketData):
         return cls(symbol=symbol, exchange=exchange, fetched_at=fetched_at, trades=trades)
 
 
-_OWN_FIELDS = frozenset({"symbol", "exchange", "fetched_at", "timestamp", "datetime", "stale", "price"})
+_OWN_FIELDS = frozenset({"symbol", "exchange", "fetched_at", "timestamp", "datetime", "stale", "price", "source"})
 
 
 def _number(value: object) -> float | None:

@@ -2,19 +2,36 @@
 
 import math
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 from config import EXCHANGES
 from src import metrics
 from src.circuit_breaker import STATES
+from src.feeds import NAMES, TRANSPORTS
 from src.gateway import Gateway
+from src.streams import Streams
 
 
-def exchanges(gateway: Gateway) -> dict[str, Any]:
+def exchanges(gateway: Gateway, streams: Streams | None) -> dict[str, Any]:
     """Describe every known exchange as it is now."""
-    names = gateway.manager.names
+    names, described = gateway.manager.names, dict[str, Any]()
+    for name in EXCHANGES:
+        described[name] = {"enabled": name in names} | (_exchange(gateway, name) if name in names else {})
+        if streams is not None and name in names:
+            described[name]["streams"] = _streams(streams, name)
+    return described
+
+
+def _streams(streams: Streams, name: str) -> dict[str, Any]:
+    """Tell what of an exchange is watched, and how that goes; `cause` is why a socket was lost that is not back yet."""
+    upstreams = streams.of(name)
     return {
-        name: {"enabled": name in names} | (_exchange(gateway, name) if name in names else {}) for name in EXCHANGES
+        "sockets": sum(upstream.sockets for upstream in upstreams),
+        "watched": sum(len(upstream.watched) for upstream in upstreams),
+        "stale": sum(watched.live is False for watched in streams.topics.values() if watched.topic.exchange == name),
+        "reconnects": sum(upstream.reconnects for upstream in upstreams),
+        "cause": next((upstream.cause for upstream in upstreams if upstream.cause), None),
     }
 
 
@@ -39,7 +56,7 @@ def _exchange(gateway: Gateway, name: str) -> dict[str, Any]:
     }
 
 
-def health(gateway: Gateway) -> dict[str, Any]:
+def health(gateway: Gateway, streams: Streams | None) -> dict[str, Any]:
     """Tell how the gateway is: `healthy`, `degraded` or `unhealthy`, with a reason for each part.
 
     Unhealthy is only what cannot answer at all: no list to know symbols by, or every exchange off and no value kept.
@@ -51,6 +68,7 @@ def health(gateway: Gateway) -> dict[str, Any]:
     unloaded = [name for name in names if name not in gateway.markets.loaded_at]
     all_open, kept = all(state == "open" for state in states.values()), len(gateway.cache)
     redis = "" if gateway.store.up or not gateway.store.configured else "does not answer"
+    lost = [] if streams is None else [name for name in names if any(one.cause for one in streams.of(name))]
     parts = {
         "exchanges": _part(
             "; ".join(tripped), "unhealthy" if all_open and not gateway.cache.memory.has_any() else "degraded"
@@ -61,6 +79,11 @@ def health(gateway: Gateway) -> dict[str, Any]:
         ),
         "redis": _part(redis, "degraded", "ok" if gateway.store.configured else "not configured: memory only"),
         "cache": _part("", "degraded", f"{kept} entries in memory"),
+        "streams": _part(
+            f"{', '.join(lost)}: nothing is pushed; tickers and books are asked for by REST" if lost else "",
+            "degraded",
+            "off" if streams is None else f"{len(streams.topics)} watched, {len(streams.subscribers)} clients",
+        ),
     }
     statuses = {part["status"] for part in parts.values()}
     return {
@@ -74,8 +97,10 @@ def health(gateway: Gateway) -> dict[str, Any]:
     }
 
 
-def update_gauges(gateway: Gateway) -> None:
+def update_gauges(gateway: Gateway, streams: Streams | None) -> None:
     """Set the gauges that mirror a state, for a scrape."""
+    if streams is not None:
+        _update_stream_gauges(streams, gateway.manager.names)
     metrics.cache_entries.set(len(gateway.cache))
     if gateway.store.configured:
         metrics.cache_tier_up.labels("redis").set(gateway.store.up)
@@ -92,6 +117,19 @@ def update_gauges(gateway: Gateway) -> None:
             metrics.circuit_state.labels(name, known).set(known == state)
         if exchange.last_success is not None:
             metrics.exchange_last_success_timestamp_seconds.labels(name).set(exchange.last_success)
+
+
+def _update_stream_gauges(streams: Streams, names: Sequence[str]) -> None:
+    for name in names:
+        watched = [one for one in streams.topics.values() if one.topic.exchange == name]
+        metrics.stream_stale.labels(name).set(sum(one.live is False for one in watched))
+        for kind, channel in NAMES.items():
+            sockets = sum(upstream.sockets for upstream in streams.of(name) if upstream.kind == kind)
+            metrics.stream_sockets.labels(name, channel).set(sockets)
+            metrics.stream_watched.labels(name, channel).set(sum(one.topic.kind == kind for one in watched))
+    for transport in TRANSPORTS:
+        count = sum(subscriber.transport == transport for subscriber in streams.subscribers)
+        metrics.stream_subscribers.labels(transport).set(count)
 
 
 def _part(fault: str, status: str, fine: str = "ok") -> dict[str, str]:

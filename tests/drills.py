@@ -127,6 +127,7 @@ class Deployment:
         values |= {"EDGE_TLS_PORT": str(free_port()), "TAG": "drill", "REGISTRY": ""}
         for number, name in enumerate(EXCHANGES, start=1):
             values[f"{name.upper()}_REST_URL"] = f"http://sandbox:910{number}"
+            values[f"{name.upper()}_WS_URL"] = f"ws://sandbox:910{number}"
         (self.folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in values.items()))
 
     async def compose(self, *arguments: str) -> str:

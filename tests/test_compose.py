@@ -215,9 +215,11 @@ def test_the_demo_leads_to_the_sandbox_alone() -> None:
     lines = [line for line in (ROOT / "deploy/demo.env").read_text().splitlines() if not line.startswith("#")]
     values = dict(line.split("=", 1) for line in lines)
     assert values.pop("COMPOSE_PROFILES") == "demo"
-    assert set(values) == {name for name in setting_names() if name.endswith("_REST_URL")}
+    assert set(values) == {name for name in setting_names() if name.endswith(("_REST_URL", "_WS_URL"))}
     for name, value in values.items():
-        assert value.startswith("http://sandbox:91")
+        exchange, kind, _ = name.split("_")
+        port = 9101 + ["BYBIT", "BINANCE", "KRAKEN"].index(exchange)
+        assert value == f"{'http' if kind == 'REST' else 'ws'}://sandbox:{port}"
         assert SERVICES["app"]["environment"][name] == f"${{{name}:-}}"
 
 
@@ -249,7 +251,7 @@ async def test_a_stop_lets_answers_finish(sandbox: Sandbox) -> None:
     port = free_port()
     command = [sys.executable, "-m", *server_command()]
     command[command.index("--host") + 1], command[command.index("--port") + 1] = "127.0.0.1", str(port)
-    environment = {f"{name.upper()}_REST_URL": url for name, url in sandbox.urls.items()}
+    environment = sandbox.settings
     process = await asyncio.create_subprocess_exec(
         *command, cwd=ROOT, env=os.environ | environment | {"REDIS_HOST": "", "LOG_LEVEL": "WARNING"}
     )

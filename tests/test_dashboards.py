@@ -22,6 +22,7 @@ import httpx
 import pytest
 import yaml
 from prometheus_client import REGISTRY
+from websockets.asyncio.client import connect
 
 from benchmarks.servers import Server, Servers, fetch
 from config import EXCHANGES
@@ -61,6 +62,8 @@ DATA_PATHS = (
     "/ohlcv/BTC-USDT",
     "/trades/BTC-USDT",
 )
+STREAM_PATHS = ("/stream/ETH-USDT", "/stream/BTC-USDT?channel=trades&exchange=bybit")
+CHANNELS = ("ticker", "book", "trades")
 OWN_PATHS = ("/markets", "/exchanges", "/health", "/health/live", "/health/ready", "/nope")
 HAPPENS = {  # what is above zero in the first query of a panel, by legend
     "cache/How values were found": set(metrics.CACHE_RESULTS),
@@ -70,6 +73,15 @@ HAPPENS = {  # what is above zero in the first query of a panel, by legend
     "exchanges/Calls a breaker stopped": {"kraken"},
     "exchanges/Changes of breakers": {"kraken open", "kraken half_open"},
     "exchanges/Outcomes: $exchange": {"success", "rejected", "unavailable"},
+    "exchanges/Sockets": {"binance", "bybit"},
+    "exchanges/Messages": {"binance ticker", *(f"bybit {channel}" for channel in CHANNELS)},
+    "exchanges/Reconnects": {"kraken refused"},
+    "exchanges/Watched": {f"{exchange} {channel}" for exchange in EXCHANGES for channel in CHANNELS},
+    "exchanges/Stale": {"kraken"},
+    "service/Clients of streams": {"ws", "sse"},
+    "service/Updates for clients": set(CHANNELS),
+    "service/Time from exchange's message to clients": {"p50"},
+    "service/Leases that changed hands": {"taken"},
     "service/Alerts firing": {"firing"},
     "service/Alerts": {"VirtuosoErrorBudgetFastBurn"},
     "service/Errors by status": {"401", "404", "429", "503"},
@@ -255,6 +267,8 @@ async def load(replicas: list[Server], end: Event) -> None:
             headers = {"X-API-Key": key or next(desks)}
             await client.get(replica.url + path, headers=headers)
 
+        watching = [asyncio.create_task(watch(replica)) for replica in replicas]
+        watching += [asyncio.create_task(follow(client, replicas[0].url + path)) for path in STREAM_PATHS]
         for _ in range(LIMIT // 20):
             await asyncio.gather(*(ask(replicas[0], DATA_PATHS[0], BOT) for _ in range(20)))
         while not end.is_set():
@@ -266,7 +280,31 @@ async def load(replicas: list[Server], end: Event) -> None:
             await asyncio.gather(*(ask(replicas[0], path) for path in OWN_PATHS))
             await ask(replicas[0], DATA_PATHS[0], BOT)
             await ask(replicas[0], DATA_PATHS[0], "wrong")
+            for task in (task for task in watching if task.done()):
+                task.result()
             await asyncio.sleep(0.5)
+        for task in watching:
+            task.cancel()
+        await asyncio.gather(*watching, return_exceptions=True)
+
+
+async def watch(replica: Server) -> None:
+    """Subscribe to all that is watched in this scene, by a socket, for ever."""
+    headers = {"X-API-Key": DESKS[0]}
+    async with connect(replica.url.replace("http", "ws") + "/ws", additional_headers=headers) as client:
+        for channel in CHANNELS:
+            wanted = {"op": "subscribe", "channel": channel, "exchange": "all", "symbols": ["BTC/USDT", "ETH/USDT"]}
+            await client.send(json.dumps(wanted))
+        async for _ in client:
+            pass
+
+
+async def follow(client: httpx.AsyncClient, url: str) -> None:
+    """Take server-sent events, for ever."""
+    async with client.stream("GET", url, headers={"X-API-Key": DESKS[1]}, timeout=60) as answer:
+        answer.raise_for_status()
+        async for _ in answer.aiter_lines():
+            pass
 
 
 @pytest.fixture(scope="module")

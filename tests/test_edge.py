@@ -14,18 +14,21 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
 
+from src.clock import SystemClock
 from src.demo import free_port
 from src.middleware import MAX_URL_BYTES
 from src.sandbox import Sandbox
-from tests.conftest import Live, StartGateway, eventually, tool
+from tests.conftest import Live, StartGateway, eventually, make_settings, sample, serve, tool
 
 ROOT = Path(__file__).parents[1]
 EDGE = ROOT / "deploy" / "edge"
@@ -212,6 +215,7 @@ class GatewayProcess:
         self.log = folder / f"gateway{self.port}"
         command = [sys.executable, "-m", "uvicorn", app, "--port", str(self.port)]
         command += ["--timeout-keep-alive", "75", "--no-proxy-headers", "--no-server-header", "--no-access-log"]
+        command += ["--timeout-graceful-shutdown", "10", "--ws-max-size", "65536", "--ws-per-message-deflate", "false"]
         own = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "REDIS_HOST": ""}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, cwd=folder, env={**own, **environment}, stdout=log, stderr=log)
@@ -242,17 +246,13 @@ async def with_markets(start: StartGateway, **settings: object) -> Live:
     return live
 
 
-def exchanges_at(sandbox: Sandbox) -> dict[str, str]:
-    return {f"{name.upper()}_REST_URL": url for name, url in sandbox.urls.items()}
-
-
 @pytest.fixture
 def processes(tmp_path: Path, sandbox: Sandbox) -> Iterator[Callable[..., GatewayProcess]]:
     """Start gateways in processes of their own, with the sandbox as exchanges."""
     started: list[GatewayProcess] = []
 
     def start_process() -> GatewayProcess:
-        started.append(GatewayProcess(tmp_path, exchanges_at(sandbox)))
+        started.append(GatewayProcess(tmp_path, sandbox.settings))
         return started[-1]
 
     yield start_process
@@ -700,6 +700,245 @@ async def test_the_access_log_holds_no_secret(start: StartGateway, edge: StartEd
     assert (inside["path"], inside["status"], inside["upstream"]) == ("/metrics", "404", "")
     assert forged["request_id"] not in ("mine-1", 'a"b')
     assert len(long["path"]) == 256
+
+
+KEY = "c4nary-c4nary"
+HANDSHAKE = {
+    "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+}  # fmt: skip
+
+
+@pytest.fixture
+async def lively() -> AsyncIterator[Sandbox]:
+    """The exchanges with the machine's own time, so that there is something to push."""
+    made = Sandbox()
+    await made.start()
+    for name in made.urls:
+        await made.set(name, rate_limit=-1)
+    yield made
+    await made.stop()
+
+
+@asynccontextmanager
+async def streaming(lively: Sandbox, **settings: object) -> AsyncIterator[Live]:
+    """Run a gateway that watches these exchanges, and has all market lists."""
+    async with serve(make_settings(lively, **settings), SystemClock()) as live:
+        await eventually(lambda: len(live.gateway.markets.loaded_at) == len(live.gateway.manager.names))
+        yield live
+
+
+async def hear(client: ClientConnection, *kinds: str) -> dict[str, Any]:
+    """Return the next message of these types."""
+    async with asyncio.timeout(60):
+        while True:
+            message: dict[str, Any] = json.loads(await client.recv())
+            if message["type"] in kinds:
+                return message
+
+
+async def ending(client: ClientConnection) -> tuple[int, list[str]]:
+    """Read to the end; returns the code it ended with, and the types of what came."""
+    kinds = []
+    async with asyncio.timeout(60):
+        try:
+            while True:
+                kinds.append(json.loads(await client.recv())["type"])
+        except ConnectionClosed as closed:
+            return (closed.rcvd.code if closed.rcvd else 1006), kinds
+
+
+async def test_sockets_pass(edge: StartEdge, lively: Sandbox) -> None:
+    """Subscriptions, updates and answers go both ways; Origin is held against Host; one line tells of each socket."""
+    async with streaming(lively, api_keys=f"me:{KEY}") as live:
+        front = await edge(live)
+        address = f"ws://127.0.0.1:{front.port}/ws"
+        subscribe = json.dumps({"op": "subscribe", "symbols": ["BTC/USDT", "ETH/USDT"], "channel": "book"})
+        async with connect(f"{address}?token={KEY}", origin=front.url) as client:  # type: ignore[arg-type]
+            await client.send(subscribe)
+            assert (await hear(client, "subscribed"))["symbols"] == ["BTC/USDT", "ETH/USDT"]
+            assert len((await hear(client, "snapshot"))["data"]["bids"]) == 10
+            for _ in range(20):
+                update = await hear(client, "update")
+            assert update["sent_at"] > time.time() * 1000 - 10_000
+            await client.send('{"op":"ping","id":7}')
+            assert (await hear(client, "pong"))["id"] == 7
+        async with connect(address, additional_headers={"X-API-Key": KEY}) as client:
+            await client.send(subscribe)
+            await hear(client, "update")
+        other = f"http://127.0.0.1:{front.port + 1}"  # another port is another origin
+        async with connect(f"{address}?token={KEY}", origin=other) as client:  # type: ignore[arg-type]
+            assert await ending(client) == (1008, ["error"])
+        await eventually(lambda: len(front.log()) == 3)
+    for line in front.log():
+        assert (line["path"], line["status"], line["upstream"]) == ("/ws", "101", live.url.removeprefix("http://"))
+
+
+async def test_events_pass_as_they_are_pushed(edge: StartEdge, lively: Sandbox) -> None:
+    """Server-sent events wait in no buffer of the edge, and a client that leaves is gone for the gateway, too."""
+    for name in lively.urls:  # slowly: nginx would wait for some 1500 bytes, which is more than one event
+        await lively.set(name, rate_limit=-1, push_ms=3000)
+    async with streaming(lively) as live:
+        front = await edge(live)
+        late, kinds = [], list[str]()
+        async with front.client.stream("GET", f"{front.url}/stream/BTC-USDT") as answer:
+            assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store")
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            async for line in answer.aiter_lines():
+                if line.startswith("event: "):
+                    kinds.append(line[7:])
+                if line.startswith("data: "):
+                    late.append(time.time() - json.loads(line[6:])["sent_at"] / 1000)
+                if kinds.count("update") == 5 and len(late) == len(kinds):
+                    break
+        assert kinds[0] == "snapshot"
+        assert sorted(late)[len(late) // 2] < 1, late
+        await eventually(lambda: front.log())
+        assert front.log()[0]["status"] == "200"
+        deadline = time.monotonic() + 60
+        while 'virtuoso_stream_subscribers{transport="sse"} 0.0' not in (await live.get("/metrics")).text:
+            assert time.monotonic() < deadline
+
+
+async def drop_after_a_while(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Be a gateway that dies: with a request, or within a stream."""
+    request = await reader.readuntil(b"\r\n\r\n")
+    if b"/ws" in request:
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n\x81\x02{}")
+    elif b"late" in request:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nid: 1\r\n")
+    await writer.drain()
+    writer.transport.abort()
+
+
+async def test_no_log_holds_the_key_of_a_stream(edge: StartEdge, lively: Sandbox) -> None:
+    """Right and wrong keys in the query, gateways that die or are not there: neither half quotes a query."""
+    shake = "".join(f"{name}: {value}\r\n" for name, value in HANDSHAKE.items())
+    targets = [f"/ws?token={KEY}", f"/ws?token={KEY}x", f"/stream/BTC-USDT?token={KEY}x", f"/stream/late?token={KEY}"]
+    dying = await asyncio.start_server(drop_after_a_while, "127.0.0.1", 0)
+    addresses = [f"127.0.0.1:{port}" for port in (dying.sockets[0].getsockname()[1], free_port())]
+    async with dying, streaming(lively, api_keys=f"me:{KEY}") as live:
+        for gateway in (live, *addresses):
+            front = await edge(gateway)
+            for target in targets:
+                fields = shake if "/ws" in target else "Connection: close\r\n"
+                assert await front.raw(f"GET {target} HTTP/1.1\r\nHost: x\r\n{fields}\r\n".encode())
+            await front.raw(f"POST {targets[0]} HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n".encode())
+            await front.raw(b"GET /health?quoted HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            await eventually(lambda front=front: len(front.log()) == len(targets) + 2)  # type: ignore[misc]
+            assert "c4nary" not in (front.folder / "out").read_text() + front.errors()
+            assert ("quoted" in front.errors()) is (gateway is not live), "what a request without a key leaves there"
+
+
+async def test_only_a_socket_is_upgraded(edge: StartEdge, peer: Peer) -> None:
+    """At /ws alone, and nothing but a WebSocket; it is bounded as every request, and its Host keeps the port."""
+    front = await edge(peer)
+    shake = "".join(f"{name}: {value}\r\n" for name, value in HANDSHAKE.items())
+    claimed = "Host: Name:8443\r\nX-Forwarded-For: 203.0.113.9\r\nX-API-Key: the key\r\nAuthorization: Bearer t0ken\r\n"
+
+    async def passed(target: str, fields: str) -> dict[str, str]:
+        await front.raw(f"GET {target} HTTP/1.1\r\n{claimed}{fields}\r\n".encode())
+        return peer.headers()
+
+    got = await passed("/ws?token=a%2Bb", shake)
+    assert peer.requests[-1].startswith(b"GET /ws?token=a%2Bb HTTP/1.1\r\n")
+    assert (got["upgrade"], got["connection"], got["sec-websocket-version"]) == ("websocket", "upgrade", "13")
+    assert (got["host"], got["x-forwarded-for"], got["x-api-key"]) == ("Name:8443", "127.0.0.1", "the key")
+    assert "authorization" not in got
+    for target, fields in (("/ws", shake.replace(": websocket", ": h2c")), ("/ws/", shake), ("/WS", shake),
+                           ("/stream/BTC-USDT", shake), ("/ticker/ws", shake), ("/ws", "")):  # fmt: skip
+        got = await passed(target, fields)
+        assert not {"upgrade", "connection"} & got.keys(), target
+        assert got["host"] == "name"
+    before = len(peer.requests)
+    for path in ("/ws", "/stream/BTC-USDT"):
+        check_problem(await front.client.post(front.url + path), 405, "method_not_allowed")
+        request = front.client.build_request("GET", front.url + path, content=b"x")
+        check_problem(await front.client.send(request), 413, "body_not_allowed")
+        check_problem(await front.get(path + "?" + "x" * 10_000), 414, "uri_too_long")
+    check_problem(await front.get("/stream/..%2fmetrics"), 404, "not_found")
+    assert len(peer.requests) == before
+
+
+@pytest.mark.ops
+async def test_one_address_cannot_take_all_streams(edge: StartEdge, peer: Peer) -> None:
+    """At most 200 streams of one address are open at once; other requests are counted apart."""
+    front = await edge(peer)
+    peer.go.clear()
+    shake = "".join(f"{name}: {value}\r\n" for name, value in HANDSHAKE.items())
+    kinds = [f"GET /ws?token={KEY} HTTP/1.1\r\nHost: x\r\n{shake}\r\n".encode()]
+    kinds.append(f"GET /stream/BTC-USDT?token={KEY} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    waiting = [asyncio.create_task(front.raw(request)) for request in kinds * 100]
+    await eventually(lambda: len(peer.requests) == 200)
+    check_problem(await front.get(f"/stream/BTC-USDT?token={KEY}"), 429, "too_many_requests")
+    assert status_of(await front.raw(kinds[0])) == 429
+    other = asyncio.create_task(front.get("/health"))
+    await eventually(lambda: len(peer.requests) == 201)
+    peer.go.set()
+    assert {status_of(answer) for answer in await asyncio.gather(*waiting)} == {200}
+    assert (await other).status_code == 200
+    assert (await front.get("/stream/BTC-USDT")).status_code == 200
+    assert "c4nary" not in front.errors()
+
+
+@pytest.mark.ops
+async def test_who_does_not_read_disturbs_nobody(edge: StartEdge, lively: Sandbox) -> None:
+    """One client reads nothing of all it asked for: the gateway notices, or the edge cuts it; others get theirs."""
+    for name in lively.urls:
+        await lively.set(name, rate_limit=-1, push_ms=50)
+    wanted = {"op": "subscribe", "exchange": "all", "channel": "book", "levels": 50}
+    most = json.dumps(wanted | {"symbols": ["BTC/USDT", "ETH/USDT", "SOL/USDT", "XRP/USDT", "DOGE/USDT"]})
+    async with streaming(lively) as live:
+        front = await edge(live)
+        address, late = f"ws://127.0.0.1:{front.port}/ws", list[float]()
+        with closing(socket.socket()) as small:
+            small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            small.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(small, ("127.0.0.1", front.port))
+            async with (
+                connect(address) as reader,
+                connect(address, sock=small, max_queue=1, ping_interval=None, close_timeout=0.1) as lazy,
+            ):
+                await reader.send('{"op":"subscribe","symbols":["BTC/USDT"]}')
+                await hear(reader, "snapshot")
+                conflated = sample("stream_conflated_total")
+                await lazy.send(most)
+                while sample("stream_conflated_total") == conflated and not front.log():
+                    late.append(time.time() - (await hear(reader, "update"))["sent_at"] / 1000)
+                for _ in range(50):
+                    late.append(time.time() - (await hear(reader, "update"))["sent_at"] / 1000)
+                lazy.transport.abort()
+    assert sorted(late)[len(late) // 2] < 2, sorted(late)
+
+
+@pytest.mark.ops
+async def test_a_gateway_that_stops_says_so_through_the_edge(edge: StartEdge, lively: Sandbox, tmp_path: Path) -> None:
+    """Sockets end with 1001, server-sent events as a whole answer does; then it is an honest 502."""
+    gateway, events = GatewayProcess(tmp_path, lively.settings), list[str]()
+    try:
+        await gateway.ready()
+        front = await edge(gateway)
+        address = f"ws://127.0.0.1:{front.port}/ws"
+
+        async def follow_events() -> None:
+            async with front.client.stream("GET", f"{front.url}/stream/BTC-USDT") as answer:
+                async for line in answer.aiter_lines():
+                    events.append(line)
+
+        following = asyncio.create_task(follow_events())
+        await eventually(lambda: "event: update" in events)
+        async with connect(address) as client:
+            await client.send('{"op":"subscribe","symbols":["BTC/USDT"]}')
+            await hear(client, "update")
+            gateway.process.terminate()
+            code, kinds = await ending(client)
+        assert (code, set(kinds) <= {"update", "snapshot", "heartbeat"}) == (1001, True)
+        await asyncio.wait_for(following, 30)
+        assert await asyncio.to_thread(gateway.process.wait, 30) in (0, -signal.SIGTERM)
+        check_problem(await front.get("/stream/BTC-USDT"), 502, "gateway_unavailable")
+    finally:
+        if gateway.process.poll() is None:
+            gateway.end(signal.SIGKILL)
 
 
 async def test_health_of_the_edge_itself(edge: StartEdge) -> None:

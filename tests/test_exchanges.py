@@ -582,6 +582,8 @@ def test_addresses_can_be_moved() -> None:
     assert binance.urls["api"]["public"] == "https://data-api.binance.vision/api/v3"
     assert binance.aiohttp_proxy == "http://user:canary@proxy:3128"
     assert make_client("kraken", settings, None).urls["api"]["public"] == "https://api.kraken.com"  # type: ignore[arg-type]
+    assert make_client("kraken", settings, None, sockets=True).wss_proxy == binance.aiohttp_proxy  # type: ignore[arg-type]
+    assert make_client("bybit", settings, None, sockets=True).wss_proxy is None  # type: ignore[arg-type]
     assert "canary" not in repr(settings)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Of code. The simulated exchanges, there for tests and the demo, are counted apart.
-MAX_LINES, MAX_SANDBOX_LINES = 4500, 900
+# Of code. The simulated exchanges, there for tests and the demo, are counted apart; 1,350 of the gateway are streams.
+MAX_LINES, MAX_SANDBOX_LINES = 5350, 900
 # A module may import those of lower levels, and neighbours as long as no circle comes of it. ARCHITECTURE.md holds the
 # same table for people.
 LEVELS = {
@@ -25,6 +25,7 @@ LEVELS = {
     "src.circuit_breaker": 1,
     "src.metrics": 1,
     "src.ccxt_client": 1,
+    "src.ccxt_stream": 2,
     "src.market_reader": 2,
     "src.redis_store": 2,
     "src.entry": 2,
@@ -35,11 +36,17 @@ LEVELS = {
     "src.exchanges": 3,
     "src.market_loader": 3,
     "src.gate": 3,
+    "src.bus": 3,
     "src.gateway": 4,
-    "src.status": 5,
+    "src.feeds": 4,
+    "src.upstream": 4,
     "src.responses": 5,
     "src.middleware": 5,
     "src.refresh_ahead": 5,
+    "src.streams": 5,
+    "src.status": 6,
+    "src.server_events": 6,
+    "src.websocket": 6,
     "src.fast_path": 6,
     "src.api": 7,
     "maintenance": 7,
@@ -48,7 +55,7 @@ LEVELS = {
 SANDBOX = {"src.sandbox", "src.sandbox_wire", "src.sandbox_market", "src.sandbox_stream"}
 OWNERS = {
     "ccxt": {"src.ccxt_client"},
-    "redis": {"src.redis_store", "src.redis_tier"},
+    "redis": {"src.redis_store", "src.redis_tier", "src.bus"},
     "dotenv": {"config"},
 }
 # config reads it; demo hands its own on to the processes it starts, and reads no setting from it.
@@ -64,7 +71,8 @@ def modules() -> dict[str, Path]:
 
 def outside() -> list[Path]:
     """Find the code that is not part of the product and may import all of it."""
-    return [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    folders = ("tests", "benchmarks", "examples")
+    return [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
 
 
 @cache

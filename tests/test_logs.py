@@ -37,11 +37,11 @@ def as_set_up() -> Iterator[None]:
     """Give the loggers back as they were."""
     names = (None, "uvicorn", "uvicorn.error", "uvicorn.access", "ccxt", "ccxt.base.exchange")
     loggers = [logging.getLogger(name) for name in names]
-    before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    before = [(logger, logger.handlers[:], logger.level, logger.propagate, logger.filters[:]) for logger in loggers]
     logging.root.handlers = []  # setting up closes what is there, and these are pytest's
     yield
-    for logger, handlers, level, propagate in before:
-        logger.handlers, logger.propagate = handlers, propagate
+    for logger, handlers, level, propagate, filters in before:
+        logger.handlers, logger.propagate, logger.filters = handlers, propagate, filters
         logger.setLevel(level)
 
 
@@ -176,6 +176,28 @@ def test_set_up(log_format: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "[1m" not in two
     if log_format == "json":
         assert json.loads(one)["logger"] == "src.part"
+
+
+@pytest.mark.usefixtures("as_set_up")
+@pytest.mark.parametrize("level", ["DEBUG", "INFO", "ERROR"])
+def test_the_server_says_nothing_of_single_sockets(level: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it writes for each WebSocket holds the query, and at debug all that comes in; the rest of it stays."""
+    logging.getLogger("uvicorn.error").setLevel(logging.NOTSET)
+    set_up_logging(level, "text")
+    server = logging.getLogger("uvicorn.error")
+    for line in ('%s - "WebSocket %s" [accepted]', '%s - "WebSocket %s" 403'):
+        server.info(line, "127.0.0.1:1", "/ws?token=hunter2")
+    server.info('%s - "WebSocket %s" %d', "127.0.0.1:1", "/ws?token=hunter2", 503)
+    server.info("connection open")
+    server.info("connection closed")
+    server.debug("< GET %s HTTP/1.1", "/ws?token=hunter2")
+    server.info("Application startup complete.")
+    server.error("Exception in ASGI application\n")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[2] for line in lines if "startup" in line] == (
+        [] if level == "ERROR" else ["Application startup complete."]
+    )
+    assert len(lines) == (1 if level == "ERROR" else 2), lines
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -18,6 +18,8 @@ from urllib.parse import quote, quote_plus
 
 import httpx
 import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from config import EXCHANGES, ExchangeSettings, Settings
 from src.demo import free_port
@@ -178,6 +180,16 @@ ASKED += [
 ]
 
 
+async def beginning(answer: httpx.Response) -> str:
+    """Read an answer that does not end, up to its first message."""
+    lines = []
+    async for line in answer.aiter_lines():
+        lines.append(line)
+        if line.startswith("data: "):
+            break
+    return "\n".join(lines)
+
+
 class Driver:
     """Sends requests and keeps all that comes back."""
 
@@ -188,9 +200,14 @@ class Driver:
         self.statuses: set[int] = set()
 
     async def send(self, path: str, method: str = "GET", headers: Mapping[str, str] | None = None) -> httpx.Response:
-        answer = await self.client.request(method, self.url + path, headers=headers)
+        async with self.client.stream(method, self.url + path, headers=headers) as answer:
+            if answer.headers.get("content-type", "").startswith("text/event-stream"):
+                text = await beginning(answer)
+            else:
+                await answer.aread()
+                text = answer.text
         head = "".join(f"{name}: {value}\n" for name, value in answer.headers.items())
-        self.heard.append(f"{method} {answer.status_code}\n{head}\n{answer.text}")
+        self.heard.append(f"{method} {answer.status_code}\n{head}\n{text}")
         self.statuses.add(answer.status_code)
         return answer
 
@@ -258,6 +275,35 @@ async def test_no_secret_comes_out(
     assert "AuthenticationError" in written, "Redis refused the password"
     for text in (*driver.heard, *written.splitlines(), shown, maintained):
         assert not leaks(text)
+
+
+async def test_no_key_of_a_stream_is_in_the_log(tmp_path: Path, exchanges: Sandbox) -> None:
+    """Right and wrong keys in the query of `/ws` and `/stream`, said to the gateway itself, at the loudest level."""
+    environment = settings_with_secrets(1) | {"HTTPS_PROXY": "", "REDIS_HOST": "", "LOG_LEVEL": "DEBUG"}
+    gateway = GatewayProcess(tmp_path, environment | exchanges.settings)
+    address, heard = gateway.url.replace("http", "ws") + "/ws?token=", []
+    try:
+        async with httpx.AsyncClient(timeout=60) as client:
+            driver = Driver(gateway.url, client)
+            await loaded(driver, gateway, 3)
+            for key in (quote(KEY, safe=""), "c4nary-wrong", quote(ADMIN, safe="")):
+                with suppress(ConnectionClosed):
+                    async with connect(address + key) as socket:
+                        heard.append(await socket.recv() if key != quote(KEY, safe="") else "{}")
+                        await socket.send(json.dumps({"op": "subscribe", "symbols": ["BTC/USDT"], "id": "c4nary"}))
+                        heard.append(await socket.recv())
+                async with client.stream("GET", f"{gateway.url}/stream/BTC-USDT?token={key}") as answer:
+                    driver.statuses.add(answer.status_code)
+            with pytest.raises(InvalidStatus):
+                async with connect(address.replace("/ws", "/nope") + "c4nary"):
+                    pass
+    finally:
+        gateway.end()
+    assert [json.loads(message).get("type") for message in heard] == [None, "subscribed", "error", "error"]
+    assert {200, 401} <= driver.statuses
+    written = gateway.log.read_text()
+    assert "Application startup complete" in written
+    assert not leaks(written)
 
 
 def arguments(gateway: GatewayProcess) -> str:

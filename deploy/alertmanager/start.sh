@@ -75,10 +75,14 @@ inhibit_rules:
     target_matchers: ['alertname=~"Virtuoso.+"', 'alertname!="VirtuosoTargetAbsent"']
   # All exchanges are gone: each of them is, and old values stand in.
   - source_matchers: ['alertname="VirtuosoAllCircuitsOpen"']
-    target_matchers: ['alertname=~"VirtuosoCircuitOpen|VirtuosoExchangeErrors|VirtuosoStaleShareHigh"']
-  # One exchange is gone: its calls fail.
+    target_matchers: ['alertname=~"VirtuosoCircuitOpen|VirtuosoExchangeErrors|VirtuosoStaleShareHigh|VirtuosoStream.+"']
+  # One exchange is gone: its calls fail, and it pushes nothing.
   - source_matchers: ['alertname="VirtuosoCircuitOpen"']
-    target_matchers: ['alertname="VirtuosoExchangeErrors"']
+    target_matchers: ['alertname=~"VirtuosoExchangeErrors|VirtuosoStream.+"']
+    equal: [exchange]
+  # It pushes nothing: that is why its sockets are opened again and again.
+  - source_matchers: ['alertname="VirtuosoStreamStale"']
+    target_matchers: ['alertname="VirtuosoStreamFlapping"']
     equal: [exchange]
   # The budget burns fast: then it burns slowly too.
   - source_matchers: ['alertname="VirtuosoErrorBudgetFastBurn"']

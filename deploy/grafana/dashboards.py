@@ -82,11 +82,14 @@ FAST = (
 )
 LATENCY = (
     "histogram_quantile(QUANTILE, sum by (route, le)"
-    " (rate(virtuoso_http_request_duration_seconds_bucket[$__rate_interval]))) >= 0"
+    ' (rate(virtuoso_http_request_duration_seconds_bucket{route!~"/stream/.*"}[$__rate_interval]))) >= 0'
 )
 AGE = (
     "histogram_quantile(QUANTILE, sum by (route, le)"
     " (rate(virtuoso_cache_served_age_seconds_bucket[$__rate_interval]))) >= 0"
+)
+STREAM_AGE = (
+    "histogram_quantile(QUANTILE, sum by (le) (rate(virtuoso_stream_event_age_seconds_bucket[$__rate_interval]))) >= 0"
 )
 AGE_OF_ALL = AGE.replace("route, ", "")
 ANSWERED: Steps = {None: "red", 0.999: "green"}
@@ -231,6 +234,43 @@ def service() -> Parts:
             {"{{instance}}": 'process_open_fds{job="virtuoso"}'},
         ),
 
+        dashboard.Row("Streams"),
+        graph(
+            "Clients of streams", units.Short,
+            "Connected now, all replicas together: WebSockets (`ws`) and server-sent events (`sse`). Each replica takes"
+            " STREAM_MAX_CLIENTS.",
+            {"{{transport}}": "sum by (transport) (virtuoso_stream_subscribers)"},
+        ).stacking(STACKED),
+        graph(
+            "Updates for clients", units.MessagesPerSecond, "Updates meant for clients, one for each who is told.",
+            {"{{channel}}": "sum by (channel) (rate(virtuoso_stream_messages_sent_total[$__rate_interval]))"},
+        ).stacking(STACKED),
+        graph(
+            "Time from exchange's message to clients", units.Seconds,
+            "From when a message of an exchange was read until it was written to clients; by way of another replica,"
+            " too. A gap: nothing was watched.",
+            {"p50": STREAM_AGE.replace("QUANTILE", "0.5"), "p99": STREAM_AGE.replace("QUANTILE", "0.99")},
+        ),
+        graph(
+            "Updates replaced by newer ones", units.MessagesPerSecond,
+            "What slow clients did not get, as something newer came before they could take it.",
+            {"replaced": "sum(rate(virtuoso_stream_conflated_total[$__rate_interval]))"},
+        ),
+        graph(
+            "Thrown away", units.MessagesPerSecond,
+            "`slow_client`: clients that took nothing and were closed. `implausible`: messages of exchanges without a"
+            " usable price. `bus`: updates that did not reach the other replicas.",
+            {"{{reason}}": "sum by (reason) (rate(virtuoso_stream_dropped_total[$__rate_interval]))"},
+        ).stacking(STACKED).no_value("nothing"),
+        panel(
+            bargauge.Panel(), "Leases that changed hands", units.Short,
+            "How often replicas began (`taken`) or ceased (`lost`) to watch a stream for all, in the time shown.",
+            {
+                "{{to}}":
+                "round(sum by (to) (increase(virtuoso_stream_lease_changes_total[$__range])))",
+            },
+        ).min(0).orientation(styles.VizOrientation.HORIZONTAL),
+
         dashboard.Row("Clients"),
         graph(
             "Requests by client", units.RequestsPerSecond,
@@ -359,6 +399,44 @@ def exchanges() -> Parts:
             },
             steps={None: "green", 1: "orange"},
         ).min(0).orientation(styles.VizOrientation.HORIZONTAL),
+
+        dashboard.Row("Streams"),
+        graph(
+            "Sockets", units.Short,
+            "Open to an exchange, all replicas together: one for each kind of data that is watched, more on some.",
+            {"{{exchange}}": 'sum by (exchange) (virtuoso_stream_sockets{exchange=~"$exchange"})'},
+        ),
+        graph(
+            "Messages", units.MessagesPerSecond, "What an exchange pushed, all replicas together.",
+            {
+                "{{exchange}} {{channel}}":
+                "sum by (exchange, channel)"
+                ' (rate(virtuoso_stream_messages_received_total{exchange=~"$exchange"}[$__rate_interval]))',
+            },
+        ),
+        panel(
+            bargauge.Panel(), "Reconnects", units.Short,
+            "How often sockets were lost, or could not be had, in the time shown, by cause: `silent` is one that pushed"
+            " nothing. An alert fires at more than 10 in ten minutes that were closed, lost or junk.",
+            {
+                "{{exchange}} {{cause}}":
+                "round(sum by (exchange, cause)"
+                ' (increase(virtuoso_stream_reconnects_total{exchange=~"$exchange"}[$__range])))',
+            },
+            steps={None: "green", 1: "orange"},
+        ).min(0).orientation(styles.VizOrientation.HORIZONTAL),
+        graph(
+            "Watched", units.Short, "Streams that are watched, on the replica that watches the most, held or heard of.",
+            {"{{exchange}} {{channel}}": 'max by (exchange, channel) (virtuoso_stream_watched{exchange=~"$exchange"})'},
+            width=HALF,
+        ),
+        graph(
+            "Stale", units.Short,
+            "Watched streams that an exchange pushes nothing for, on the replica that has the most: those are asked for"
+            " by REST. An alert fires after 5 minutes above zero.",
+            {"{{exchange}}": 'max by (exchange) (virtuoso_stream_stale{exchange=~"$exchange"})'},
+            width=HALF, steps={None: "green", 1: "orange"},
+        ),
 
         dashboard.Row("Age of the data, whatever its exchange"),
         graph(

@@ -1,0 +1,222 @@
+"""Between replicas: one of them watches a topic, by a lease in Redis, and tells the others over pub/sub what comes.
+
+Without Redis, and while it is away, each watches for itself. A holder that dies is replaced when its lease ends.
+"""
+
+import asyncio
+import logging
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import orjson
+from redis.asyncio import RedisCluster
+from redis.exceptions import RedisError
+
+from src import metrics
+from src.redis_store import PREFIX, Client, RedisAway, RedisStore
+
+log = logging.getLogger(__name__)
+
+LEASE_SECONDS = 3.0  # what a dead holder costs at most; renewed three times as often
+LISTEN_SECONDS = 0.1  # longest wait for a message before it is looked what to listen to
+MAX_PENDING = 2000  # events on their way to other replicas; past that the oldest are dropped, and counted
+MAX_TOGETHER = 100  # of them in one command
+
+# Takes or keeps a lease. KEYS: lease. ARGV: who asks, milliseconds. Returns 1 when it is theirs.
+LEASE = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
+
+
+class Topic(NamedTuple):
+    """What can be watched: one kind of data of one market."""
+
+    exchange: str
+    kind: str  # ticker, orderbook or trades
+    symbol: str
+
+    def redis(self, what: str) -> str:
+        """The name of its lease or channel in Redis."""
+        return f"{PREFIX}{what}:{{{self.exchange}|{self.kind}|{self.symbol}}}"
+
+
+@dataclass(frozen=True, slots=True)
+class MarketDataEvent:
+    """Something new of a topic. Times are UTC milliseconds; `data` is the answer as REST would send it."""
+
+    exchange: str
+    symbol: str
+    kind: str
+    sequence: int  # grows by one with each event of a topic; a new holder begins where it thinks the last one was
+    exchange_time: int | None
+    receive_time: int
+    data: bytes
+
+    @property
+    def topic(self) -> Topic:
+        """What it is about."""
+        return Topic(self.exchange, self.kind, self.symbol)
+
+    def dump(self) -> bytes:
+        """Write it for other replicas: a line about it, then the data."""
+        head = [self.exchange, self.symbol, self.kind, self.sequence, self.exchange_time, self.receive_time]
+        return orjson.dumps(head) + b"\n" + self.data
+
+    @classmethod
+    def parse(cls, raw: object) -> Self | None:
+        """Read what `dump` wrote; anything else is None."""
+        head, _, data = raw.partition(b"\n") if isinstance(raw, bytes) else (b"", b"", b"")
+        with suppress(ValueError, TypeError):
+            exchange, symbol, kind, sequence, exchange_time, receive_time = orjson.loads(head)
+            return cls(str(exchange), str(symbol), str(kind), int(sequence), exchange_time, int(receive_time), data)
+        return None
+
+
+class Bus:
+    """Decides which topics this replica watches: `hold(topic, held)` says so; `take(event)` brings what others tell."""
+
+    def __init__(
+        self, store: RedisStore, hold: Callable[[Topic, bool], None], take: Callable[[MarketDataEvent], None]
+    ) -> None:
+        self._store, self._hold, self._take = store, hold, take
+        self._me = os.urandom(8).hex()
+        self._wanted: dict[Topic, bool] = {}  # whether we hold it
+        self._changed = asyncio.Event()
+        self._to_hear: set[str] | None = None  # channels; None: to be worked out again
+        self._outgoing: deque[MarketDataEvent] = deque(maxlen=MAX_PENDING)
+        self._sending: asyncio.Task[None] | None = None
+        self._releasing: set[asyncio.Task[None]] = set()
+
+    def want(self, topic: Topic) -> None:
+        """Watch a topic, here or through another replica."""
+        if topic not in self._wanted:
+            self._wanted[topic], self._to_hear = False, None
+            self._changed.set()
+
+    def leave(self, topic: Topic) -> None:
+        """Want a topic no more; another replica may take it over at once."""
+        self._to_hear = None
+        if self._wanted.pop(topic, False):
+            self._hold(topic, False)
+            task = asyncio.create_task(self._release([topic]))
+            self._releasing.add(task)
+            task.add_done_callback(self._releasing.discard)
+
+    def publish(self, event: MarketDataEvent) -> None:
+        """Tell other replicas, beside all else."""
+        if not self._store.up:
+            return
+        if len(self._outgoing) == MAX_PENDING:
+            metrics.stream_dropped_total.labels("bus").inc()
+        self._outgoing.append(event)
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._send())
+
+    async def keep_leases(self) -> None:
+        """Take and renew leases, then wait until it is time to do so again."""
+        self._changed.clear()
+        await self._renew()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LEASE_SECONDS / 3):
+                await self._changed.wait()
+
+    async def listen(self) -> None:
+        """Hear what other replicas tell of the topics they hold, as long as Redis is there."""
+        if self._store.client is not None:
+            try:
+                await self._listen(self._store.client)
+            except (RedisError, OSError, TimeoutError) as error:
+                log.debug("not listening", extra={"error": type(error).__name__})
+
+    async def close(self) -> None:
+        """Give up all leases, so that others need not wait for their end."""
+        held = [topic for topic, is_held in self._wanted.items() if is_held]
+        self._wanted.clear()
+        if held and self._store.up:
+            await self._release(held)
+        for task in self._releasing:
+            task.cancel()
+
+    async def _renew(self) -> None:
+        if not (topics := list(self._wanted)):
+            return
+        try:
+            replies = await self._store.run("lease", _each(LEASE, topics, self._me, int(LEASE_SECONDS * 1000)), 1.0)
+        except RedisAway:
+            replies = [1] * len(topics)
+        for topic, reply in zip(topics, replies, strict=True):
+            held = bool(reply)
+            if self._wanted.get(topic, held) != held:  # else it was left meanwhile, or nothing changed
+                self._wanted[topic], self._to_hear = held, None
+                metrics.stream_lease_changes_total.labels("taken" if held else "lost").inc()
+                self._hold(topic, held)
+
+    async def _release(self, topics: Sequence[Topic]) -> None:
+        with suppress(RedisAway):
+            await self._store.run("release", _each(RELEASE, topics, self._me), 1.0)
+
+    async def _send(self) -> None:
+        while self._outgoing:
+            together = [self._outgoing.popleft() for _ in range(min(MAX_TOGETHER, len(self._outgoing)))]
+            try:
+                await self._store.run("publish", _publish(together), 1.0)
+            except RedisAway:
+                metrics.stream_dropped_total.labels("bus").inc(len(together))
+
+    async def _listen(self, client: Client) -> None:
+        heard: set[str] = set()
+        async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
+            while True:
+                if self._to_hear is None:
+                    self._to_hear = {topic.redis("events") for topic, held in self._wanted.items() if not held}
+                wanted = self._to_hear
+                if wanted - heard:
+                    await pubsub.subscribe(*(wanted - heard))
+                if heard - wanted:
+                    await pubsub.unsubscribe(*(heard - wanted))
+                if heard := wanted:
+                    message = await pubsub.get_message(timeout=LISTEN_SECONDS)
+                    self._understand(message["data"] if message else None)
+                else:
+                    await asyncio.sleep(LISTEN_SECONDS)
+
+    def _understand(self, raw: object) -> None:
+        event = MarketDataEvent.parse(raw)
+        if event is not None and self._wanted.get(event.topic) is False:
+            try:
+                self._take(event)
+            except Exception:  # noqa: BLE001 - whatever a replica of another version says, the others are heard
+                metrics.stream_dropped_total.labels("implausible").inc()
+
+
+def _each(script: str, topics: Sequence[Topic], *arguments: str | int) -> Callable[[Client], Awaitable[list[Any]]]:
+    async def run(client: Client) -> list[Any]:
+        pipeline: Any = client.pipeline(transaction=False)
+        for topic in topics:
+            pipeline.eval(script, 1, topic.redis("lease"), *arguments)
+        replies: list[Any] = await pipeline.execute()
+        return replies
+
+    return run
+
+
+def _publish(events: Sequence[MarketDataEvent]) -> Callable[[Client], Awaitable[None]]:
+    async def run(client: Client) -> None:
+        if isinstance(client, RedisCluster):  # takes no such command in a pipeline
+            for event in events:
+                await client.publish(event.topic.redis("events"), event.dump())
+            return
+        pipeline: Any = client.pipeline(transaction=False)
+        for event in events:
+            pipeline.publish(event.topic.redis("events"), event.dump())
+        await pipeline.execute()
+
+    return run

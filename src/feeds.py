@@ -1,0 +1,98 @@
+"""What subscribers get: the newest of a topic, in the form of their transport, made once for all of them."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import orjson
+
+from src.bus import MarketDataEvent, Topic
+
+LEVELS = 50  # of books that are watched; subscribers may want fewer
+CHANNELS = {"ticker": "ticker", "book": "orderbook", "trades": "trades"}  # what clients call the kinds
+TRANSPORTS = ("ws", "sse")
+NAMES = {kind: channel for channel, kind in CHANNELS.items()}
+Form = Callable[[str, int, bytes], bytes]  # type, sequence, JSON -> what is sent
+
+
+class Want(NamedTuple):
+    """What a subscriber asked for; without an exchange it is the first that can be watched."""
+
+    channel: str
+    symbol: str
+    exchange: str = ""
+    levels: int = 0
+
+
+class Feed:
+    """A topic as its subscribers get it: with so many levels of a book; its texts are made once for all of them."""
+
+    __slots__ = ("_body", "_texts", "event", "levels", "subscribers", "topic")
+
+    def __init__(self, topic: Topic, levels: int) -> None:
+        self.topic, self.levels = topic, levels
+        self.event: MarketDataEvent | None = None
+        self.subscribers: dict[Subscriber, None] = {}
+        self._body = b""
+        self._texts: dict[tuple[str, Form], bytes] = {}
+
+    def push(self, event: MarketDataEvent, body: bytes, what: str) -> None:
+        """Offer something new to every subscriber; `body` is the event's data with the feed's levels."""
+        self.event, self._body, self._texts = event, body, {}
+        for subscriber in list(self.subscribers):
+            subscriber.offer(self, what)
+
+    def text(self, what: str, form: Form) -> bytes:
+        """Return the message of the newest event, a `snapshot` or an `update`, in the form of a transport."""
+        if (made := self._texts.get((what, form))) is not None or self.event is None:
+            return made or b""
+        event = self.event
+        head = {"type": what} | about(self.topic) | ({"levels": self.levels} if self.levels else {})
+        head |= {"seq": event.sequence, "timestamp": event.exchange_time, "fetched_at": event.receive_time}
+        text = orjson.dumps(head | {"sent_at": time.time_ns() // 1_000_000})[:-1] + b',"data":' + self._body + b"}"
+        made = self._texts[what, form] = form(what, event.sequence, text)
+        return made
+
+
+class Subscriber:
+    """Somebody who is told. What it is offered may be taken now, or later as it is then; it must not wait."""
+
+    transport = ""
+
+    def __init__(self) -> None:
+        self.wants: dict[Want, list[Feed]] = {}
+
+    def catch_up(self) -> bool:
+        """Take what was kept back, if that can be; returns whether nothing is any more."""
+        raise NotImplementedError
+
+    def beat(self, message: bytes) -> None:
+        """Take a sign of life."""
+        raise NotImplementedError
+
+    def offer(self, feed: Feed, what: str) -> None:
+        """Take what is new of a feed."""
+        raise NotImplementedError
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Take a message that is about a feed, or about the gateway."""
+        raise NotImplementedError
+
+    def goodbye(self) -> None:
+        """Learn that the gateway stops."""
+        raise NotImplementedError
+
+
+def about(topic: Topic) -> dict[str, Any]:
+    """Name a topic as messages do."""
+    return {"channel": NAMES[topic.kind], "exchange": topic.exchange, "symbol": topic.symbol}
+
+
+def bodies(event: MarketDataEvent, levels: Iterable[int]) -> dict[int, bytes]:
+    """Return the event's data with only the best levels of a book, for each of these numbers of levels."""
+    if event.kind != "orderbook":
+        return dict.fromkeys(levels, event.data)
+    whole = orjson.loads(event.data)
+    return {
+        number: orjson.dumps(whole | {side: whole[side][:number] for side in ("bids", "asks")}) for number in levels
+    }

@@ -1,0 +1,93 @@
+"""`GET /stream/{symbol}`: one stream as server-sent events (WHATWG HTML, section 9.2), for curl and EventSource."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import orjson
+
+from src import metrics
+from src.bus import Topic
+from src.feeds import Feed, Subscriber, Want
+from src.streams import Streams
+
+SLOW_SECONDS = 15.0  # a client that takes nothing for so long is left
+MAX_NOTES = 100  # messages beside the updates that are kept for a slow client; the newest stay
+RETRY = b"retry: 1000\n\n"  # milliseconds after which a browser connects again
+
+
+class Events(Subscriber):
+    """One client; the server waits for it, and what comes meanwhile replaces what was not taken yet."""
+
+    transport = "sse"
+
+    def __init__(self, streams: Streams) -> None:
+        super().__init__()
+        self._streams = streams
+        self._pending: dict[Feed, str] = {}
+        self._notes: deque[bytes] = deque(maxlen=MAX_NOTES)
+        self._wake = asyncio.Event()
+        self._ended = False
+        self._taken_at = streams.clock.monotonic()
+        self._task: asyncio.Task[Any] | None = None
+
+    def offer(self, feed: Feed, what: str) -> None:
+        """Keep the newest until the client takes it."""
+        if not self._pending:
+            self._taken_at = self._streams.clock.monotonic()
+        if feed in self._pending:
+            what = "snapshot"
+            metrics.stream_conflated_total.inc()
+            self._streams.slow.add(self)
+        self._pending[feed] = what
+        self._wake.set()
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Keep a message until the client takes it."""
+        self._notes.append(b"event: %b\ndata: %b\n\n" % (str(message["type"]).encode(), orjson.dumps(message)))
+        self._wake.set()
+
+    def beat(self, message: bytes) -> None:
+        """Send a comment, so that whatever lies between does not close what is quiet."""
+        if not self._notes:
+            self._notes.append(b": heartbeat\n\n")
+            self._wake.set()
+
+    def catch_up(self) -> bool:
+        """Leave a client that takes nothing."""
+        if self._pending and self._streams.clock.monotonic() - self._taken_at > SLOW_SECONDS:
+            metrics.stream_dropped_total.labels("slow_client").inc()
+            if self._task is not None:
+                self._task.cancel()
+            return True
+        return not self._pending
+
+    def goodbye(self) -> None:
+        """End the answer."""
+        self._ended = True
+        self._wake.set()
+
+    async def run(self, want: Want, topics: Sequence[Topic], seen: int | None) -> AsyncIterator[bytes]:
+        """Subscribe, and yield what is to be sent, until the client leaves."""
+        self._task = asyncio.current_task()
+        try:
+            self._streams.join(self)  # only here: of an answer that never begins nobody would tell
+            self._streams.subscribe(self, want, topics, seen)
+            yield RETRY
+            while not self._ended:
+                await self._wake.wait()
+                self._wake.clear()
+                while self._pending:
+                    feed = next(iter(self._pending))
+                    what = self._pending.pop(feed)
+                    yield feed.text(what, _event)
+                    self._taken_at = self._streams.clock.monotonic()
+                while self._notes:  # a status is about what came before it
+                    yield self._notes.popleft()
+        finally:
+            self._streams.leave(self)
+
+
+def _event(what: str, sequence: int, payload: bytes) -> bytes:
+    return b"id: %d\nevent: %b\ndata: %b\n\n" % (sequence, what.encode(), payload)
