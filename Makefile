@@ -9,7 +9,7 @@ MINUTES ?= 10
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test ops-test format bench scale soak drill ci-deps clean
+.PHONY: help demo run test ops-test format bench scale soak bench-stream stream-soak drill ci-deps clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,12 @@ scale: $(VENV)/.demo ## Compare one gateway with two replicas behind nginx, in s
 
 soak: $(VENV)/.demo ## Watch the memory under a mixed load for MINUTES (10); writes benchmarks/SOAK.md
 	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
+
+bench-stream: $(VENV)/.demo ## Measure what is pushed beside a bare relay, in some six minutes; writes benchmarks/STREAM.md
+	@$(BIN)/python -m benchmarks.stream
+
+stream-soak: $(VENV)/.dev ## Let clients watch for five minutes while all that can fail does; no update may be lost
+	VIRTUOSO_SOAK_SECONDS=300 $(PYTEST) -s tests/test_stream_soak.py
 
 drill: $(VENV)/.dev ## Break every part of the deployment under load, and write docs/drills.md
 	@$(BIN)/python -m tests.drills

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 import uvloop
 
-from benchmarks import bench, scale, soak
+from benchmarks import bench, scale, soak, stalls, stream, watchers
 from benchmarks.figures import COLUMNS, Figure, chart, interleave, number, percentile, ratios, slope, table
 from benchmarks.load import Answer, Connection, Report, at_rate, drive, expect, one_by_one, parse_wrk, zipf
 from benchmarks.servers import LONG, NGINX, PATH, Servers, nginx_same, warm
@@ -202,6 +202,32 @@ def test_scale_without_nginx_says_what_to_do(
     monkeypatch.setattr("sys.argv", ["scale"])
     assert scale.main() == 1
     assert "make ci-deps" in capsys.readouterr().err
+
+
+def test_when_the_machine_stood_still_nothing_is_measured() -> None:
+    """What was under way during a stall is left out, and how much of the time that was is told."""
+    found = stalls.Stalls([(100, 200), (300, 400)])
+    spans = [(0, 99), (150, 160), (190, 210), (210, 290), (290, 310), (90, 500), (401, 402)]
+    assert [found.touch(*span) for span in spans] == [False, True, True, False, True, True, False]
+    assert (found.share(0, 400), found.share(150, 250), found.share(500, 600)) == (0.5, 0.5, 0)
+    assert stalls.Stalls([(100, 300), (200, 400)]).share(0, 400) == 0.75
+    seen = watchers.Seen(came=[(50, 60), (90, 350), (210, 215)])
+    assert seen.latencies(found) == [10, 5]
+
+
+@pytest.mark.slow
+def test_streams_are_measured_for_real() -> None:
+    """Clients of a gateway see what the exchange pushes, and nobody is lost."""
+    with Servers() as servers, stalls.noted() as noted:
+        sandbox = servers.sandbox()
+        sandbox.set("binance", push_ms=20)
+        gateway = servers.gateway(sandbox, {})
+        side = stream.Side(gateway.url.replace("http", "ws") + "/ws", stream.WANTS, gateway)
+        found = stream.run(side, noted, 3, 3)
+        assert 3 < found.rate <= 150
+        assert 0 < found.p50 <= found.p99
+        assert found.cpu_us > 0
+        assert found.lost == 0
 
 
 @pytest.mark.slow
