@@ -24,7 +24,7 @@ def exchanges(gateway: Gateway, streams: Streams | None) -> dict[str, Any]:
 
 
 def _streams(streams: Streams, name: str) -> dict[str, Any]:
-    """Tell what of an exchange is watched, and how that goes; `cause` is why a socket was lost that is not back yet."""
+    """Tell what of an exchange is watched, and how that goes; `cause` is why nothing is pushed, until something is."""
     upstreams = streams.of(name)
     return {
         "sockets": sum(upstream.sockets for upstream in upstreams),

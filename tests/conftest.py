@@ -177,6 +177,17 @@ def make_settings(sandbox: Sandbox | None = None, **overrides: object) -> Settin
 
 
 @pytest.fixture
+async def lively() -> AsyncIterator[Sandbox]:
+    """The exchanges with the machine's own time, for gateways in processes of their own and for what is pushed."""
+    made = Sandbox()
+    await made.start()
+    for name in made.urls:
+        await made.set(name, rate_limit=-1)
+    yield made
+    await made.stop()
+
+
+@pytest.fixture
 async def start(sandbox: Sandbox, clock: FakeClock) -> AsyncIterator[StartGateway]:
     """Start gateways on loopback: `await start(ticker_ttl_seconds=5)`; all market lists are loaded on return."""
     async with AsyncExitStack() as stack:

@@ -709,17 +709,6 @@ HANDSHAKE = {
 }  # fmt: skip
 
 
-@pytest.fixture
-async def lively() -> AsyncIterator[Sandbox]:
-    """The exchanges with the machine's own time, so that there is something to push."""
-    made = Sandbox()
-    await made.start()
-    for name in made.urls:
-        await made.set(name, rate_limit=-1)
-    yield made
-    await made.stop()
-
-
 @asynccontextmanager
 async def streaming(lively: Sandbox, **settings: object) -> AsyncIterator[Live]:
     """Run a gateway that watches these exchanges, and has all market lists."""

@@ -128,17 +128,6 @@ async def proxy() -> AsyncIterator[EchoingProxy]:
     server.close()
 
 
-@pytest.fixture
-async def exchanges() -> AsyncIterator[Sandbox]:
-    """The sandbox with the machine's own time, as the gateway is a process of its own."""
-    made = Sandbox()
-    await made.start()
-    for name in made.urls:
-        await made.set(name, rate_limit=-1)
-    yield made
-    await made.stop()
-
-
 ECHO = json.dumps({"code": -1, "retMsg": " ".join(SECRETS), "msg": " ".join(SECRETS), "error": SECRETS})
 FAILURES: list[dict[str, Any]] = [
     {"status": status, "body": ECHO, "headers": {"X-Echo": KEY, "Retry-After": OTHER_KEY, "Set-Cookie": f"a={ADMIN}"}}
@@ -236,14 +225,14 @@ class Driver:
 @pytest.mark.ops
 @pytest.mark.parametrize(("log_format", "redis_by"), [("text", "url"), ("json", "password")])
 async def test_no_secret_comes_out(
-    tmp_path: Path, exchanges: Sandbox, proxy: EchoingProxy, own_redis: RedisServer, log_format: str, redis_by: str
+    tmp_path: Path, lively: Sandbox, proxy: EchoingProxy, own_redis: RedisServer, log_format: str, redis_by: str
 ) -> None:
     """Every route, every failure of the exchanges, a refusing proxy and Redis, at the loudest log level."""
     own_redis.client.config_set("requirepass", "another one")
     url = f"redis://:{quote(PASSWORDS['redis'], safe='')}@127.0.0.1:{own_redis.port}/0" if redis_by == "url" else ""
     environment = settings_with_secrets(proxy.port, url) | {
         "LOG_LEVEL": "DEBUG", "LOG_FORMAT": log_format, "REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(own_redis.port),
-        "BYBIT_REST_URL": exchanges.urls["bybit"], "BINANCE_REST_URL": exchanges.urls["binance"],
+        "BYBIT_REST_URL": lively.urls["bybit"], "BINANCE_REST_URL": lively.urls["binance"],
         "KRAKEN_REST_URL": "https://kraken.invalid", "EXCHANGE_TIMEOUT_SECONDS": "1.5", "CB_THRESHOLD": "1000",
         "CORS_ORIGINS": "https://app.example", "CLIENT_RATE_LIMIT": "100000",
     }  # fmt: skip
@@ -256,7 +245,7 @@ async def test_no_secret_comes_out(
             assert await driver.every_route() >= 14
             for knobs in FAILURES:
                 for name in ("bybit", "binance"):
-                    await exchanges.set(name, **({"rate_limit": -1} | knobs))
+                    await lively.set(name, **({"rate_limit": -1} | knobs))
                 await driver.send("/admin/breakers/reset", "POST", right)
                 for path in ASKED:
                     await driver.send(path, headers=right)
@@ -277,10 +266,10 @@ async def test_no_secret_comes_out(
         assert not leaks(text)
 
 
-async def test_no_key_of_a_stream_is_in_the_log(tmp_path: Path, exchanges: Sandbox) -> None:
+async def test_no_key_of_a_stream_is_in_the_log(tmp_path: Path, lively: Sandbox) -> None:
     """Right and wrong keys in the query of `/ws` and `/stream`, said to the gateway itself, at the loudest level."""
     environment = settings_with_secrets(1) | {"HTTPS_PROXY": "", "REDIS_HOST": "", "LOG_LEVEL": "DEBUG"}
-    gateway = GatewayProcess(tmp_path, environment | exchanges.settings)
+    gateway = GatewayProcess(tmp_path, environment | lively.settings)
     address, heard = gateway.url.replace("http", "ws") + "/ws?token=", []
     try:
         async with httpx.AsyncClient(timeout=60) as client:

@@ -29,15 +29,6 @@ TROUBLE = (
 Seen = dict[tuple[str, str], list[int]]  # by channel and exchange, the numbers of what came
 
 
-@pytest.fixture
-async def markets() -> AsyncIterator[Sandbox]:
-    """Exchanges that live in real time."""
-    sandbox = Sandbox()
-    await sandbox.start()
-    yield sandbox
-    await sandbox.stop()
-
-
 @asynccontextmanager
 async def joined(live: Live) -> AsyncIterator[Client]:
     """Connect a client of which nothing is left afterwards."""
@@ -76,18 +67,18 @@ async def trouble(sandbox: Sandbox, live: Live) -> None:
         await asyncio.sleep(chance.uniform(0.5, 2))
 
 
-async def at_rest(live: Live, markets: Sandbox) -> tuple[int, int]:
+async def at_rest(live: Live, lively: Sandbox) -> tuple[int, int]:
     """Wait until nobody watches anything; returns how many tasks and objects there are then."""
     watching = inside(live)
     await eventually(lambda: not watching.subscribers and not watching.topics)
     await eventually(lambda: not any(upstream.sockets for upstream in watching.upstreams.values()))
     await asyncio.sleep(2)
-    markets.clear_counts()
+    lively.clear_counts()
     gc.collect()
     return len(asyncio.all_tasks()), len(gc.get_objects())
 
 
-async def watch(live: Live, markets: Sandbox, seconds: float) -> list[Seen]:
+async def watch(live: Live, lively: Sandbox, seconds: float) -> list[Seen]:
     """Have readers watch everything for so long, amid trouble; returns what each of them saw."""
     seen: list[Seen] = [defaultdict(list) for _ in range(READERS)]
     async with AsyncExitStack() as stack:
@@ -96,7 +87,7 @@ async def watch(live: Live, markets: Sandbox, seconds: float) -> list[Seen]:
             for channel in CHANNELS:
                 await client.send(op="subscribe", channel=channel, symbols=[BTC], exchange="all", levels=5)
         works = [asyncio.create_task(read(*each)) for each in zip(clients, seen, strict=True)]
-        works.append(asyncio.create_task(trouble(markets, live)))
+        works.append(asyncio.create_task(trouble(lively, live)))
         done, _ = await asyncio.wait(works, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for work in works:
             work.cancel()
@@ -105,26 +96,26 @@ async def watch(live: Live, markets: Sandbox, seconds: float) -> list[Seen]:
         for work in works:
             with suppress(asyncio.CancelledError):
                 await work
-    for name in markets.listeners:
-        await markets.set(name, push_ms=100)
+    for name in lively.listeners:
+        await lively.set(name, push_ms=100)
     return seen
 
 
-async def test_nothing_is_lost_and_nothing_is_left(markets: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_is_lost_and_nothing_is_left(lively: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients that read miss no update and no number; after they left all is as it was before they came."""
     monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # pytest keeps what is logged
-    async with serve(make_settings(markets, stream_idle_seconds=1), SystemClock()) as live:
+    async with serve(make_settings(lively, stream_idle_seconds=1), SystemClock()) as live:
         await eventually(lambda: len(live.gateway.markets.loaded_at) == 3)
-        await watch(live, markets, WARM_SECONDS)
-        tasks, objects = await at_rest(live, markets)
-        seen = await watch(live, markets, SECONDS)
+        await watch(live, lively, WARM_SECONDS)
+        tasks, objects = await at_rest(live, lively)
+        seen = await watch(live, lively, SECONDS)
         for stream in {stream for each in seen for stream in each}:
             everything = sorted({number for each in seen for number in each[stream]})
             for each in seen:
                 first, last = everything.index(each[stream][0]), everything.index(each[stream][-1])
                 assert each[stream] == everything[first : last + 1], stream
-        assert len(seen[0]) == len(CHANNELS) * len(markets.listeners)
-        after = await at_rest(live, markets)
+        assert len(seen[0]) == len(CHANNELS) * len(lively.listeners)
+        after = await at_rest(live, lively)
         told = (
             f"{sum(map(len, seen[0].values()))} updates each; tasks {tasks}, {after[0]}; objects {objects}, {after[1]}"
         )
