@@ -22,10 +22,6 @@ class Seen:
     came: list[tuple[float, float]] = field(default_factory=list)  # when a message was sent and received
     lost: int = 0  # connections that ended
 
-    def undisturbed(self, stalls: Stalls) -> int:
-        """Return how many messages came while the machine did not stand still."""
-        return sum(not stalls.touch(received, received) for _, received in self.came)
-
     def latencies(self, stalls: Stalls) -> list[float]:
         """Return the latencies of what was under way while the machine did not stand still."""
         return [received - sent for sent, received in self.came if not stalls.touch(sent, received)]

@@ -414,7 +414,9 @@ def _add_handlers(app: FastAPI) -> None:
             allowed = (error.headers or {}).get("Allow", "GET").replace("GET", "GET, HEAD")
             wrong = errors.MethodNotAllowed(f"{request.method} is not served here; allowed: {allowed}")
             return responses.problem(wrong, {"Allow": allowed})
-        return responses.problem(errors.NotFound("nothing is served at this path; try /ticker/BTC-USDT or /health"))
+        is_socket = request.url.path == "/ws" and _gateway(request).settings.streaming
+        what = "only WebSockets are" if is_socket else "nothing is"
+        return responses.problem(errors.NotFound(f"{what} served at this path; try /ticker/BTC-USDT or /health"))
 
     async def unforeseen(_: Request, __: Exception) -> Response:
         wrong = errors.InternalError("the gateway failed; its log tells more under this request's id")

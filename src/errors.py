@@ -5,6 +5,7 @@ GatewayError
 |   |-- MalformedRequest       400 malformed_request
 |   |-- Unauthorized           401 unauthorized
 |   |   `-- AdminTokenMissing  401 unauthorized
+|   |-- OriginRefused          403 origin_refused
 |   |-- NotFound               404 not_found
 |   |   |-- UnknownSymbol      404 unknown_symbol
 |   |   `-- UnknownExchange    404 unknown_exchange
@@ -111,6 +112,12 @@ class AdminTokenMissing(Unauthorized):
     """The admin token is missing or wrong."""
 
     challenge = 'Bearer realm="admin"'
+
+
+class OriginRefused(CallerError):
+    """A browser's page may not connect from where it came."""
+
+    status, code, title = 403, "origin_refused", "Pages of this origin may not connect"
 
 
 class NotFound(CallerError):

@@ -22,6 +22,7 @@ from src.errors import (
     InternalError,
     InvalidParameter,
     MalformedRequest,
+    OriginRefused,
     TooManyRequests,
     TooManySubscriptions,
     Unauthorized,
@@ -244,7 +245,7 @@ async def serve(websocket: WebSocket, gate: Gate, streams: Streams) -> None:
             raise InternalError("the gateway does not know the sockets of this server")
         streams.check_room()  # with no pause until it joins
     except GatewayError as error:
-        code = {Unauthorized: POLICY, InternalError: FAILED}.get(type(error), TRY_AGAIN)
+        code = {Unauthorized: POLICY, OriginRefused: POLICY, InternalError: FAILED}.get(type(error), TRY_AGAIN)
         await websocket.send_text(orjson.dumps(_problem(error)).decode())
         await websocket.close(code, error.code)
         return
@@ -265,7 +266,7 @@ async def _refusal(websocket: WebSocket, gate: Gate, gateway: Gateway) -> Gatewa
     headers = websocket.headers
     origin, allowed = headers.get("origin"), gateway.settings.cors_origins
     if origin is not None and not _is_own(origin, headers.get("host", "")) and not {origin, "*"} & set(allowed):
-        return Unauthorized("this origin may not connect; see CORS_ORIGINS")
+        return OriginRefused("the gateway lets pages of its own origin connect, and those in CORS_ORIGINS")
     key = headers.get("x-api-key") or websocket.query_params.get("token", "")
     try:
         if not gate.open:

@@ -217,7 +217,7 @@ def test_when_the_machine_stood_still_nothing_is_measured() -> None:
 
 @pytest.mark.slow
 def test_streams_are_measured_for_real() -> None:
-    """Clients of a gateway see what the exchange pushes, and nobody is lost."""
+    """Clients of a gateway see what the exchange pushes, and nobody is lost; who only writes, writes more."""
     with Servers() as servers, stalls.noted() as noted:
         sandbox = servers.sandbox()
         sandbox.set("binance", push_ms=20)
@@ -228,6 +228,20 @@ def test_streams_are_measured_for_real() -> None:
         assert 0 < found.p50 <= found.p99
         assert found.cpu_us > 0
         assert found.lost == 0
+        written = stream.run(stream.bare(servers, "writes", 101), noted, 3, 3)
+        assert written.rate > found.rate
+        assert written.lost == 0
+
+
+def test_when_the_machine_stands_still_all_the_time_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is measured again some times, and then ends with an error, though what is read never ends."""
+    monkeypatch.setattr(stream, "TRIES", 2)
+    monkeypatch.setattr(stream, "SETTLE_SECONDS", 0)
+    (tmp_path / "stalls").write_text("0 9e15\n")
+    with Servers() as servers:
+        writer = stream.bare(servers, "writes", 101)
+        with pytest.raises(RuntimeError, match="stands still"):
+            stream.run(writer, stalls.Noted(str(tmp_path / "stalls")), 3, 0.1)
 
 
 @pytest.mark.slow

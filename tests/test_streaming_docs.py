@@ -473,7 +473,7 @@ async def test_half_an_unsubscription_is_told(start: StartGateway) -> None:
     [
         ({"api_keys": KEY}, {}, "unauthorized", 1008),
         ({"api_keys": KEY}, {"additional_headers": {"X-API-Key": "wrong"}}, "unauthorized", 1008),
-        ({}, {"origin": "https://elsewhere.example"}, "unauthorized", 1008),
+        ({}, {"origin": "https://elsewhere.example"}, "origin_refused", 1008),
         ({"stream_max_clients": 1}, {}, "too_many_streams", 1013),
         ({"client_rate_limit": 1}, {}, "too_many_requests", 1013),
     ],

@@ -828,9 +828,21 @@ async def test_origins_are_checked(start: StartGateway, join: Join, origin: str,
     client = await join(live, additional_headers={"Origin": origin.replace("HOST", host)})
     if not allowed:
         assert (await client.closed())[0] == 1008
+        assert client.got[0]["code"] == "origin_refused"
         return
     await client.send(op="ping")
     await client.take("pong")
+
+
+@pytest.mark.parametrize(("streaming", "told"), [(True, "only WebSockets are served"), (False, "nothing is served")])
+async def test_who_asks_for_the_socket_as_for_a_page_is_told(
+    start: StartGateway, told: str, *, streaming: bool
+) -> None:
+    """Without a handshake `/ws` is a 404, and says what is served there."""
+    live = await start(streaming=streaming)
+    answer = await live.get("/ws")
+    assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
+    assert answer.json()["detail"].startswith(told)
 
 
 async def test_a_message_too_long_ends_the_connection(start: StartGateway, join: Join) -> None:
