@@ -18,11 +18,15 @@ import redis as redis_py
 from redis.asyncio import RedisCluster
 from redis.exceptions import RedisError
 
+from src.bus import Topic
 from src.clock import SystemClock
 from src.demo import redis_server
 from src.redis_store import BREAKER_MAX_OPEN_SECONDS, PREFIX, RedisAway, RedisStore
 from src.sandbox import Sandbox
 from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually
+from tests.test_streams import Join, inside, join, time_passes
+
+__all__ = ["join"]  # a fixture
 
 PASSWORD = "c4nary/p@ss:w,rd"
 QUOTED = quote(PASSWORD, safe="")
@@ -316,6 +320,34 @@ async def test_one_replicas_ban_stops_them_all(begin: StartGateway, group: Group
         told = (await live.get("/ticker/ETH/USDT?exchange=bybit")).json()
         assert (told["code"], 290 < told["retry_after"] <= 300) == ("exchange_banned", True)
     assert sandbox.count("bybit") == 0
+
+
+async def test_one_replica_watches_for_all(
+    begin: StartGateway, group: Group, sandbox: Sandbox, clock: FakeClock, join: Join
+) -> None:
+    """Clients of two gateways get the same updates of each symbol, and one of the gateways alone watches it."""
+    await sandbox.set("kraken", push_ms=50)
+    lives = [await begin(redis_url=group.url) for _ in range(2)]
+    clients = [await join(live) for live in lives]
+    names = ["BTC/USDT", "ETH/USDT", "SOL/USDT", "BTC/USD"]
+    topics = [Topic("kraken", "ticker", name) for name in names]
+    for client in clients:
+        await client.subscribe(*names, exchange="kraken")
+
+    def held(topic: Topic) -> list[bool]:
+        return sorted(inside(live).topics[topic].held for live in lives)
+
+    async with time_passes(clock):  # a busy machine may take Redis for lost for a while: then both watch
+        await eventually(lambda: all(held(topic) == [False, True] for topic in topics), seconds=30)
+    assert all(group.keys(topic.redis("lease")) for topic in topics)
+    for client in clients:
+        client.got.clear()
+        for name in names:
+            await client.take("update", 5, symbol=name)
+    got = [{(it["symbol"], it["seq"]): it["data"] for it in client.got if it["type"] == "update"} for client in clients]
+    both = got[0].keys() & got[1].keys()
+    assert {name for name, _ in both} == set(names)
+    assert all(got[0][update] == got[1][update] for update in both)
 
 
 async def test_a_clear_takes_all_of_ours_and_nothing_else(begin: StartGateway, group: Group) -> None:
