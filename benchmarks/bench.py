@@ -298,9 +298,9 @@ def report(results: Results, seconds: float) -> str:
         "# Results\n",
         "Written by `make bench`, not by hand. Each figure is the median of values measured in turn with its partner's",
         "(least and greatest beside it); `x` is a ratio, ours divided by theirs.\n",
-        f"Measured on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC in {seconds / 60:.1f} minutes, on {machine()}. Client and",
-        "servers share the cores. Each server is one process on loopback (uvicorn with uvloop and httptools, no access",
-        "log; nginx with one worker), and one of them is loaded at a time. To measure again:\n",
+        f"Measured on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC in {seconds / 60:.1f} minutes, on {machine()}, {CLIENT}.",
+        "Client and servers share the cores. Each server is one process on loopback (uvicorn with uvloop and",
+        "httptools, no access log; nginx with one worker), and one of them is loaded at a time. To measure again:\n",
         "```sh\nmake ci-deps   # optional, as root: wrk and nginx\nmake bench\n```\n",
         table(COLUMNS, [figure.row() for figure in results.figures]),
         *(missed or ["Nothing that has a target was missed."]),
@@ -317,7 +317,7 @@ def machine() -> str:
     """Describe what it runs on."""
     told = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     model = told[0].split(":", 1)[1].strip() if told else platform.machine()
-    return f"{os.cpu_count()} cores ({model}), Python {platform.python_version()}, {CLIENT}"
+    return f"{os.cpu_count()} cores ({model}), Python {platform.python_version()}"
 
 
 def main() -> None:

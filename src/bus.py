@@ -26,14 +26,15 @@ LISTEN_SECONDS = 0.1  # longest wait for a message before it is looked what to l
 MAX_PENDING = 2000  # events on their way to other replicas; past that the oldest are dropped, and counted
 MAX_TOGETHER = 100  # of them in one command
 
-# Takes or keeps a lease. KEYS: lease. ARGV: who asks, milliseconds. Returns 1 when it is theirs.
+# Takes or keeps a lease, or with 0 milliseconds gives it up. KEYS: lease. ARGV: who asks, milliseconds. Returns 1 when
+# nobody else has it.
 LEASE = """
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+if ARGV[2] ~= '0' then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+elseif holder then redis.call('DEL', KEYS[1]) end
 return 1
 """
-RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
 
 
 class Topic(NamedTuple):
@@ -81,12 +82,19 @@ class MarketDataEvent:
 
 
 class Bus:
-    """Decides which topics this replica watches: `hold(topic, held)` says so; `take(event)` brings what others tell."""
+    """Decides which topics this replica watches: `hold(topic, held)` says so; `take(event)` brings what others tell.
+
+    A lease is only for who `reaches(topic)`: else one replica in trouble would keep all others from watching.
+    """
 
     def __init__(
-        self, store: RedisStore, hold: Callable[[Topic, bool], None], take: Callable[[MarketDataEvent], None]
+        self,
+        store: RedisStore,
+        hold: Callable[[Topic, bool], None],
+        take: Callable[[MarketDataEvent], None],
+        reaches: Callable[[Topic], bool],
     ) -> None:
-        self._store, self._hold, self._take = store, hold, take
+        self._store, self._hold, self._take, self._reaches = store, hold, take, reaches
         self._me = os.urandom(8).hex()
         self._wanted: dict[Topic, bool] = {}  # whether we hold it
         self._changed = asyncio.Event()
@@ -149,7 +157,9 @@ class Bus:
         if not (topics := list(self._wanted)):
             return
         try:
-            replies = await self._store.run("lease", _each(LEASE, topics, self._me, int(LEASE_SECONDS * 1000)), 1.0)
+            # Who does not reach the exchange gives its lease up, and goes on trying until somebody else has it.
+            lengths = [LEASE_SECONDS if self._reaches(topic) else 0 for topic in topics]
+            replies = await self._store.run("lease", _lease(self._me, topics, lengths), 1.0)
         except RedisAway:
             replies = [1] * len(topics)
         for topic, reply in zip(topics, replies, strict=True):
@@ -161,7 +171,7 @@ class Bus:
 
     async def _release(self, topics: Sequence[Topic]) -> None:
         with suppress(RedisAway):
-            await self._store.run("release", _each(RELEASE, topics, self._me), 1.0)
+            await self._store.run("release", _lease(self._me, topics, [0] * len(topics)), 1.0)
 
     async def _send(self) -> None:
         while self._outgoing:
@@ -197,11 +207,11 @@ class Bus:
                 metrics.stream_dropped_total.labels("implausible").inc()
 
 
-def _each(script: str, topics: Sequence[Topic], *arguments: str | int) -> Callable[[Client], Awaitable[list[Any]]]:
+def _lease(me: str, topics: Sequence[Topic], seconds: Sequence[float]) -> Callable[[Client], Awaitable[list[Any]]]:
     async def run(client: Client) -> list[Any]:
         pipeline: Any = client.pipeline(transaction=False)
-        for topic in topics:
-            pipeline.eval(script, 1, topic.redis("lease"), *arguments)
+        for topic, length in zip(topics, seconds, strict=True):
+            pipeline.eval(LEASE, 1, topic.redis("lease"), me, int(length * 1000))
         replies: list[Any] = await pipeline.execute()
         return replies
 

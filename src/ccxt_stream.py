@@ -32,14 +32,17 @@ TOPICS = {
 }
 CHANNELS = {"ticker": "ticker", "orderbook": "book", "trades": "trade"}  # of kraken
 CLOSE_SECONDS = 1.0
+APART_SECONDS = (
+    600.0  # between the newest bid and ask and a ticker without them: a market may be so long without a trade
+)
 TOP = ("bid", "bidVolume", "ask", "askVolume")
 
 
 class Listener(Protocol):
     """What is told of the sockets. No method may raise."""
 
-    def heard(self, symbol: str, value: Any) -> None:
-        """Take what ccxt made of one message."""
+    def heard(self, symbol: str, value: Any, *, steady: bool) -> None:
+        """Take what ccxt made of one message; `steady` if messages of its kind come however few trades there are."""
 
     def lost(self, cause: str, refusal: GatewayError | None) -> None:
         """Learn that a socket ended or could not be opened; `refusal` is what the exchange answered instead."""
@@ -57,6 +60,7 @@ class Sockets:
         self._exchange, self._kind, self._listener = exchange, kind, listener
         self._tasks: set[asyncio.Future[Any]] = set()
         self._names: dict[str, list[str]] = {}  # what is subscribed to, as the exchange calls it
+        self._joined: dict[str, Any] = {}  # the bid and ask that were joined with a ticker last
         self._ccxt: Client = make_client(exchange, settings, session, sockets=True)
         self._make = self._ccxt.client
         self._ccxt.client = self._listened
@@ -114,7 +118,7 @@ class Sockets:
         return {"method": "UNSUBSCRIBE", "params": names, "id": number}
 
     def _kept(self) -> tuple[dict[str, Any], ...]:
-        return self._ccxt.tickers, self._ccxt.bidsasks, self._ccxt.orderbooks, self._ccxt.trades
+        return self._joined, self._ccxt.tickers, self._ccxt.bidsasks, self._ccxt.orderbooks, self._ccxt.trades
 
     def _forget(self, symbols: Iterable[str]) -> None:
         """Drop what is known of them: it would pass for new when they are watched again."""
@@ -212,16 +216,21 @@ class Sockets:
             self._hear_ticker(symbol)
         elif self._kind == "orderbook":
             depth = BOOK_DEPTH[self._exchange]
-            self._listener.heard(symbol, {**result, "bids": result["bids"][:depth], "asks": result["asks"][:depth]})
+            book = {**result, "bids": result["bids"][:depth], "asks": result["asks"][:depth]}
+            self._listener.heard(symbol, book, steady=True)
         else:
-            self._listener.heard(symbol, result[-result.getLimit(symbol, None) :])
+            self._listener.heard(symbol, result[-result.getLimit(symbol, None) :], steady=True)
 
     def _hear_ticker(self, symbol: str) -> None:
         """Join a ticker with the best bid and ask where these come apart from it."""
         ticker, top = self._ccxt.tickers.get(symbol), self._ccxt.bidsasks.get(symbol)
-        if self._needs_top(symbol) and ticker and top:
-            ticker = ticker | {name: top[name] for name in TOP}
-            if (top["timestamp"] or 0) > (ticker["timestamp"] or 0):
-                ticker |= {"timestamp": top["timestamp"], "datetime": top["datetime"]}
-        if ticker and (top or not self._needs_top(symbol)):
-            self._listener.heard(symbol, ticker)
+        if ticker and not self._needs_top(symbol):
+            self._listener.heard(symbol, ticker, steady=True)
+        elif ticker and top:
+            behind = (top["timestamp"] or 0) - (ticker["timestamp"] or 0)
+            if behind > 1000 * APART_SECONDS:
+                return  # the last price is no longer told: without a sign of life it will be asked for anew
+            newest = top if behind > 0 else ticker
+            joined = {name: top[name] for name in TOP} | {name: newest[name] for name in ("timestamp", "datetime")}
+            is_new, self._joined[symbol] = top is not self._joined.get(symbol), top
+            self._listener.heard(symbol, ticker | joined, steady=is_new)

@@ -23,19 +23,12 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # the time each chil
 VERSION = "0.1.0"
 OPERATIONS = ("ticker", "tickers", "orderbook", "ohlcv", "trades", "markets", "time")
 OUTCOMES = (
-    "success",
-    "error",
-    "timeout",
-    "bad_data",
-    "unavailable",
-    "rate_limited",
-    "banned",
-    "geo_blocked",
-    "rejected",
-)
+    "success", "error", "timeout", "bad_data", "unavailable", "rate_limited", "banned", "geo_blocked", "rejected",
+)  # fmt: skip
 CACHE_RESULTS = ("hit_memory", "hit_redis", "miss", "stale_revalidate", "stale_error", "negative", "coalesced")
 TIERS = ("memory", "redis")
 EVICTIONS = ("size", "expired", "cleared")
+STREAM_CAUSES = ("closed", "junk", "lost", "refused", "silent", "timeout")  # why a socket was lost, or not had
 STREAM_DROPS = ("slow_client", "implausible", "bus")
 LEASE_CHANGES = ("taken", "lost")
 REFRESHES = ("success", "error", "skipped")
@@ -220,6 +213,8 @@ def initialise(exchanges: tuple[str, ...]) -> None:
             circuit_transitions_total.labels(exchange, state)
         for operation in OPERATIONS:
             exchange_requests_total.labels(exchange, operation, "success")
+        for cause in STREAM_CAUSES:
+            stream_reconnects_total.labels(exchange, cause)
 
 
 async def measure_loop_lag(clock: Clock) -> None:

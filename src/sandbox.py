@@ -11,9 +11,9 @@ body, size (bytes of JSON), redirect (an address) and geo_block replace the answ
 byte per 100 ms; rate_limit is what a window allows (0 as documented, -1 no limit); price multiplies all prices;
 clock_skew_ms shifts the time it tells. They hold for paths that contain `only`, and for so many requests as `times`.
 
-Sockets push every push_ms. freeze pushes nothing, pings being answered; latency_ms pushes late, body pushes that; drop
-ends those that are open now, by a "cut" or a "close" in order, as binance does after 24 hours; status, geo_block and
-refuse keep new ones out.
+Sockets push every push_ms. freeze pushes nothing, pings being answered, mute nothing of topics with that text in their
+name; latency_ms pushes late, body pushes that; drop ends those that are open now, by a "cut" or a "close" in order, as
+binance does after 24 hours; status, geo_block and refuse keep new ones out.
 """
 
 import argparse
@@ -60,6 +60,7 @@ class Knobs(BaseModel):
     clock_skew_ms: int = 0
     push_ms: float = Field(250, ge=1)
     freeze: bool = False
+    mute: str = ""
     drop: Literal["", "cut", "close"] = ""
 
 
@@ -122,7 +123,7 @@ class Listener:
         while True:
             await self.pause(self.bound(socket.path).push_ms)
             knobs = self.bound(socket.path)
-            messages = [] if knobs.freeze else socket.news(self.market(knobs))
+            messages = [] if knobs.freeze else socket.news(self.market(knobs), knobs.mute)
             await self.pause(knobs.latency_ms)
             for message in messages:
                 await socket.send(message if knobs.body is None else knobs.body)

@@ -255,10 +255,12 @@ class Socket:
             for message in answers:
                 await self.send(message)
 
-    def news(self, market: Market) -> list[Message]:
-        """Return what is new since the last push."""
+    def news(self, market: Market, mute: str) -> list[Message]:
+        """Return what is new since the last push, but for topics with the text `mute` in their name."""
         messages = list[Message]()
         for name, topic in self.topics.items():
+            if mute and mute in name:
+                continue
             ms = int(market.now * 1000)
             if topic.channel == "book":
                 messages += [self.dialect.book(topic, step) for step in self.steps(name, topic, market)]

@@ -33,7 +33,6 @@ TICK_SECONDS = 0.5  # how often it is looked what is stale, idle or hot
 POLL_SECONDS = 2.0  # how often what is stale is asked for by REST
 POLL_BUDGET_RATIO = 0.5  # of an exchange's budget; above it what is stale stays so
 SPREAD_SECONDS = 1.0  # how often a watched value is written to Redis, for replicas that do not listen
-GRACE_SECONDS = 3.0  # for a socket to be there again before anybody is told; binance closes each once a day
 HOT_REQUESTS = 100  # a minute: a ticker asked for so often is watched without a subscriber
 HOT_SECONDS = 60.0
 SLOW_LOOK_SECONDS = 0.05  # how often it is looked whether slow clients can take more
@@ -87,7 +86,7 @@ class Streams:
         self.subscribers: set[Subscriber] = set()
         self.slow: set[Subscriber] = set()  # who could not take all that was offered
         self._gateway = gateway
-        self._bus = Bus(gateway.store, self._hold, self._take)
+        self._bus = Bus(gateway.store, self._hold, self._take, self._reaches)
         self._session: aiohttp.ClientSession
         self._tasks: set[asyncio.Task[Any]] = set()
         self._polling: set[Place] = set()
@@ -262,6 +261,11 @@ class Streams:
 
     # What comes.
 
+    def _reaches(self, topic: Topic) -> bool:
+        """Whether the exchange can be heard from here, as far as is known before it was tried."""
+        upstream = self.upstreams.get(Place.of(topic))
+        return upstream is None or not upstream.is_barred()
+
     def _hold(self, topic: Topic, held: bool) -> None:
         watched = self.topics.get(topic)
         if watched is not None:
@@ -371,8 +375,7 @@ class Streams:
     def _judge(self, watched: Watched, now: float) -> None:
         """Tell when a topic became stale, and when it is live again."""
         upstream = self.upstreams.get(Place.of(watched.topic)) if watched.held else None
-        lost = upstream is not None and upstream.cause is not None and now - upstream.lost_at > GRACE_SECONDS
-        live = not lost and not watched.watch.is_overdue(now)
+        live = not (upstream is not None and upstream.is_lost()) and not watched.watch.is_overdue(now)
         if live is watched.live or (live and watched.watch.last is None):
             return
         was, watched.live = watched.live, live

@@ -30,9 +30,9 @@ SILENT_SECONDS = (5.0, 600.0)
 FIRST_SECONDS = 15.0  # for the first message after subscribing; doubled each time while a symbol's pace is not known
 PACE_WEIGHT = 0.2  # of the newest gap in a symbol's pace
 RETRY_SECONDS = (0.5, 30.0)  # first and longest pause before the next try; doubled each time, and spread by half
+GRACE_SECONDS = 3.0  # for a socket to be there again before anybody is told; binance closes each once a day
 STEADY_SECONDS = 30.0  # what stays open so long begins with the first pause again
 MAX_DOUBLINGS = 8  # more would change nothing
-CAUSES = ("closed", "junk", "lost", "refused", "silent", "timeout")  # why a socket was lost, or not had
 
 
 class Watch:
@@ -115,6 +115,14 @@ class Upstream:
         """Sockets that are open: one, or none."""
         return self._sockets.count
 
+    def is_lost(self) -> bool:
+        """Whether the socket has been gone for longer than it takes to be back."""
+        return self.cause is not None and self._clock.monotonic() - self.lost_at > GRACE_SECONDS
+
+    def is_barred(self) -> bool:
+        """Whether nothing can be had from here: it is lost, or the exchange told us to stay away."""
+        return self.is_lost() or not (self._is_open or self._is_welcome())
+
     def watch(self, symbol: str, watch: Watch) -> None:
         """Begin to watch a symbol; what becomes known of it is kept in `watch`."""
         self._ended.discard(symbol)
@@ -181,20 +189,23 @@ class Upstream:
 
     def _may_connect(self) -> bool:
         """Whether it is time, and the exchange has not told us to stay away."""
+        return self._is_welcome() and self._clock.monotonic() >= self.retry_at
+
+    def _is_welcome(self) -> bool:
         breaker = self._manager[self.exchange].breaker
-        told = breaker.state == "open" and breaker.cause in (*HOLDS, GeoBlocked.cause)
-        return not told and self._clock.monotonic() >= self.retry_at
+        return breaker.state != "open" or breaker.cause not in (*HOLDS, GeoBlocked.cause)
 
     async def _snapshot(self, symbol: str, limit: int | None = None, _: Any = None) -> Any:
         return await self._manager.raw_order_book(self.exchange, symbol, limit or 100)
 
-    def heard(self, symbol: str, value: Any) -> None:
-        """Take what came of one symbol."""
+    def heard(self, symbol: str, value: Any, *, steady: bool) -> None:
+        """Take what came of one symbol; what is not `steady` is no sign that the rest of it still comes."""
         watch = self.watched.get(symbol)
         if watch is None or watch.asked_at is None or not self._hear(self.exchange, self.kind, symbol, value):
             return
         self._heard_at = now = self._clock.monotonic()
-        watch.came(now)
+        if steady:
+            watch.came(now)
         self.cause = None
         if now - self._opened_at > STEADY_SECONDS:
             self._failures = 0

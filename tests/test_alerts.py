@@ -43,6 +43,7 @@ VALUES = {  # of the labels that have a fixed set of them
     "outcome": set(metrics.OUTCOMES),
     "state": set(STATES),
     "tier": set(metrics.TIERS),
+    "cause": set(metrics.STREAM_CAUSES),
     "task": set(metrics.TASKS),
     "job": {"virtuoso", "edge"},
 }

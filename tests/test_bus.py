@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
+from typing import Any
 
 import httpx
 import pytest
@@ -132,6 +133,56 @@ async def test_when_the_holder_ends_another_takes_over(
     assert all(other["type"] == "snapshot" or other["seq"] == one["seq"] + 1 for one, other in pairwise(messages))
 
 
+async def test_who_does_not_reach_an_exchange_leaves_it_to_others(
+    start: StartGateway, join: Join, sandbox: Sandbox, redis: RedisServer, clock: FakeClock
+) -> None:
+    """A holder that gets no connection gives its lease up: its clients get what another replica hears."""
+    await sandbox.set("kraken", push_ms=50)
+    cut_off = await start(redis_url=redis.url, kraken_ws_url=f"ws://127.0.0.1:{free_port()}")
+    client = await join(cut_off)
+    await client.subscribe(exchange="kraken")
+    await eventually(lambda: lease(redis))
+    before = lease(redis)
+    other = await start(redis_url=redis.url)
+    second = await join(other)
+    await second.subscribe(exchange="kraken")
+    async with time_passes(clock):
+        await client.next(lambda message: message.get("data", {}).get("source") == "stream")
+        await client.take("status", state="live")
+    await second.take("update", 3)
+    assert lease(redis) not in (None, before)
+    assert [inside(live).topics[TOPIC].held for live in (cut_off, other)] == [False, True]
+    assert sockets(sandbox)["kraken"] == 1
+    numbers = [(message["type"], message["seq"]) for message in client.got if "seq" in message]
+    assert all(kind == "snapshot" or number == last + 1 for (_, last), (kind, number) in pairwise(numbers))
+
+
+@pytest.mark.parametrize("how", [{"status": 503, "only": "/v2"}, {"geo_block": True}])
+async def test_who_gave_its_lease_up_tries_on(
+    start: StartGateway,
+    join: Join,
+    sandbox: Sandbox,
+    redis: RedisServer,
+    clock: FakeClock,
+    how: dict[str, Any],
+) -> None:
+    """While no other replica takes a lease that was given up, its holder watches again as soon as it can."""
+    live = await start(redis_url=redis.url)
+    await sandbox.set("kraken", **how)
+    assert (await live.get("/ticker/BTC-USDT?exchange=kraken")).is_success is ("status" in how)
+    client = await join(live)
+    await client.subscribe(exchange="kraken")
+    async with time_passes(clock):
+        await client.take("status", state="stale")
+    await eventually(lambda: lease(redis) is None)
+    assert inside(live).topics[TOPIC].held
+    await sandbox.set("kraken", push_ms=50)
+    await live.gateway.manager.reset_breakers()
+    async with time_passes(clock):
+        await client.take("status", state="live")
+    await eventually(lambda: lease(redis))
+
+
 async def test_without_redis_each_watches_for_itself(
     start: StartGateway, join: Join, sandbox: Sandbox, own_redis: RedisServer, clock: FakeClock
 ) -> None:
@@ -178,7 +229,7 @@ async def test_what_replicas_tell_each_other_is_bounded(
     monkeypatch.setattr(bus, "MAX_PENDING", 5)
     before = sample("stream_dropped_total", reason="bus")
     live = await start(redis_url=redis.url)
-    sent = bus.Bus(live.gateway.store, lambda *_: None, lambda _: None)
+    sent = bus.Bus(live.gateway.store, lambda *_: None, lambda _: None, lambda _: True)
     event = MarketDataEvent("kraken", BTC, "ticker", 7, None, 1, b"{}")
     for _ in range(8):
         sent.publish(event)

@@ -53,6 +53,7 @@ async def test_label_sets_are_there_from_the_start(start: StartGateway) -> None:
         'virtuoso_circuit_state{exchange="bybit",state="closed"} 1.0',
         'virtuoso_circuit_state{exchange="bybit",state="open"} 0.0',
         'virtuoso_exchange_requests_total{exchange="binance",operation="ohlcv",outcome="success"}',
+        'virtuoso_stream_reconnects_total{cause="lost",exchange="kraken"}',
     ):
         assert line in text
     assert 'virtuoso_build_info{python="' in text

@@ -580,7 +580,7 @@ async def test_control(sandbox: Sandbox, dial: Dial) -> None:
         for data in mistakes:
             async with session.post(f"{sandbox.control_url}/kraken", json=data) as answer:
                 assert answer.status == 400
-                assert "push_ms, freeze, drop" in await answer.text()
+                assert "push_ms, freeze, mute, drop" in await answer.text()
         async with session.get(sandbox.control_url) as answer:
             assert (await answer.json())["kraken"]["knobs"]["push_ms"] == 5
         async with session.post(f"{sandbox.control_url}/kraken", json={"freeze": True, "push_ms": 1}) as answer:

@@ -20,7 +20,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from config import EXCHANGES, setting_names
-from src import bus, errors, feeds, metrics, server_events, streams, upstream, websocket
+from src import bus, ccxt_stream, errors, feeds, metrics, server_events, streams, upstream, websocket
 from src.errors import GatewayError
 from src.gateway import Gateway
 from src.markets import Markets
@@ -43,6 +43,7 @@ PRIVATE = {
     "feeds": set[str](),
     "streams": {"TICK_SECONDS", "SLOW_LOOK_SECONDS", "ERROR_SECONDS"},
     "upstream": {"LOOK_SECONDS", "BATCH", "PAUSE_SECONDS", "PACE_WEIGHT", "MAX_DOUBLINGS"},
+    "ccxt_stream": {"CLOSE_SECONDS"},
     "bus": {"LISTEN_SECONDS", "MAX_TOGETHER"},
 }
 HANDED_ON = {"snapshot", "update", "subscribed", "unsubscribed"}  # types that are arguments before they are members
@@ -263,7 +264,7 @@ def test_every_error_is_documented() -> None:
 def test_every_bound_is_documented() -> None:
     """The tables of bounds are complete, with the numbers of the code."""
     modules = {module.__name__.rpartition(".")[2]: module for module in (
-        websocket, server_events, feeds, streams, upstream, bus,
+        websocket, server_events, feeds, streams, upstream, ccxt_stream, bus,
     )}  # fmt: skip
     expected = {
         f"{name}.{constant}": " to ".join(f"{one:.15g}" for one in (value if isinstance(value, tuple) else (value,)))
@@ -305,7 +306,8 @@ def test_numbers_in_sentences_are_true() -> None:
     sentences = [
         f"every {streams.HEARTBEAT_SECONDS:g} s, unless you are too slow",
         f"Every {streams.HEARTBEAT_SECONDS:g} s comes a comment",
-        f"is lost, and not back after {streams.GRACE_SECONDS:g} s",
+        f"is lost, and not back after {upstream.GRACE_SECONDS:g} s",
+        f"without a trade for {ccxt_stream.APART_SECONDS:g} s",
         f"for {upstream.SILENT_PACES} times as long as is usual for it",
         f"but not before {least:g} s, and after {most:g} s at the latest",
         f"when nothing came in the first {upstream.FIRST_SECONDS:g} s",

@@ -101,6 +101,14 @@ async def is_pushed(live: Live, *topics: tuple[str, str, str]) -> None:
     await eventually(lambda: all(it.live for it in inside(live).topics.values() if not topics or it.topic in topics))
 
 
+async def has_a_pace(live: Live, clock: FakeClock) -> None:
+    """Let the market move, until it is known how often something comes of it."""
+    watches = [watched.watch for watched in inside(live).topics.values()]
+    for _ in range(3):
+        clock.advance(0.25)
+        await eventually(lambda: all(watch.last == clock.monotonic() for watch in watches))
+
+
 async def is_quiet(exchange: str) -> None:
     """Wait until what an exchange had pushed before it fell silent has arrived."""
     before = -1.0
@@ -293,13 +301,14 @@ async def is_pushed_soon(live: Live, clock: FakeClock) -> None:
 # What fails.
 
 
-async def watched(live: Live, join: Join, sandbox: Sandbox, exchange: str = "binance") -> Client:
+async def watched(live: Live, join: Join, sandbox: Sandbox, clock: FakeClock, exchange: str = "binance") -> Client:
     """A client to whom an exchange pushes often."""
     await sandbox.set(exchange, push_ms=20)
     client = await join(live)
     await client.subscribe(exchange=exchange)
     await client.take("update", 2)
     await is_pushed(live)
+    await has_a_pace(live, clock)
     return client
 
 
@@ -309,7 +318,7 @@ async def test_a_silent_socket_is_noticed_and_opened_again(
 ) -> None:
     """A socket that answers pings but pushes nothing is closed; clients hear of it, and get prices by REST."""
     live = await start()
-    client = await watched(live, join, sandbox, exchange)
+    client = await watched(live, join, sandbox, clock, exchange)
     before = sample("stream_reconnects_total", exchange=exchange, cause="silent")
     await sandbox.set(exchange, freeze=True, push_ms=20)
     await is_quiet(exchange)
@@ -337,6 +346,47 @@ async def test_a_silent_socket_is_noticed_and_opened_again(
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
+@pytest.mark.parametrize(
+    ("exchange", "symbol", "silent", "seconds"),
+    [
+        ("bybit", BTC, "orderbook.1.", 6),
+        ("binance", "BTC/USDT:USDT", "bookTicker", 6),
+        ("bybit", BTC, "tickers.", 620),
+        ("binance", "BTC/USDT:USDT", "@ticker", 620),
+    ],
+)
+async def test_half_a_ticker_is_noticed(
+    start: StartGateway,
+    join: Join,
+    sandbox: Sandbox,
+    clock: FakeClock,
+    exchange: str,
+    symbol: str,
+    silent: str,
+    seconds: int,
+) -> None:
+    """A ticker whose bid and ask come apart from its last price is stale when one of the two stays away too long."""
+    await sandbox.set(exchange, push_ms=20)
+    live = await start(market_types="spot,swap")
+    client = await join(live)
+    await client.subscribe(symbol, exchange=exchange)
+    await has_a_pace(live, clock)
+    await eventually(lambda: all(watched.live for watched in inside(live).topics.values()))
+    await sandbox.set(exchange, push_ms=20, mute=silent)
+    await client.take("update", 5)
+    clock.advance(seconds)
+    await client.take("status", state="stale")
+    client.got.clear()
+    clock.advance(3)
+    await client.next(lambda message: message.get("data", {}).get("source") == "rest")
+    await sandbox.set(exchange, push_ms=20)
+    async with time_passes(clock):
+        await client.take("status", state="live")
+        await client.next(lambda message: message.get("data", {}).get("source") == "stream")
+    numbers = [(message["type"], message["seq"]) for message in client.got if "seq" in message]
+    assert all(kind == "snapshot" or number == last + 1 for (_, last), (kind, number) in pairwise(numbers))
+
+
 @pytest.mark.parametrize(("drop", "cause"), [("close", "closed"), ("cut", "closed")])
 @pytest.mark.parametrize("exchange", ["bybit", "binance", "kraken"])
 async def test_the_end_of_a_socket_is_invisible(
@@ -344,7 +394,7 @@ async def test_the_end_of_a_socket_is_invisible(
 ) -> None:
     """When an exchange closes a socket, as binance does once a day, clients notice nothing."""
     live = await start()
-    client = await watched(live, join, sandbox, exchange)
+    client = await watched(live, join, sandbox, clock, exchange)
     before = sample("stream_reconnects_total", exchange=exchange, cause=cause)
     await sandbox.set(exchange, drop=drop, push_ms=20)
     await eventually(lambda: sample("stream_reconnects_total", exchange=exchange, cause=cause) == before + 1)
@@ -365,7 +415,7 @@ async def test_pauses_grow_to_a_bound(
     pauses: list[float] = []
     monkeypatch.setattr(random, "uniform", lambda least, most: most)
     live = await start()
-    client = await watched(live, join, sandbox, "kraken")
+    client = await watched(live, join, sandbox, clock, "kraken")
     await sandbox.set("kraken", refuse=True)
     kraken = tickers(live, "kraken")
     for expected in range(2, 10):
@@ -391,7 +441,7 @@ async def test_junk_harms_nobody(
 ) -> None:
     """What is no message never reaches a client, and when sense comes again, so do updates."""
     live = await start()
-    client = await watched(live, join, sandbox, exchange)
+    client = await watched(live, join, sandbox, clock, exchange)
     await sandbox.set(exchange, body=junk, only="w", push_ms=20) if exchange == "binance" else await sandbox.set(
         exchange, body=junk, push_ms=20
     )
@@ -411,7 +461,7 @@ async def test_a_refused_connection_opens_the_breaker(
 ) -> None:
     """An exchange that refuses our location or address keeps its breaker open, and is not connected to meanwhile."""
     live = await start()
-    client = await watched(live, join, sandbox)
+    client = await watched(live, join, sandbox, clock)
     await sandbox.set("binance", status=status, drop="cut", only="/ws", headers={"Retry-After": "40"})
     breaker = live.gateway.manager["binance"].breaker
     await eventually(lambda: tickers(live, "binance").reconnects)
@@ -495,7 +545,7 @@ async def test_a_stale_stream_begins_with_what_rest_has(
 ) -> None:
     """Who subscribes to what is not pushed any more gets what can be had, not what was pushed last."""
     live = await start()
-    client = await watched(live, join, sandbox)
+    client = await watched(live, join, sandbox, clock)
     await sandbox.set("binance", freeze=True, push_ms=20)
     await is_quiet("binance")
     await client.connection.close()
@@ -584,7 +634,7 @@ async def test_what_nobody_watches_is_no_trouble(
 ) -> None:
     """A lost socket is told of in /health while somebody wants it, and no longer."""
     live = await start(stream_idle_seconds=10)
-    client = await watched(live, join, sandbox, "kraken")
+    client = await watched(live, join, sandbox, clock, "kraken")
     await sandbox.set("kraken", refuse=True)
     await eventually(lambda: tickers(live, "kraken").cause)
     assert "kraken" in (await live.get("/health")).json()["parts"]["streams"]["reason"]
@@ -634,7 +684,7 @@ async def test_what_nobody_wants_is_watched_no_more(
 ) -> None:
     """Some time after the last subscriber a symbol is unsubscribed from, and a socket without any is closed."""
     live = await start(stream_idle_seconds=30)
-    client = await watched(live, join, sandbox)
+    client = await watched(live, join, sandbox, clock)
     await client.send(op="unsubscribe", symbols=["btc-usdt"], exchange="binance")
     assert (await client.take("unsubscribed"))[0]["symbols"] == [BTC]
     clock.advance(29)
@@ -1016,10 +1066,12 @@ async def test_who_leaves_before_the_first_event_is_forgotten(start: StartGatewa
     assert not any(it.is_wanted for it in inside(live).topics.values())
 
 
-async def test_who_has_the_newest_gets_no_snapshot(start: StartGateway, join: Join, sandbox: Sandbox) -> None:
+async def test_who_has_the_newest_gets_no_snapshot(
+    start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock
+) -> None:
     """With the id of the newest event as Last-Event-ID a client goes on after it; with another it gets a snapshot."""
     live = await start()
-    client = await watched(live, join, sandbox, "kraken")
+    client = await watched(live, join, sandbox, clock, "kraken")
     await sandbox.set("kraken", freeze=True, push_ms=20)
     await is_quiet("kraken")
     newest = next(iter(inside(live).topics.values())).sequence
