@@ -120,8 +120,12 @@ class Listener:
 
     async def push(self, socket: Socket) -> None:
         """Push what is new, at the pace and in the way of the knobs."""
+        due = time.monotonic()
         while True:
-            await self.pause(self.bound(socket.path).push_ms)
+            # At that pace whatever a push takes; what was late is not made up for, what the knobs cut short is over.
+            now = time.monotonic()
+            due = max(min(due, now) + self.bound(socket.path).push_ms / 1000, now)
+            await self.pause((due - now) * 1000)
             knobs = self.bound(socket.path)
             messages = [] if knobs.freeze else socket.news(self.market(knobs), knobs.mute)
             await self.pause(knobs.latency_ms)
