@@ -11,9 +11,9 @@ import sys
 from typing import Any
 
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 
-URL = os.environ.get("GATEWAY", "ws://127.0.0.1:8000/ws")
+URL = os.environ.get("GATEWAY", "ws://127.0.0.1:8000/ws").replace("http", "ws", 1)
 HEADERS = {"X-API-Key": os.environ["API_KEY"]} if "API_KEY" in os.environ else {}
 SILENT_SECONDS = 35  # two heartbeats missed: the connection is dead, whatever TCP says
 
@@ -46,6 +46,8 @@ async def watch(symbols: list[str]) -> None:
                     message = json.loads(await asyncio.wait_for(socket.recv(), SILENT_SECONDS))
                     show(message)
                     pause = pause if message["type"] == "error" else 0.5
+        except InvalidURI as error:
+            sys.exit(f"GATEWAY has to be an address such as ws://127.0.0.1:8000/ws: {error}")
         except (OSError, TimeoutError, InvalidHandshake, ConnectionClosed) as error:
             if isinstance(error, ConnectionClosed) and error.rcvd is not None and error.rcvd.code == 1008:
                 sys.exit(f"refused: {error.rcvd.reason}")  # it would be refused again

@@ -19,7 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.websockets import WebSocket
 
 from config import EXCHANGES, ConfigError, Settings, load_settings
@@ -33,7 +33,7 @@ from src.middleware import Access, Observe
 from src.models import Candles, OrderBook, Ticker, Trades
 from src.redis_store import RedisAway
 from src.refresh_ahead import RefreshAhead
-from src.server_events import Events
+from src.server_events import EventStream
 from src.streams import Streams
 
 log = logging.getLogger(__name__)
@@ -287,14 +287,11 @@ async def get_stream(
 ) -> Response:
     """Push what is new as server-sent events, beginning with a snapshot; `exchange=all` pushes every exchange's."""
     streams: Streams = request.state.streams
-    streams.check_room()
     want = streams.want(channel, symbol, exchange or "", levels)
     topics = streams.find(want)
     last = request.headers.get("last-event-id", "")
     seen = int(last) if re.fullmatch(r"[0-9]{1,18}", last) and len(topics) == 1 else None
-    streams.make_room(want, topics)
-    pushed = Events(streams).run(want, topics, seen)
-    return StreamingResponse(pushed, headers={"Cache-Control": "no-store"}, media_type="text/event-stream")
+    return EventStream(streams, request.scope["virtuoso.server"], want, topics, seen)
 
 
 async def get_markets(

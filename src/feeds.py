@@ -1,5 +1,7 @@
 """What subscribers get: the newest of a topic, in the form of their transport, made once for all of them."""
 
+import asyncio
+import socket
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -7,7 +9,9 @@ from typing import Any, NamedTuple
 import orjson
 
 from src.bus import MarketDataEvent, Topic
+from src.errors import InternalError
 
+SEND_BUFFER_BYTES = 65_536  # of the kernel, for each client: what is in it is old when it arrives
 LEVELS = 50  # of books that are watched; subscribers may want fewer
 CHANNELS = {"ticker": "ticker", "book": "orderbook", "trades": "trades"}  # what clients call the kinds
 TRANSPORTS = ("ws", "sse")
@@ -27,14 +31,14 @@ class Want(NamedTuple):
 class Feed:
     """A topic as its subscribers get it: with so many levels of a book; its texts are made once for all of them."""
 
-    __slots__ = ("_body", "_texts", "event", "levels", "subscribers", "topic")
+    __slots__ = ("_body", "_texts", "channel", "event", "levels", "subscribers", "topic")
 
     def __init__(self, topic: Topic, levels: int) -> None:
-        self.topic, self.levels = topic, levels
+        self.topic, self.levels, self.channel = topic, levels, NAMES[topic.kind]
         self.event: MarketDataEvent | None = None
         self.subscribers: dict[Subscriber, None] = {}
         self._body = b""
-        self._texts: dict[tuple[str, Form], bytes] = {}
+        self._texts: dict[Form, bytes] = {}
 
     def push(self, event: MarketDataEvent, body: bytes, what: str) -> None:
         """Offer something new to every subscriber; `body` is the event's data with the feed's levels."""
@@ -43,14 +47,21 @@ class Feed:
             subscriber.offer(self, what)
 
     def text(self, what: str, form: Form) -> bytes:
-        """Return the message of the newest event, a `snapshot` or an `update`, in the form of a transport."""
-        if (made := self._texts.get((what, form))) is not None or self.event is None:
-            return made or b""
+        """Return the message of the newest event, a `snapshot` or an `update`, in the form of a transport.
+
+        An update is made once for all; a snapshot may be taken any time later, and says when that was.
+        """
+        if (made := self._texts.get(form)) is not None and what == "update":
+            return made
+        if self.event is None:
+            return b""
         event = self.event
         head = {"type": what} | about(self.topic) | ({"levels": self.levels} if self.levels else {})
         head |= {"seq": event.sequence, "timestamp": event.exchange_time, "fetched_at": event.receive_time}
         text = orjson.dumps(head | {"sent_at": time.time_ns() // 1_000_000})[:-1] + b',"data":' + self._body + b"}"
-        made = self._texts[what, form] = form(what, event.sequence, text)
+        made = form(what, event.sequence, text)
+        if what == "update":
+            self._texts[form] = made
         return made
 
 
@@ -61,6 +72,7 @@ class Subscriber:
 
     def __init__(self) -> None:
         self.wants: dict[Want, list[Feed]] = {}
+        self.stale: set[Topic] = set()  # of what it wants: told to be stale, and not yet to be live again
 
     def catch_up(self) -> bool:
         """Take what was kept back, if that can be; returns whether nothing is any more."""
@@ -81,6 +93,16 @@ class Subscriber:
     def goodbye(self) -> None:
         """Learn that the gateway stops."""
         raise NotImplementedError
+
+
+def way_to(server: Any, buffer_bytes: int) -> asyncio.Transport:
+    """Return the transport of a connection of the server's, with so much of the kernel's buffer."""
+    if server is None:
+        raise InternalError("the gateway does not know the sockets of this server")
+    transport: asyncio.Transport = server.transport
+    if (raw := transport.get_extra_info("socket")) is not None:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
+    return transport
 
 
 def about(topic: Topic) -> dict[str, Any]:

@@ -261,6 +261,8 @@ class Gateway:
             raise MarketsLoading(f"the market list is not there yet: {which}; ask again shortly", symbol=symbol)
         close = self.markets.suggestions(symbol)
         hint = f"; close to it: {', '.join(close)}" if close else "; see /markets"
+        if is_swap(symbol) and "swap" not in self.settings.market_types:
+            hint = "; swaps are left out by MARKET_TYPES" + hint
         raise UnknownSymbol(
             f"{symbol} is not listed on {' or '.join(names)}{hint}", symbol=symbol, suggestions=close or None
         )

@@ -98,6 +98,9 @@ class _Flush(Collector):
         for (client, outcome), count in clients.items():
             client_requests_total.labels(client, outcome).inc(count)
         clients.clear()
+        for channel, count in streamed.items():
+            stream_messages_sent_total.labels(channel).inc(count)
+        streamed.clear()
         return ()
 
 
@@ -109,6 +112,7 @@ class InProgress:
 
 hits: dict[str, Hits] = {}  # by route; as many as there are routes
 clients: Counts[tuple[str, str]] = Counts()  # by name of the key and outcome
+streamed: Counts[str] = Counts()  # snapshots and updates, by channel
 in_progress = InProgress()
 REGISTRY.register(_Flush())
 
@@ -175,7 +179,9 @@ stream_subscribers = Gauge("virtuoso_stream_subscribers", "Clients connected for
 stream_messages_received_total = Counter(
     "virtuoso_stream_messages_received_total", "Messages an exchange pushed.", ["exchange", "channel"]
 )
-stream_messages_sent_total = Counter("virtuoso_stream_messages_sent_total", "Updates meant for clients.", ["channel"])
+stream_messages_sent_total = Counter(
+    "virtuoso_stream_messages_sent_total", "Snapshots and updates given to clients.", ["channel"]
+)
 stream_conflated_total = Counter(
     "virtuoso_stream_conflated_total", "Updates a slow client did not get because a newer one came."
 )

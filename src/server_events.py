@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import orjson
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from src import metrics
 from src.bus import Topic
-from src.feeds import Feed, Subscriber, Want
+from src.feeds import SEND_BUFFER_BYTES, Feed, Subscriber, Want, way_to
 from src.streams import Streams
 
 SLOW_SECONDS = 15.0  # a client that takes nothing for so long is left
@@ -22,15 +24,14 @@ class Events(Subscriber):
 
     transport = "sse"
 
-    def __init__(self, streams: Streams) -> None:
+    def __init__(self, streams: Streams, transport: asyncio.Transport) -> None:
         super().__init__()
-        self._streams = streams
+        self._streams, self._transport = streams, transport
         self._pending: dict[Feed, str] = {}
         self._notes: deque[bytes] = deque(maxlen=MAX_NOTES)
         self._wake = asyncio.Event()
         self._ended = False
         self._taken_at = streams.clock.monotonic()
-        self._task: asyncio.Task[Any] | None = None
 
     def offer(self, feed: Feed, what: str) -> None:
         """Keep the newest until the client takes it."""
@@ -55,11 +56,11 @@ class Events(Subscriber):
             self._wake.set()
 
     def catch_up(self) -> bool:
-        """Leave a client that takes nothing."""
+        """Cut off a client that takes nothing; returns whether the client is slow no more."""
         if self._pending and self._streams.clock.monotonic() - self._taken_at > SLOW_SECONDS:
             metrics.stream_dropped_total.labels("slow_client").inc()
-            if self._task is not None:
-                self._task.cancel()
+            self._streams.leave(self)
+            self._transport.abort()  # to close it in order would wait for the client to take what was written
             return True
         return not self._pending
 
@@ -68,25 +69,38 @@ class Events(Subscriber):
         self._ended = True
         self._wake.set()
 
-    async def run(self, want: Want, topics: Sequence[Topic], seen: int | None) -> AsyncIterator[bytes]:
-        """Subscribe, and yield what is to be sent, until the client leaves."""
-        self._task = asyncio.current_task()
+    async def run(self) -> AsyncIterator[bytes]:
+        """Yield what is to be sent, until the gateway stops."""
+        yield RETRY
+        while not self._ended:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._pending:
+                feed = next(iter(self._pending))
+                what = self._pending.pop(feed)
+                metrics.streamed[feed.channel] += 1
+                yield feed.text(what, _event)
+                self._taken_at = self._streams.clock.monotonic()
+            while self._notes:  # a status is about what came before it
+                yield self._notes.popleft()
+
+
+class EventStream(StreamingResponse):
+    """The answer: it subscribes when it begins, or is refused as any other, and leaves however it ends."""
+
+    def __init__(self, streams: Streams, server: Any, want: Want, topics: Sequence[Topic], seen: int | None) -> None:
+        self._streams, self._wanted = streams, (want, topics, seen)
+        self._events = Events(streams, way_to(server, SEND_BUFFER_BYTES))
+        super().__init__(self._events.run(), headers={"Cache-Control": "no-store"}, media_type="text/event-stream")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send events until the client leaves or the gateway stops; raises `TooManyStreams` before the first."""
         try:
-            self._streams.join(self)  # only here: of an answer that never begins nobody would tell
-            self._streams.subscribe(self, want, topics, seen)
-            yield RETRY
-            while not self._ended:
-                await self._wake.wait()
-                self._wake.clear()
-                while self._pending:
-                    feed = next(iter(self._pending))
-                    what = self._pending.pop(feed)
-                    yield feed.text(what, _event)
-                    self._taken_at = self._streams.clock.monotonic()
-                while self._notes:  # a status is about what came before it
-                    yield self._notes.popleft()
+            self._streams.join(self._events)
+            self._streams.subscribe(self._events, *self._wanted)
+            await super().__call__(scope, receive, send)
         finally:
-            self._streams.leave(self)
+            self._streams.leave(self._events)
 
 
 def _event(what: str, sequence: int, payload: bytes) -> bytes:

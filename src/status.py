@@ -31,7 +31,7 @@ def _streams(streams: Streams, name: str) -> dict[str, Any]:
         "watched": sum(len(upstream.watched) for upstream in upstreams),
         "stale": sum(watched.live is False for watched in streams.topics.values() if watched.topic.exchange == name),
         "reconnects": sum(upstream.reconnects for upstream in upstreams),
-        "cause": next((upstream.cause for upstream in upstreams if upstream.cause), None),
+        "cause": next((upstream.trouble for upstream in upstreams if upstream.trouble), None),
     }
 
 
@@ -68,7 +68,8 @@ def health(gateway: Gateway, streams: Streams | None) -> dict[str, Any]:
     unloaded = [name for name in names if name not in gateway.markets.loaded_at]
     all_open, kept = all(state == "open" for state in states.values()), len(gateway.cache)
     redis = "" if gateway.store.up or not gateway.store.configured else "does not answer"
-    lost = [] if streams is None else [name for name in names if any(one.cause for one in streams.of(name))]
+    lost = [] if streams is None else [one for name in names for one in streams.of(name) if one.trouble]
+    silent = dict.fromkeys(f"{one.exchange} pushes no {NAMES[one.kind]} ({one.trouble})" for one in lost)
     parts = {
         "exchanges": _part(
             "; ".join(tripped), "unhealthy" if all_open and not gateway.cache.memory.has_any() else "degraded"
@@ -80,7 +81,7 @@ def health(gateway: Gateway, streams: Streams | None) -> dict[str, Any]:
         "redis": _part(redis, "degraded", "ok" if gateway.store.configured else "not configured: memory only"),
         "cache": _part("", "degraded", f"{kept} entries in memory"),
         "streams": _part(
-            f"{', '.join(lost)}: nothing is pushed; tickers and books are asked for by REST" if lost else "",
+            "; ".join(silent),
             "degraded",
             "off" if streams is None else f"{len(streams.topics)} watched, {len(streams.subscribers)} clients",
         ),

@@ -8,9 +8,9 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, suppress
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import aiohttp
 import orjson
@@ -22,12 +22,13 @@ from src.entry import Key, encode
 from src.errors import BadUpstreamData, GatewayError, NoPrice, TooManyStreams
 from src.exchanges import is_swap, weight_of
 from src.feeds import CHANNELS, LEVELS, NAMES, Feed, Subscriber, Want, about, bodies
-from src.gateway import ALL, Gateway
+from src.gateway import ALL, Gateway, Served
 from src.http_client import open_socket_session
 from src.models import OrderBook, Ticker, Trades
 from src.upstream import LOOK_SECONDS, Upstream, Watch
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 TICK_SECONDS = 0.5  # how often it is looked what is stale, idle or hot
 POLL_SECONDS = 2.0  # how often what is stale is asked for by REST
@@ -64,6 +65,7 @@ class Watched:
         self.sequence = int(clock.time() * 1000)
         self.held = False
         self.live: bool | None = None  # as subscribers were told; None before the first word
+        self.messages = 0  # that had come when they were told last
         self.used_at = self.born = clock.monotonic()  # when somebody wanted it, and when the newest event was true
         self.spread_at = 0.0
         self.watch = Watch(self.used_at)
@@ -89,6 +91,7 @@ class Streams:
         self._bus = Bus(gateway.store, self._hold, self._take, self._reaches)
         self._session: aiohttp.ClientSession
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._first: dict[str, tuple[list[str], asyncio.Task[dict[tuple[str, str], Served | GatewayError]]]] = {}
         self._polling: set[Place] = set()
         self._polled_at = 0.0
         self._asked: dict[Key, tuple[float, int]] = {}  # since when, and how often it had been asked for by then
@@ -167,18 +170,14 @@ class Streams:
             self._end(watched)
         return True
 
-    def make_room(self, want: Want, topics: Sequence[Topic]) -> None:
-        """Raise `TooManyStreams` when these cannot be watched, too."""
-        if not self._has_room(topics):
-            have = f"{len(self.topics)} streams are watched, as many as are allowed"
-            raise TooManyStreams(f"{have}; ask for one that is, or use /ticker", symbol=want.symbol)
-
     def subscribe(self, subscriber: Subscriber, want: Want, topics: Sequence[Topic], seen: int | None = None) -> None:
         """Tell a subscriber of topics from now on, beginning with a snapshot of each, unless it has `seen` that.
 
         Raises `TooManyStreams`.
         """
-        self.make_room(want, topics)
+        if not self._has_room(topics):
+            have = f"{len(self.topics)} streams are watched, as many as are allowed"
+            raise TooManyStreams(f"{have}; ask for one that is, or use /ticker", symbol=want.symbol)
         subscriber.wants.setdefault(want, [])
         for topic in topics:
             watched = self._watch(topic)
@@ -187,7 +186,8 @@ class Streams:
 
     async def _begin(self, subscriber: Subscriber, want: Want, watched: Watched, seen: int | None) -> None:
         try:
-            error = None if watched.event is not None and watched.live else await self._load(watched)
+            is_known = watched.event is not None and (watched.live or watched.topic.kind == "trades")
+            error = None if is_known else await self._load(watched)
         finally:
             watched.coming -= 1
         if want not in subscriber.wants:
@@ -201,25 +201,55 @@ class Streams:
         if feed.event is not None and feed.event.sequence != seen:
             subscriber.offer(feed, "snapshot")
         if error is not None and watched.live is None:
-            watched.live = False  # as it is told now: that it is live has to be told, too
-        if error is not None or watched.live is False:
-            subscriber.tell(self._status(watched) | ({"code": error.code} if error else {}))
+            watched.live = False
+        self._tell(subscriber, watched, error)
+
+    def _tell(self, subscriber: Subscriber, watched: Watched, error: GatewayError | None = None) -> None:
+        """Tell that a topic is stale; that it is live is told to whom that was told, and to nobody else."""
+        topic = watched.topic
+        if watched.live is None or (watched.live and topic not in subscriber.stale):
+            return
+        (subscriber.stale.discard if watched.live else subscriber.stale.add)(topic)
+        code = {} if watched.live or error is None else {"code": error.code}
+        subscriber.tell(self._status(watched) | code)
 
     async def _load(self, watched: Watched) -> GatewayError | None:
         """Bring a first value by REST, from the cache if it is there."""
-        topic = watched.topic
+        exchange, kind, symbol = watched.topic
         try:
-            served = await self._gateway.serve(topic.kind, topic.symbol, topic.exchange, None, _variant(topic.kind))
+            if kind == "ticker":
+                served = await self._first_ticker(exchange, symbol)
+            else:
+                served = await self._gateway.serve(kind, symbol, exchange, None, _variant(kind))
         except GatewayError as error:
             return error
         self._refresh(watched, served.body, self.clock.monotonic() - served.age)
         return None
+
+    async def _first_ticker(self, exchange: str, symbol: str) -> Served:
+        """Ask for it together with all others of the exchange that are wanted at this moment."""
+        if exchange not in self._first:
+            symbols: list[str] = []
+            self._first[exchange] = symbols, self._spawn(self._first_tickers(exchange, symbols))
+        symbols, asking = self._first[exchange]
+        symbols.append(symbol)
+        served = (await asyncio.shield(asking))[symbol, ""]
+        if isinstance(served, GatewayError):
+            raise served
+        return served
+
+    async def _first_tickers(self, exchange: str, symbols: list[str]) -> dict[tuple[str, str], Served | GatewayError]:
+        del self._first[exchange]  # it began when all that were subscribed to by one message had come
+        return await self._gateway.tickers(symbols, exchange, None)
 
     def unsubscribe(self, subscriber: Subscriber, want: Want) -> bool:
         """Tell a subscriber no more; returns whether it was told at all."""
         feeds = subscriber.wants.pop(want, None)
         for feed in feeds or []:
             self._detach(subscriber, feed)
+        if not any(other[:2] == want[:2] for other in subscriber.wants):
+            kind, names = CHANNELS[want.channel], self._gateway.manager.names
+            subscriber.stale -= {Topic(name, kind, want.symbol) for name in names}
         return feeds is not None
 
     def _detach(self, subscriber: Subscriber, feed: Feed) -> None:
@@ -232,13 +262,10 @@ class Streams:
             if not feed.subscribers:
                 watched.feeds.pop(feed.levels, None)
 
-    def check_room(self) -> None:
-        """Raise `TooManyStreams` when no more clients may connect."""
+    def join(self, subscriber: Subscriber) -> None:
+        """Know a subscriber; raises `TooManyStreams` when no more may connect."""
         if len(self.subscribers) >= self.settings.stream_max_clients:
             raise TooManyStreams(f"{len(self.subscribers)} clients are connected, as many as are allowed; try later")
-
-    def join(self, subscriber: Subscriber) -> None:
-        """Know a subscriber."""
         self.subscribers.add(subscriber)
 
     def leave(self, subscriber: Subscriber) -> None:
@@ -307,8 +334,9 @@ class Streams:
 
     def _refresh(self, watched: Watched, body: bytes, born: float) -> None:
         """Take what came by REST, if it is newer than what is there."""
-        if watched.event is None or born > watched.born:
-            document = orjson.loads(body)
+        document = orjson.loads(body)
+        is_same = watched.event is not None and watched.event.receive_time == document["fetched_at"]
+        if watched.event is None or (born > watched.born and not is_same):
             event = self._event(watched, body, document.get("timestamp"), document["fetched_at"])
             self._deliver(watched, event, born, keep=False)
 
@@ -326,7 +354,6 @@ class Streams:
             self._keep(watched, made, born)
         for levels, feed in list(watched.feeds.items()):
             metrics.stream_event_age_seconds.observe(max(0.0, self.clock.time() - event.receive_time / 1000))
-            metrics.stream_messages_sent_total.labels(NAMES[event.kind]).inc(len(feed.subscribers))
             feed.push(event, made[levels], "update" if follows else "snapshot")
 
     def _keep(self, watched: Watched, made: dict[int, bytes], born: float) -> None:
@@ -376,14 +403,13 @@ class Streams:
         """Tell when a topic became stale, and when it is live again."""
         upstream = self.upstreams.get(Place.of(watched.topic)) if watched.held else None
         live = not (upstream is not None and upstream.is_lost()) and not watched.watch.is_overdue(now)
-        if live is watched.live or (live and watched.watch.last is None):
-            return
-        was, watched.live = watched.live, live
-        if was is None and live:
-            return
-        log.info("stream is live again" if live else "stream is stale", extra=about(watched.topic))
+        if live is watched.live or (live and watched.watch.messages == watched.messages):
+            return  # that it is live again is shown by a message, by nothing else
+        was, watched.live, watched.messages = watched.live, live, watched.watch.messages
+        if was is not None or not live:
+            log.info("stream is live again" if live else "stream is stale", extra=about(watched.topic))
         for subscriber in {subscriber for feed in watched.feeds.values() for subscriber in feed.subscribers}:
-            subscriber.tell(self._status(watched))
+            self._tell(subscriber, watched)
         if not live:
             self._move(watched)
 
@@ -440,10 +466,11 @@ class Streams:
                 if asked == before:
                     del self._asked[key]
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
+        return task
 
     def _finished(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

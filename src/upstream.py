@@ -26,9 +26,9 @@ LOOK_SECONDS = 0.25  # how often it is looked whether anything is silent or due
 BATCH = 50  # symbols in one message; kraken and bybit take more, binance takes five messages a second
 PAUSE_SECONDS = 0.25  # between two messages to an exchange
 SILENT_PACES = 10  # a symbol is silent when nothing came for so many times its pace, within these bounds
+PACE_DECAY = 0.2  # seconds a symbol's pace shrinks in each second
 SILENT_SECONDS = (5.0, 600.0)
 FIRST_SECONDS = 15.0  # for the first message after subscribing; doubled each time while a symbol's pace is not known
-PACE_WEIGHT = 0.2  # of the newest gap in a symbol's pace
 RETRY_SECONDS = (0.5, 30.0)  # first and longest pause before the next try; doubled each time, and spread by half
 GRACE_SECONDS = 3.0  # for a socket to be there again before anybody is told; binance closes each once a day
 STEADY_SECONDS = 30.0  # what stays open so long begins with the first pause again
@@ -38,14 +38,15 @@ MAX_DOUBLINGS = 8  # more would change nothing
 class Watch:
     """What is known of one watched symbol; times are monotonic seconds."""
 
-    __slots__ = ("asked_at", "last", "pace", "retry_at", "since", "times", "tries")
+    __slots__ = ("asked_at", "last", "messages", "pace", "retry_at", "since", "times", "tries")
 
     def __init__(self, now: float) -> None:
         self.since = now
         self.asked_at: float | None = None  # None: not subscribed to, here and now
         self.times = 0  # how often it was subscribed to
         self.last: float | None = None  # when something came; None: never yet
-        self.pace: float | None = None  # seconds between two messages, as they mostly come
+        self.messages = 0
+        self.pace: float | None = None  # the longest seconds between two messages, of late
         self.tries, self.retry_at = 0, 0.0  # in vain, since something came
 
     @property
@@ -57,11 +58,17 @@ class Watch:
         return min(max(SILENT_PACES * self.pace, least), most)
 
     def came(self, now: float) -> None:
-        """Learn from a message. A gap counts as far as it was expected, so that an outage is no new pace."""
+        """Learn from a message.
+
+        Messages may come in bursts: what counts is the longest gap, less and less as time goes by. One that was longer
+        than expected may have been an outage: the pace doubles, and is found out again if it was not.
+        """
         if self.last is not None:
-            gap = min(now - self.last, self.patience)
-            self.pace = gap if self.pace is None else self.pace + PACE_WEIGHT * (gap - self.pace)
-        self.last, self.tries = now, 0
+            gap, pace = now - self.last, self.pace
+            if gap > self.patience:
+                gap = self.patience if pace is None else max(2 * pace, SILENT_SECONDS[0] / SILENT_PACES)
+            self.pace = gap if pace is None else max(gap, pace - PACE_DECAY * gap)
+        self.last, self.tries, self.messages = now, 0, self.messages + 1
 
     def is_silent(self, now: float) -> bool:
         """Whether something should have come by now over this socket."""
@@ -115,6 +122,13 @@ class Upstream:
         """Sockets that are open: one, or none."""
         return self._sockets.count
 
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing is pushed: what the exchange told us, or how the socket was lost; None while all is well."""
+        if not self.watched:
+            return None
+        return self.cause if self._is_open or self._is_welcome() else self._manager[self.exchange].breaker.cause
+
     def is_lost(self) -> bool:
         """Whether the socket has been gone for longer than it takes to be back."""
         return self.cause is not None and self._clock.monotonic() - self.lost_at > GRACE_SECONDS
@@ -142,7 +156,8 @@ class Upstream:
     async def look(self) -> None:
         """Do what is due; to be called every `LOOK_SECONDS`."""
         if not self.watched:
-            self.cause, self._failures = None, 0  # it is no trouble to anybody
+            if self._clock.monotonic() > self.retry_at + RETRY_SECONDS[1]:
+                self.cause, self._failures = None, 0  # not before: replicas would take turns without a pause
             if self._is_open:
                 self._is_open, self._ended = False, set()
                 self._sockets.drop()

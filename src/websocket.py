@@ -6,7 +6,6 @@ stream is kept for it.
 """
 
 import asyncio
-import socket
 import struct
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from config import EXCHANGES
 from src import metrics
 from src.errors import (
     GatewayError,
@@ -27,7 +27,7 @@ from src.errors import (
     TooManySubscriptions,
     Unauthorized,
 )
-from src.feeds import Feed, Subscriber, Want
+from src.feeds import SEND_BUFFER_BYTES, Feed, Subscriber, Want, way_to
 from src.gate import Gate
 from src.gateway import Gateway
 from src.streams import Streams
@@ -37,7 +37,6 @@ MAX_SYMBOLS = 100  # in one message
 MESSAGES_PER_SECOND, MESSAGES_AT_ONCE = 10, 50  # from one client
 IDLE_SECONDS = 60.0  # how long a client may be connected without a subscription
 BUFFER_BYTES = 65_536  # written and not taken yet: with more a client is slow
-SEND_BUFFER_BYTES = 65_536  # of the kernel: what is in it is old when it arrives
 CLOSE_SECONDS = 5.0  # for a client to take the notice that it is closed
 SLOW_SECONDS = 15.0  # a client that takes nothing for so long is closed
 NORMAL, GOING_AWAY, POLICY, TOO_BIG, FAILED, TRY_AGAIN = 1000, 1001, 1008, 1009, 1011, 1013  # RFC 6455 section 7.4
@@ -61,7 +60,7 @@ EXPECTED = {
     "id": "a text or a whole number",
     "channel": "one of ticker, book, trades",
     "symbols": f'a list such as ["BTC-USDT"], of {MAX_SYMBOLS} at most',
-    "exchange": "an exchange or all; without it the gateway chooses",
+    "exchange": f"one of {', '.join(EXCHANGES)}, all; without it the gateway chooses",
     "levels": "a number from 1 to 50",
 }
 
@@ -92,6 +91,7 @@ class Socket(Subscriber):
                 self._streams.slow.add(self)
             self._behind[feed] = None
         else:
+            metrics.streamed[feed.channel] += 1
             self._transport.write(feed.text(what, _framed))
 
     def catch_up(self) -> bool:
@@ -221,7 +221,8 @@ class Socket(Subscriber):
             return
         most, have = self._streams.settings.stream_max_subscriptions, sum(self._sizes.values())
         if have + len(topics) > most:
-            raise TooManySubscriptions(f"{have} streams are subscribed to, {most} are allowed; unsubscribe some")
+            told = f"{have} streams are subscribed to, {most} are allowed (STREAM_MAX_SUBSCRIPTIONS)"
+            raise TooManySubscriptions(f"{told}; `all` counts each exchange; unsubscribe some")
         self._streams.subscribe(self, want, topics)  # it says nothing before this message is answered
         self._sizes[want] = len(topics)
 
@@ -241,16 +242,13 @@ async def serve(websocket: WebSocket, gate: Gate, streams: Streams) -> None:
     try:
         if refusal is not None:
             raise refusal
-        if server is None:
-            raise InternalError("the gateway does not know the sockets of this server")
-        streams.check_room()  # with no pause until it joins
+        client = Socket(websocket, _bound(server), streams)
+        streams.join(client)
     except GatewayError as error:
         code = {Unauthorized: POLICY, OriginRefused: POLICY, InternalError: FAILED}.get(type(error), TRY_AGAIN)
         await websocket.send_text(orjson.dumps(_problem(error)).decode())
         await websocket.close(code, error.code)
         return
-    client = Socket(websocket, _bound(server), streams)
-    streams.join(client)
     try:
         await client.serve()
     except TimeoutError:
@@ -285,10 +283,8 @@ def _is_own(origin: str, host: str) -> bool:
 
 def _bound(server: Any) -> asyncio.Transport:
     """Bound what the server reads of one message, and what the kernel holds back; returns the way to the client."""
+    transport = way_to(server, SEND_BUFFER_BYTES)
     server.conn.max_message_size = MAX_MESSAGE_BYTES
-    transport: asyncio.Transport = server.transport
-    if (raw := transport.get_extra_info("socket")) is not None:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     return transport
 
 

@@ -340,7 +340,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
         options = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
         servers.start([prometheus, *options, f"--web.listen-address=127.0.0.1:{ports[0]}", "--log.level=warn"])
-        servers.wait(f"http://127.0.0.1:{ports[0]}/-/ready")
+        # What happens before it has looked once did not happen: it sees no increase.
+        seen = f"http://127.0.0.1:{ports[0]}/api/v1/query?query=count(virtuoso_build_info)==2"
+        servers.wait(seen, lambda status, body: status == 200 and b'"value"' in body)
         sandbox.set("bybit", latency_ms=50, rate_limit=-1)
         sandbox.set("binance", status=400, body='{"code":-1121,"msg":"Invalid symbol."}', only="depth", rate_limit=-1)
         sandbox.set("kraken", status=500, rate_limit=-1)

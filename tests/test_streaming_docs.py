@@ -42,7 +42,7 @@ PRIVATE = {
     "server_events": set[str](),
     "feeds": set[str](),
     "streams": {"TICK_SECONDS", "SLOW_LOOK_SECONDS", "ERROR_SECONDS"},
-    "upstream": {"LOOK_SECONDS", "BATCH", "PAUSE_SECONDS", "PACE_WEIGHT", "MAX_DOUBLINGS"},
+    "upstream": {"LOOK_SECONDS", "BATCH", "PAUSE_SECONDS", "PACE_DECAY", "MAX_DOUBLINGS"},
     "ccxt_stream": {"CLOSE_SECONDS"},
     "bus": {"LISTEN_SECONDS", "MAX_TOGETHER"},
 }
@@ -253,7 +253,7 @@ def test_data_is_described_as_the_models_are() -> None:
 
 def test_every_error_is_documented() -> None:
     """The codes /ws can send are those in both documents, and all of them are in the README."""
-    codes = raised(websocket, streams, Gateway.keys, Markets.canonical, Markets.check_exchange)
+    codes = raised(websocket, streams, feeds, Gateway.keys, Markets.canonical, Markets.check_exchange)
     codes |= {errors.Unauthorized.code, errors.TooManyRequests.code}  # of the gate, at the handshake
     documented = [named(row[0])[0] for row in cells(section("### error"))]
     assert codes == set(documented) == set(SCHEMAS["Code"]["enum"])
@@ -308,7 +308,7 @@ def test_numbers_in_sentences_are_true() -> None:
         f"Every {streams.HEARTBEAT_SECONDS:g} s comes a comment",
         f"is lost, and not back after {upstream.GRACE_SECONDS:g} s",
         f"without a trade for {ccxt_stream.APART_SECONDS:g} s",
-        f"for {upstream.SILENT_PACES} times as long as is usual for it",
+        f"for {upstream.SILENT_PACES} times as long as its longest pause of late",
         f"but not before {least:g} s, and after {most:g} s at the latest",
         f"when nothing came in the first {upstream.FIRST_SECONDS:g} s",
         f"by REST, every {streams.POLL_SECONDS:g} s at the most, as long as less than half of",
@@ -330,7 +330,7 @@ def test_numbers_in_sentences_are_true() -> None:
     text = " ".join(TEXT.split())
     assert not [sentence for sentence in sentences if sentence not in text]
     assert bus.LEASE_SECONDS / 3 == 1
-    assert websocket.SEND_BUFFER_BYTES == websocket.BUFFER_BYTES
+    assert feeds.SEND_BUFFER_BYTES == websocket.BUFFER_BYTES
     assert server_events.RETRY == b"retry: 1000\n\n"
 
 

@@ -16,12 +16,21 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from src import streams, upstream, websocket
+from src.bus import Topic
 from src.sandbox import Sandbox
 from src.upstream import Upstream
 from tests.conftest import FakeClock, Live, StartGateway, eventually, sample
 
 BTC = "BTC/USDT"
 PATIENCE = 45.0  # for a message that is about to come
+
+
+class Moving(FakeClock):
+    """A clock that also moves a little whenever it is looked at, as real ones do."""
+
+    def monotonic(self) -> float:
+        self.elapsed += 1e-3
+        return super().monotonic()
 
 
 class Client:
@@ -502,6 +511,52 @@ async def test_who_left_the_choice_to_us_moves_on(
     await client.send(op="list", id=1)
     listed = await client.next(lambda message: message["type"] == "list")
     assert listed["streams"] == [{"channel": "ticker", "symbol": BTC, "exchange": None, "from": ["binance"]}]
+    await sandbox.set("bybit", push_ms=20)
+    watched = inside(live).topics[Topic("bybit", "ticker", BTC)]
+    async with time_passes(clock):
+        await eventually(lambda: watched.live)
+    client.got.clear()
+    await sandbox.set("binance", refuse=True)
+    async with time_passes(clock):
+        await client.take("snapshot", exchange="bybit")
+        await client.take("status", state="live", exchange="bybit")  # who stopped at its end goes on
+        await client.take("update", exchange="bybit")
+    assert [it["exchange"] for it in client.got if it["type"] == "status"] == ["binance", "bybit"]
+
+
+async def test_first_values_come_together(start: StartGateway, join: Join, sandbox: Sandbox) -> None:
+    """To subscribe to many tickers of an exchange costs one call, which a small budget allows."""
+    live = await start(kraken_budget="2/600")
+    client = await join(live)
+    symbols = [BTC, "ETH/USDT", "SOL/USDT", "XRP/USDT", "DOGE/USDT"]
+    await client.subscribe(*symbols, exchange="kraken")
+    first = [message["symbol"] for message in await client.take("snapshot", len(symbols))]
+    assert sorted(first) == sorted(symbols)
+    assert not [message for message in client.got if message["type"] == "status"]
+    assert sandbox.count("kraken", "/0/public/Ticker") == 1
+
+
+async def test_a_value_comes_once(start: StartGateway, join: Join, sandbox: Sandbox) -> None:
+    """What was pushed last is no news when it stands in for what cannot be had."""
+    clock = Moving()
+    live = await start(clock=clock, stale_seconds=600)
+    client = await join(live)
+    await sandbox.set("binance", push_ms=20)
+    await client.subscribe(exchange="binance")
+    await client.take("update", 3)
+    await sandbox.set("binance", freeze=True, status=500)
+    await is_quiet("binance")
+    clock.advance(30)
+    await client.take("status", state="stale")
+    client.got.clear()
+    for _ in range(3):
+        late = await join(live)
+        await late.subscribe(exchange="binance")
+        await late.take("snapshot")
+        await late.take("status", state="stale")
+    await client.send(op="ping", id=1)
+    await client.take("pong")
+    assert not [message for message in client.got if "seq" in message]
 
 
 async def test_a_symbol_that_is_left_while_others_are_asked_for_harms_nobody(
@@ -641,7 +696,7 @@ async def test_what_nobody_watches_is_no_trouble(
     await client.connection.close()
     await eventually(lambda: not inside(live).subscribers)
     clock.advance(11)
-    await eventually(lambda: tickers(live, "kraken").cause is None)
+    await eventually(lambda: tickers(live, "kraken").trouble is None)
     assert (await live.get("/health")).json()["parts"]["streams"]["status"] == "healthy"
 
 
@@ -998,8 +1053,8 @@ async def test_a_client_that_takes_nothing_is_closed(
     _, writer = await slow_client(live.url.removeprefix("http://"), "binance")
     await eventually(lambda: inside(live).slow)
     before = sample("stream_dropped_total", reason="slow_client")
-    clock.advance(websocket.SLOW_SECONDS + 1)
-    await eventually(lambda: not inside(live).subscribers)
+    async with time_passes(clock):  # until its buffers are full, and some time more
+        await eventually(lambda: not inside(live).subscribers)
     assert sample("stream_dropped_total", reason="slow_client") == before + 1
     await eventually(lambda: not live.server.server_state.connections)
     writer.close()

@@ -242,7 +242,7 @@ def service() -> Parts:
             {"{{transport}}": "sum by (transport) (virtuoso_stream_subscribers)"},
         ).stacking(STACKED),
         graph(
-            "Updates for clients", units.MessagesPerSecond, "Updates meant for clients, one for each who is told.",
+            "Updates for clients", units.MessagesPerSecond, "Snapshots and updates given to clients, each counted.",
             {"{{channel}}": "sum by (channel) (rate(virtuoso_stream_messages_sent_total[$__rate_interval]))"},
         ).stacking(STACKED),
         graph(
