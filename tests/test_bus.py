@@ -183,6 +183,37 @@ async def test_who_gave_its_lease_up_tries_on(
     await eventually(lambda: lease(redis))
 
 
+async def test_replicas_that_all_fail_do_not_take_turns(
+    start: StartGateway, join: Join, sandbox: Sandbox, redis: RedisServer, clock: FakeClock
+) -> None:
+    """While an exchange lets no replica in each tries with pauses that grow, and says once that the stream is stale."""
+    await sandbox.set("kraken", push_ms=50)
+    lives = [await start(redis_url=redis.url) for _ in range(2)]
+    clients = [await join(live) for live in lives]
+    for client in clients:
+        await client.subscribe(exchange="kraken")
+        await client.take("update", 3)
+    changes = {to: sample("stream_lease_changes_total", to=to) for to in ("taken", "lost")}
+    tried = sandbox.count("kraken", "/v2")
+    await sandbox.set("kraken", status=503, only="/v2", drop="cut")
+    async with time_passes(clock):
+        for client in clients:
+            await client.take("status", state="stale")
+        for _ in range(10):  # a minute and a half of the clock's, ten seconds of the leases'
+            for client in clients:
+                await client.send(op="ping", id="p")
+                await client.take("pong")
+            await asyncio.sleep(bus.LEASE_SECONDS / 3)
+    assert [[it["state"] for it in client.got if it["type"] == "status"] for client in clients] == [["stale"]] * 2
+    assert sandbox.count("kraken", "/v2") - tried <= 24
+    assert all(sample("stream_lease_changes_total", to=to) - before <= 2 for to, before in changes.items())
+    await sandbox.set("kraken", push_ms=50)
+    async with time_passes(clock):
+        for client in clients:
+            await client.take("status", state="live")
+    await eventually(lambda: sockets(sandbox)["kraken"] == 1)
+
+
 async def test_without_redis_each_watches_for_itself(
     start: StartGateway, join: Join, sandbox: Sandbox, own_redis: RedisServer, clock: FakeClock
 ) -> None:

@@ -7,7 +7,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -731,7 +731,141 @@ def test_an_outage_is_no_new_pace() -> None:
     assert watch.is_silent(3620 + 12)
 
 
+@pytest.mark.parametrize("pause", [6.5, 20.0, 60.0])
+def test_bursts_have_the_pace_of_their_pauses(pause: float) -> None:
+    """What comes several at once is not missed between, once a few pauses are known."""
+    watch, cuts = upstream.Watch(0.0), 0
+    watch.asked_at = 0.0
+    for burst in range(50):
+        now = burst * pause
+        cuts += watch.is_silent(now)
+        for number in range(20):
+            watch.came(now + number * 0.02)
+    assert cuts <= 6
+    assert watch.is_silent(now + 11 * pause)
+
+
+async def test_only_a_message_shows_that_a_stream_is_live(
+    start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A symbol that fell silent stays stale though more patience is had with it after each try in vain."""
+    live = await start()
+    client = await watched(live, join, sandbox, clock)
+    await sandbox.set("binance", push_ms=500, mute="ethusdt")
+    await client.subscribe("ETH/USDT", exchange="binance")
+    ether = inside(live).topics[Topic("binance", "ticker", "ETH/USDT")]
+    await eventually(lambda: ether.watch.asked_at)
+    await sandbox.set("binance", push_ms=500)
+    await eventually(lambda: ether.watch.messages)
+    await sandbox.set("binance", push_ms=20, mute="ethusdt")
+    await eventually(lambda: ether.live)
+    assert ether.watch.messages == 1, "its pace is not known yet"
+    clock.advance(4 * upstream.FIRST_SECONDS)  # more than it has after a try in vain
+    await client.take("status", state="stale", symbol="ETH/USDT")
+    monkeypatch.setattr(upstream, "FIRST_SECONDS", 500.0)
+    clock.advance(1)
+    await asyncio.sleep(3 * streams.TICK_SECONDS)
+    await client.send(op="ping", id="p")
+    await client.take("pong")
+    assert [it["state"] for it in client.got if it["type"] == "status" and it["symbol"] != BTC] == ["stale"]
+    await sandbox.set("binance", push_ms=20)
+    async with time_passes(clock):
+        await client.take("status", state="live", symbol="ETH/USDT")
+
+
+async def test_old_trades_are_no_news(start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock) -> None:
+    """Who subscribes to trades that are stale brings nothing to those who had them."""
+    live = await start()
+    await sandbox.set("kraken", push_ms=20)
+    one = await join(live)
+    await one.subscribe(channel="trades", exchange="kraken")
+    await one.take("snapshot")
+    await sandbox.set("kraken", freeze=True)
+    clock.advance(30)
+    await one.take("status", state="stale")
+    one.got.clear()
+    late = await join(live)
+    await late.subscribe(channel="trades", exchange="kraken")
+    await late.take("snapshot")
+    await late.take("status", state="stale")
+    await one.send(op="ping", id="p")
+    await one.take("pong")
+    assert not [message for message in one.got if "seq" in message]
+
+
+async def test_a_snapshot_says_when_it_was_sent(
+    start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """Who comes later is not told the age that a value had for somebody else."""
+    live = await start()
+    await watched(live, join, sandbox, clock, "kraken")
+    await sandbox.set("kraken", freeze=True)
+    await is_quiet("kraken")
+    for _ in range(2):
+        client, before = await join(live), time.time_ns() // 1_000_000
+        await client.subscribe(exchange="kraken")
+        (first,) = await client.take("snapshot")
+        assert first["sent_at"] >= before
+
+
+async def test_budgets_are_left_to_requests(
+    start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """What is stale is not asked for while more than half of an exchange's budget is used."""
+    live = await start(kraken_budget="10/600")
+    client = await watched(live, join, sandbox, clock, "kraken")
+    for number in range(1, 6):
+        await live.get(f"/orderbook/BTC-USDT?exchange=kraken&limit={number}")
+    assert live.gateway.manager.limiter.used_ratio("kraken") > streams.POLL_BUDGET_RATIO
+    await sandbox.set("kraken", freeze=True, rate_limit=-1)
+    await is_quiet("kraken")
+    clock.advance(10)
+    await client.take("status", state="stale")
+    asked = sandbox.count("kraken", "/0/public/Ticker")
+    for _ in range(4):
+        clock.advance(3)
+        await asyncio.sleep(0.6)  # a look at all of it
+    assert sandbox.count("kraken", "/0/public/Ticker") == asked
+    assert live.gateway.manager.is_available("kraken")
+
+
+async def test_what_was_given_is_counted(start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock) -> None:
+    """The counter of messages has what clients got, and the histogram how old it was."""
+    live = await start()
+    await sandbox.set("kraken", push_ms=20)
+    await live.get("/metrics")
+    before, ages = sample("stream_messages_sent_total", channel="ticker"), sample("stream_event_age_seconds_count")
+    clients = [await join(live) for _ in range(2)]
+    for client in clients:
+        await client.subscribe(channel="ticker", exchange="kraken")
+        await client.take("update", 3)
+    await sandbox.set("kraken", freeze=True)
+    await eventually(lambda: not inside(live).slow)
+    await asyncio.sleep(0.5)  # for what is under way
+    for client in clients:
+        await client.send(op="ping", id="p")
+        await client.take("pong")
+    await live.get("/metrics")
+    got = sum("seq" in message for client in clients for message in client.got)
+    assert sample("stream_messages_sent_total", channel="ticker") - before == got
+    assert 3 <= sample("stream_event_age_seconds_count") - ages <= got
+
+
 # What is bounded.
+
+
+async def test_hot_tickers_keep_to_the_bound(start: StartGateway, join: Join, clock: FakeClock) -> None:
+    """What is asked for often is not watched when subscribers have taken all streams there may be."""
+    live = await start(stream_max_topics=1)
+    client = await join(live)
+    await client.subscribe(exchange="kraken")
+    await client.take("snapshot")
+    for _ in range(3):
+        for _ in range(streams.HOT_REQUESTS):
+            await live.get("/ticker/ETH-USDT?exchange=binance")
+        await asyncio.sleep(0.6)  # a look at all of it
+        clock.advance(1)
+    assert [topic.symbol for topic in inside(live).topics] == [BTC]
 
 
 async def test_what_nobody_wants_is_watched_no_more(
@@ -1072,105 +1206,6 @@ async def frames(reader: asyncio.StreamReader, count: int) -> AsyncIterator[dict
             yield json.loads(body)
 
 
-# Server-sent events.
-
-
-async def events(lines: AsyncIterator[str], count: int) -> list[tuple[int, str, dict[str, Any]]]:
-    """Read so many events: id, type, data."""
-    found: list[tuple[int, str, dict[str, Any]]] = []
-    fields: dict[str, str] = {}
-    async for line in lines:
-        if line and not line.startswith(":"):
-            name, _, value = line.partition(": ")
-            fields[name] = value
-        elif not line and "data" in fields:
-            found.append((int(fields.get("id", -1)), fields["event"], json.loads(fields["data"])))
-            fields = {}
-            if len(found) == count:
-                break
-    return found
-
-
-async def test_a_stream_is_pushed_as_server_sent_events(start: StartGateway) -> None:
-    """GET /stream sends a snapshot, then updates, each with its number as id, and the data of /ws."""
-    live = await start()
-    async with live.client.stream("GET", f"{live.url}/stream/btc-usdt?exchange=kraken") as answer:
-        assert answer.status_code == 200
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        assert answer.headers["cache-control"] == "no-store"
-        got = await events(answer.aiter_lines(), 4)
-    assert [kind for _, kind, _ in got] == ["snapshot", "update", "update", "update"]
-    assert [number - got[0][0] for number, _, _ in got] == [0, 1, 2, 3]
-    assert all(data["seq"] == number and data["data"]["symbol"] == BTC for number, _, data in got)
-    await eventually(lambda: not inside(live).subscribers)
-
-
-async def test_who_leaves_before_the_first_event_is_forgotten(start: StartGateway) -> None:
-    """Of answers that never began nothing is left."""
-    live = await start()
-    host, port = live.url.removeprefix("http://").split(":")
-    for _ in range(40):
-        _, writer = await asyncio.open_connection(host, int(port))
-        writer.write(b"GET /stream/BTC-USDT?exchange=kraken HTTP/1.1\r\nHost: x\r\n\r\n")
-        await asyncio.sleep(random.choice((0, 0.001, 0.005)))
-        writer.transport.abort()
-        with suppress(OSError):
-            await writer.wait_closed()
-    await eventually(lambda: not live.server.server_state.connections)
-    await eventually(lambda: not inside(live).subscribers)
-    assert not any(it.is_wanted for it in inside(live).topics.values())
-
-
-async def test_who_has_the_newest_gets_no_snapshot(
-    start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock
-) -> None:
-    """With the id of the newest event as Last-Event-ID a client goes on after it; with another it gets a snapshot."""
-    live = await start()
-    client = await watched(live, join, sandbox, clock, "kraken")
-    await sandbox.set("kraken", freeze=True, push_ms=20)
-    await is_quiet("kraken")
-    newest = next(iter(inside(live).topics.values())).sequence
-    for seen, kind in ((newest, "update"), (newest - 1, "snapshot")):
-        headers = {"Last-Event-ID": str(seen)}
-        url = f"{live.url}/stream/BTC-USDT?exchange=kraken"
-        async with live.client.stream("GET", url, headers=headers) as answer:
-            await eventually(lambda: len(inside(live).subscribers) == 2)
-            await sandbox.set("kraken", push_ms=20)
-            ((number, got, _),) = await events(answer.aiter_lines(), 1)
-        assert got == kind
-        assert number > newest or kind == "snapshot"
-        await sandbox.set("kraken", freeze=True, push_ms=20)
-        await is_quiet("kraken")
-        newest = next(iter(inside(live).topics.values())).sequence
-    assert client.got
-
-
-@pytest.mark.parametrize(
-    ("path", "status", "code"),
-    [
-        ("/stream/FOO-BAR", 404, "unknown_symbol"), ("/stream/BTC-USDT?exchange=mtgox", 404, "unknown_exchange"),
-        ("/stream/BTC-USDT?channel=news", 422, "invalid_parameter"),
-        ("/stream/BTC-USDT?levels=0", 422, "invalid_parameter"),
-    ],
-)  # fmt: skip
-async def test_a_wrong_stream_is_a_problem(start: StartGateway, path: str, status: int, code: str) -> None:
-    """What cannot be streamed is answered as REST answers."""
-    live = await start()
-    answer = await live.get(path)
-    assert (answer.status_code, answer.json()["code"]) == (status, code)
-
-
-async def test_an_id_that_is_too_long_is_none_of_ours(start: StartGateway) -> None:
-    """Whatever a client sends as Last-Event-ID, it gets its stream."""
-    live = await start()
-    url = f"{live.url}/stream/BTC-USDT?exchange=kraken"
-    for seen in ("9" * 5000, "-1", "x", "1e9"):
-        async with live.client.stream("GET", url, headers={"Last-Event-ID": seen}) as answer:
-            assert answer.status_code == 200
-            ((_, kind, _),) = await events(answer.aiter_lines(), 1)
-            assert kind == "snapshot"
-
-
 async def test_streaming_can_be_switched_off(start: StartGateway) -> None:
     """Without STREAMING there is neither path, and no socket to an exchange."""
     live = await start(streaming=False)
@@ -1189,7 +1224,8 @@ async def test_stopping_is_said(start: StartGateway, join: Join) -> None:
     await client.subscribe(exchange="kraken")
     async with live.client.stream("GET", f"{live.url}/stream/BTC-USDT?exchange=kraken") as answer:
         lines = answer.aiter_lines()
-        await events(lines, 1)
+        await anext(lines)
+        await eventually(lambda: len(inside(live).subscribers) == 2)
         inside(live).goodbye()
         async for _ in lines:
             pass

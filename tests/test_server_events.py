@@ -1,0 +1,193 @@
+"""`GET /stream`: the same streams as server-sent events, read by plain HTTP, and clients that behave badly."""
+
+import asyncio
+import json
+import random
+import socket
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from src.sandbox import Sandbox
+from tests.conftest import FakeClock, StartGateway, eventually, sample
+from tests.test_streams import BTC, Join, inside, is_quiet, join, time_passes, watched
+
+__all__ = ["join"]  # a fixture
+
+
+async def events(lines: AsyncIterator[str], count: int) -> list[tuple[int, str, dict[str, Any]]]:
+    """Read so many events: id, type, data."""
+    found: list[tuple[int, str, dict[str, Any]]] = []
+    fields: dict[str, str] = {}
+    async for line in lines:
+        if line and not line.startswith(":"):
+            name, _, value = line.partition(": ")
+            fields[name] = value
+        elif not line and "data" in fields:
+            found.append((int(fields.get("id", -1)), fields["event"], json.loads(fields["data"])))
+            fields = {}
+            if len(found) == count:
+                break
+    return found
+
+
+async def test_a_stream_is_pushed_as_server_sent_events(start: StartGateway) -> None:
+    """GET /stream sends a snapshot, then updates, each with its number as id, and the data of /ws."""
+    live = await start()
+    async with live.client.stream("GET", f"{live.url}/stream/btc-usdt?exchange=kraken") as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["cache-control"] == "no-store"
+        got = await events(answer.aiter_lines(), 4)
+    assert [kind for _, kind, _ in got] == ["snapshot", "update", "update", "update"]
+    assert [number - got[0][0] for number, _, _ in got] == [0, 1, 2, 3]
+    assert all(data["seq"] == number and data["data"]["symbol"] == BTC for number, _, data in got)
+    await eventually(lambda: not inside(live).subscribers)
+
+
+async def test_who_leaves_before_the_first_event_is_forgotten(start: StartGateway) -> None:
+    """Of answers that never began nothing is left."""
+    live = await start()
+    host, port = live.url.removeprefix("http://").split(":")
+    for _ in range(40):
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET /stream/BTC-USDT?exchange=kraken HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.sleep(random.choice((0, 0.001, 0.005)))
+        writer.transport.abort()
+        with suppress(OSError):
+            await writer.wait_closed()
+    await eventually(lambda: not live.server.server_state.connections)
+    await eventually(lambda: not inside(live).subscribers)
+    assert not any(it.is_wanted for it in inside(live).topics.values())
+
+
+async def test_who_has_the_newest_gets_no_snapshot(
+    start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """With the id of the newest event as Last-Event-ID a client goes on after it; with another it gets a snapshot."""
+    live = await start()
+    client = await watched(live, join, sandbox, clock, "kraken")
+    await sandbox.set("kraken", freeze=True, push_ms=20)
+    await is_quiet("kraken")
+    newest = next(iter(inside(live).topics.values())).sequence
+    for seen, kind in ((newest, "update"), (newest - 1, "snapshot")):
+        headers = {"Last-Event-ID": str(seen)}
+        url = f"{live.url}/stream/BTC-USDT?exchange=kraken"
+        async with live.client.stream("GET", url, headers=headers) as answer:
+            await eventually(lambda: len(inside(live).subscribers) == 2)
+            await sandbox.set("kraken", push_ms=20)
+            ((number, got, _),) = await events(answer.aiter_lines(), 1)
+        assert got == kind
+        assert number > newest or kind == "snapshot"
+        await sandbox.set("kraken", freeze=True, push_ms=20)
+        await is_quiet("kraken")
+        newest = next(iter(inside(live).topics.values())).sequence
+    assert client.got
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        ("/stream/FOO-BAR", 404, "unknown_symbol"), ("/stream/BTC-USDT?exchange=mtgox", 404, "unknown_exchange"),
+        ("/stream/BTC-USDT?channel=news", 422, "invalid_parameter"),
+        ("/stream/BTC-USDT?levels=0", 422, "invalid_parameter"),
+    ],
+)  # fmt: skip
+async def test_a_wrong_stream_is_a_problem(start: StartGateway, path: str, status: int, code: str) -> None:
+    """What cannot be streamed is answered as REST answers."""
+    live = await start()
+    answer = await live.get(path)
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+
+
+async def test_an_id_that_is_too_long_is_none_of_ours(start: StartGateway) -> None:
+    """Whatever a client sends as Last-Event-ID, it gets its stream."""
+    live = await start()
+    url = f"{live.url}/stream/BTC-USDT?exchange=kraken"
+    for seen in ("9" * 5000, "-1", "x", "1e9"):
+        async with live.client.stream("GET", url, headers={"Last-Event-ID": seen}) as answer:
+            assert answer.status_code == 200
+            ((_, kind, _),) = await events(answer.aiter_lines(), 1)
+            assert kind == "snapshot"
+
+
+async def deaf(url: str) -> socket.socket:
+    """Ask for events and read none of them, with small buffers."""
+    own = socket.socket()
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    own.setblocking(False)
+    host, port = url.removeprefix("http://").split(":")
+    await asyncio.get_running_loop().sock_connect(own, (host, int(port)))
+    request = b"GET /stream/BTC-USDT?exchange=kraken HTTP/1.1\r\nHost: x\r\n\r\n"
+    await asyncio.get_running_loop().sock_sendall(own, request)
+    return own
+
+
+async def test_who_reads_nothing_is_let_go(start: StartGateway, sandbox: Sandbox, clock: FakeClock) -> None:
+    """After some time a client that takes no event is cut off, counted once, and leaves nothing behind."""
+    live = await start()
+    await sandbox.set("kraken", push_ms=2)
+    before = sample("stream_dropped_total", reason="slow_client")
+    with await deaf(live.url) as own:
+        await eventually(lambda: inside(live).slow)
+        async with time_passes(clock):
+            await eventually(lambda: not inside(live).subscribers)
+        await eventually(lambda: not live.server.server_state.connections)
+        await eventually(lambda: not live.server.server_state.tasks)
+        assert sample("stream_dropped_total", reason="slow_client") == before + 1
+        with suppress(ConnectionResetError):
+            while await asyncio.get_running_loop().sock_recv(own, 65536):
+                pass
+
+
+async def test_who_leaves_without_reading_is_forgotten(start: StartGateway, sandbox: Sandbox) -> None:
+    """A client that left while the server waited for it to read is no subscriber any more."""
+    live = await start()
+    await sandbox.set("kraken", push_ms=2)
+    for _ in range(3):
+        with await deaf(live.url):
+            await eventually(lambda: inside(live).slow)
+    await eventually(lambda: not inside(live).subscribers and not inside(live).slow)
+
+
+async def test_what_replaces_is_a_snapshot(start: StartGateway, sandbox: Sandbox) -> None:
+    """Who was too slow finds out by the kind of event: an update never skips a number."""
+    live = await start()
+    await sandbox.set("kraken", push_ms=2)
+    with await deaf(live.url) as own:
+        await eventually(lambda: inside(live).slow)
+        own.setblocking(False)
+
+        async def lines() -> AsyncIterator[str]:
+            rest = b""
+            while True:
+                rest += await asyncio.get_running_loop().sock_recv(own, 65536)
+                *whole, rest = rest.split(b"\n")
+                for line in whole:
+                    yield line.strip().decode()
+
+        got = [event for event in await events(lines(), 400) if event[0] >= 0]
+    numbers = [(kind, number) for number, kind, _ in got]
+    pairs = list(pairwise(numbers))
+    assert any(number > last + 1 for (_, last), (_, number) in pairs)
+    assert all(kind == "snapshot" or number == last + 1 for (_, last), (kind, number) in pairs)
+
+
+async def test_clients_are_bounded(start: StartGateway) -> None:
+    """However many come at once, no more than allowed are served; the others are told by a problem."""
+    live, most = await start(stream_max_clients=5), 5
+    host, port = live.url.removeprefix("http://").split(":")
+    made = [await asyncio.open_connection(host, int(port)) for _ in range(40)]
+    for _, writer in made:
+        writer.write(b"GET /stream/BTC-USDT?exchange=kraken HTTP/1.1\r\nHost: x\r\n\r\n")
+    heads = await asyncio.gather(*(reader.readuntil(b"\r\n") for reader, _ in made))
+    assert sum(b" 200 " in head for head in heads) == most
+    assert sum(b" 503 " in head for head in heads) == len(made) - most
+    assert len(inside(live).subscribers) == most
+    assert (await live.get("/stream/BTC-USDT")).json()["code"] == "too_many_streams"
+    for _, writer in made:
+        writer.transport.abort()
+    await eventually(lambda: not inside(live).subscribers)
