@@ -13,7 +13,7 @@ from typing import Any
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 
-URL = os.environ.get("GATEWAY", "ws://127.0.0.1:8000/ws").replace("http", "ws", 1)
+URL = os.environ.get("GATEWAY", "ws://127.0.0.1:8000/ws")
 HEADERS = {"X-API-Key": os.environ["API_KEY"]} if "API_KEY" in os.environ else {}
 SILENT_SECONDS = 35  # two heartbeats missed: the connection is dead, whatever TCP says
 

@@ -60,6 +60,7 @@ class MarketDataEvent:
     exchange_time: int | None
     receive_time: int
     data: bytes
+    steady: bool = True  # whether it shows that the topic is alive, not only a part of it
 
     @property
     def topic(self) -> Topic:
@@ -68,7 +69,15 @@ class MarketDataEvent:
 
     def dump(self) -> bytes:
         """Write it for other replicas: a line about it, then the data."""
-        head = [self.exchange, self.symbol, self.kind, self.sequence, self.exchange_time, self.receive_time]
+        head = [
+            self.exchange,
+            self.symbol,
+            self.kind,
+            self.sequence,
+            self.exchange_time,
+            self.receive_time,
+            self.steady,
+        ]
         return orjson.dumps(head) + b"\n" + self.data
 
     @classmethod
@@ -76,8 +85,9 @@ class MarketDataEvent:
         """Read what `dump` wrote; anything else is None."""
         head, _, data = raw.partition(b"\n") if isinstance(raw, bytes) else (b"", b"", b"")
         with suppress(ValueError, TypeError):
-            exchange, symbol, kind, sequence, exchange_time, receive_time = orjson.loads(head)
-            return cls(str(exchange), str(symbol), str(kind), int(sequence), exchange_time, int(receive_time), data)
+            *names, sequence, exchange_time, receive_time, steady = orjson.loads(head)
+            exchange, symbol, kind = map(str, names)
+            return cls(exchange, symbol, kind, int(sequence), exchange_time, int(receive_time), data, bool(steady))
         return None
 
 

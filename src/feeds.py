@@ -4,6 +4,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import orjson
@@ -101,7 +102,8 @@ def way_to(server: Any, buffer_bytes: int) -> asyncio.Transport:
         raise InternalError("the gateway does not know the sockets of this server")
     transport: asyncio.Transport = server.transport
     if (raw := transport.get_extra_info("socket")) is not None:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
+        with suppress(OSError):  # it may be closed already
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
     return transport
 
 

@@ -25,7 +25,7 @@ from src.feeds import CHANNELS, LEVELS, NAMES, Feed, Subscriber, Want, about, bo
 from src.gateway import ALL, Gateway, Served
 from src.http_client import open_socket_session
 from src.models import OrderBook, Ticker, Trades
-from src.upstream import LOOK_SECONDS, Upstream, Watch
+from src.upstream import GRACE_SECONDS, LOOK_SECONDS, Upstream, Watch
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class Streams:
         self._bus = Bus(gateway.store, self._hold, self._take, self._reaches)
         self._session: aiohttp.ClientSession
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._first: dict[str, tuple[list[str], asyncio.Task[dict[tuple[str, str], Served | GatewayError]]]] = {}
+        self._first: dict[Place, tuple[list[str], asyncio.Task[dict[tuple[str, str], Served | GatewayError]]]] = {}
         self._polling: set[Place] = set()
         self._polled_at = 0.0
         self._asked: dict[Key, tuple[float, int]] = {}  # since when, and how often it had been asked for by then
@@ -158,7 +158,7 @@ class Streams:
         if watched is not None and watched.live is not None:
             return watched.live
         upstream = self.upstreams.get(Place.of(topic))
-        return self._gateway.manager.is_available(topic.exchange) and (upstream is None or upstream.cause is None)
+        return self._gateway.manager.is_available(topic.exchange) and (upstream is None or upstream.trouble is None)
 
     def _has_room(self, topics: Sequence[Topic]) -> bool:
         """Whether these can be watched, too; topics nobody wants now are ended for them, the longest unused first."""
@@ -217,8 +217,8 @@ class Streams:
         """Bring a first value by REST, from the cache if it is there."""
         exchange, kind, symbol = watched.topic
         try:
-            if kind == "ticker":
-                served = await self._first_ticker(exchange, symbol)
+            if kind == "ticker" and not self._gateway.cache.has_fresh(Key(*watched.topic, "")):
+                served = await self._first_ticker(Place.of(watched.topic), symbol)
             else:
                 served = await self._gateway.serve(kind, symbol, exchange, None, _variant(kind))
         except GatewayError as error:
@@ -226,21 +226,21 @@ class Streams:
         self._refresh(watched, served.body, self.clock.monotonic() - served.age)
         return None
 
-    async def _first_ticker(self, exchange: str, symbol: str) -> Served:
-        """Ask for it together with all others of the exchange that are wanted at this moment."""
-        if exchange not in self._first:
+    async def _first_ticker(self, place: Place, symbol: str) -> Served:
+        """Ask for it together with all others of its place that are wanted at this moment."""
+        if place not in self._first:
             symbols: list[str] = []
-            self._first[exchange] = symbols, self._spawn(self._first_tickers(exchange, symbols))
-        symbols, asking = self._first[exchange]
+            self._first[place] = symbols, self._spawn(self._first_tickers(place, symbols))
+        symbols, asking = self._first[place]
         symbols.append(symbol)
         served = (await asyncio.shield(asking))[symbol, ""]
         if isinstance(served, GatewayError):
             raise served
         return served
 
-    async def _first_tickers(self, exchange: str, symbols: list[str]) -> dict[tuple[str, str], Served | GatewayError]:
-        del self._first[exchange]  # it began when all that were subscribed to by one message had come
-        return await self._gateway.tickers(symbols, exchange, None)
+    async def _first_tickers(self, place: Place, symbols: list[str]) -> dict[tuple[str, str], Served | GatewayError]:
+        del self._first[place]  # it began when all that were subscribed to by one message had come
+        return await self._gateway.tickers(symbols, place.exchange, None)
 
     def unsubscribe(self, subscriber: Subscriber, want: Want) -> bool:
         """Tell a subscriber no more; returns whether it was told at all."""
@@ -303,7 +303,7 @@ class Streams:
         else:
             self._upstream(topic).unwatch(topic.symbol)
 
-    def _hear(self, exchange: str, kind: str, symbol: str, raw: Any) -> bool:
+    def _hear(self, exchange: str, kind: str, symbol: str, raw: Any, steady: bool) -> bool:
         """Take what an exchange pushed; returns whether it was any good."""
         watched = self.topics.get(Topic(exchange, kind, symbol))
         metrics.stream_messages_received_total.labels(exchange, NAMES[kind]).inc()
@@ -317,7 +317,7 @@ class Streams:
         if kind == "trades":  # each counts: what came while it was not subscribed to is a hole
             watched.sequence += watched.times != watched.watch.times
             watched.times = watched.watch.times
-        event = self._event(watched, encode(data), data.timestamp, data.fetched_at)
+        event = self._event(watched, encode(data), data.timestamp, data.fetched_at, steady)
         self._bus.publish(event)
         self._deliver(watched, event, self.clock.monotonic(), keep=True)
         return True
@@ -330,7 +330,8 @@ class Streams:
             newest = 0 if watched.event is None else watched.event.receive_time
             if event.receive_time >= newest or event.kind == "trades":  # it may have waited, and REST have been faster
                 self._deliver(watched, event, born, keep=True)
-            watched.watch.came(now)
+            if event.steady:
+                watched.watch.came(now)
 
     def _refresh(self, watched: Watched, body: bytes, born: float) -> None:
         """Take what came by REST, if it is newer than what is there."""
@@ -341,9 +342,11 @@ class Streams:
             self._deliver(watched, event, born, keep=False)
 
     @staticmethod
-    def _event(watched: Watched, body: bytes, timestamp: int | None, fetched_at: int) -> MarketDataEvent:
+    def _event(
+        watched: Watched, body: bytes, timestamp: int | None, fetched_at: int, steady: bool = False
+    ) -> MarketDataEvent:
         exchange, kind, symbol = watched.topic
-        return MarketDataEvent(exchange, symbol, kind, watched.sequence + 1, timestamp, fetched_at, body)
+        return MarketDataEvent(exchange, symbol, kind, watched.sequence + 1, timestamp, fetched_at, body, steady)
 
     def _deliver(self, watched: Watched, event: MarketDataEvent, born: float, *, keep: bool) -> None:
         """Put an event before everybody who wants it, and `keep` it in the cache that REST answers from."""
@@ -402,7 +405,9 @@ class Streams:
     def _judge(self, watched: Watched, now: float) -> None:
         """Tell when a topic became stale, and when it is live again."""
         upstream = self.upstreams.get(Place.of(watched.topic)) if watched.held else None
-        live = not (upstream is not None and upstream.is_lost()) and not watched.watch.is_overdue(now)
+        is_new = now - watched.watch.since <= GRACE_SECONDS  # what was lost before it is no word about it
+        lost = upstream is not None and upstream.is_lost() and not is_new
+        live = not lost and not watched.watch.is_overdue(now)
         if live is watched.live or (live and watched.watch.messages == watched.messages):
             return  # that it is live again is shown by a message, by nothing else
         was, watched.live, watched.messages = watched.live, live, watched.watch.messages

@@ -64,10 +64,10 @@ class Watch:
         than expected may have been an outage: the pace doubles, and is found out again if it was not.
         """
         if self.last is not None:
-            gap, pace = now - self.last, self.pace
+            gap, pace, (least, most) = now - self.last, self.pace, SILENT_SECONDS
             if gap > self.patience:
-                gap = self.patience if pace is None else max(2 * pace, SILENT_SECONDS[0] / SILENT_PACES)
-            self.pace = gap if pace is None else max(gap, pace - PACE_DECAY * gap)
+                gap = self.patience if pace is None else 2 * max(pace, least / SILENT_PACES)
+            self.pace = min(gap if pace is None else max(gap, pace - PACE_DECAY * gap), most / SILENT_PACES)
         self.last, self.tries, self.messages = now, 0, self.messages + 1
 
     def is_silent(self, now: float) -> bool:
@@ -101,7 +101,7 @@ class Upstream:
         session: aiohttp.ClientSession,
         settings: Settings,
         clock: Clock,
-        hear: Callable[[str, str, str, Any], bool],
+        hear: Callable[[str, str, str, Any, bool], bool],
     ) -> None:
         self.exchange, self.kind = exchange, kind
         self.watched: dict[str, Watch] = {}
@@ -216,7 +216,7 @@ class Upstream:
     def heard(self, symbol: str, value: Any, *, steady: bool) -> None:
         """Take what came of one symbol; what is not `steady` is no sign that the rest of it still comes."""
         watch = self.watched.get(symbol)
-        if watch is None or watch.asked_at is None or not self._hear(self.exchange, self.kind, symbol, value):
+        if watch is None or watch.asked_at is None or not self._hear(self.exchange, self.kind, symbol, value, steady):
             return
         self._heard_at = now = self._clock.monotonic()
         if steady:

@@ -183,6 +183,29 @@ async def test_who_gave_its_lease_up_tries_on(
     await eventually(lambda: lease(redis))
 
 
+async def test_half_a_ticker_is_no_sign_of_life_elsewhere(
+    start: StartGateway, join: Join, sandbox: Sandbox, redis: RedisServer, clock: FakeClock
+) -> None:
+    """A replica that only listens learns from bid and ask that they come, as the one that watches does."""
+    topic = Topic("bybit", "ticker", BTC)
+    await sandbox.set("bybit", push_ms=50)
+    lives = [await start(redis_url=redis.url) for _ in range(2)]
+    clients = [await join(live) for live in lives]
+    for client in clients:
+        await client.subscribe(exchange="bybit")
+        await client.take("update", 3)
+    watches = [inside(live).topics[topic].watch for live in lives]
+    clock.advance(0.25)
+    await eventually(lambda: all(watch.last == clock.monotonic() for watch in watches))
+    await sandbox.set("bybit", push_ms=50, mute="orderbook.1.")
+    for client in clients:
+        await client.take("update", 10)
+    before = [watch.messages for watch in watches]
+    for client in clients:
+        await client.take("update", 10)
+    assert [watch.messages for watch in watches] == before
+
+
 async def test_replicas_that_all_fail_do_not_take_turns(
     start: StartGateway, join: Join, sandbox: Sandbox, redis: RedisServer, clock: FakeClock
 ) -> None:

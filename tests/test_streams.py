@@ -536,6 +536,42 @@ async def test_first_values_come_together(start: StartGateway, join: Join, sandb
     assert sandbox.count("kraken", "/0/public/Ticker") == 1
 
 
+async def test_first_values_do_not_wait_for_others(start: StartGateway, join: Join, sandbox: Sandbox) -> None:
+    """A market that hangs delays none of another type that was subscribed to by the same message."""
+    live = await start(market_types="spot,swap")
+    client = await join(live)
+    await sandbox.set("binance", hang=True, only="/fapi")
+    await client.subscribe("ETH/USDT", "SOL/USDT:USDT", exchange="binance")
+    await client.take("snapshot", symbol="ETH/USDT")
+    assert inside(live).topics[Topic("binance", "ticker", "SOL/USDT:USDT")].coming == 1
+    await sandbox.set("binance")
+
+
+async def test_what_was_lost_before_is_no_word_about_what_is_new(
+    start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """Who subscribes anew is not told at once of the trouble others had with an exchange: it has its time, too."""
+    live = await start(stream_idle_seconds=1)
+    client = await join(live)
+    await sandbox.set("kraken", status=503, only="/v2")
+    await client.subscribe(exchange="kraken")
+    async with time_passes(clock):
+        await client.take("status", state="stale")
+    await client.connection.close()
+    async with time_passes(clock):
+        await eventually(lambda: not inside(live).topics)
+    assert tickers(live, "kraken").cause
+    late = await join(live)
+    await late.subscribe(exchange="kraken")
+    await asyncio.sleep(3 * streams.TICK_SECONDS)
+    await late.send(op="ping", id="p")
+    await late.take("pong")
+    assert not [message for message in late.got if message["type"] == "status"]
+    await sandbox.set("kraken", push_ms=20)
+    async with time_passes(clock):
+        await late.next(lambda message: message.get("data", {}).get("source") == "stream")
+
+
 async def test_a_value_comes_once(start: StartGateway, join: Join, sandbox: Sandbox) -> None:
     """What was pushed last is no news when it stands in for what cannot be had."""
     clock = Moving()
@@ -717,6 +753,17 @@ def test_each_symbol_has_its_own_pace(gap: float, most: int) -> None:
     assert cuts <= most
     assert watch.is_silent(now + max(11 * gap, 6))
     assert not watch.is_silent(now + gap)
+
+
+def test_a_quiet_night_is_forgotten() -> None:
+    """What had come once in a while for a long time is missed soon when it comes often again."""
+    watch, now = upstream.Watch(0.0), 0.0
+    watch.asked_at = 0.0
+    for pause in (*[900.0] * 50, *[1.0] * 600):
+        now += pause
+        watch.came(now)
+    assert not watch.is_silent(now + 9)
+    assert watch.is_silent(now + 12)
 
 
 def test_an_outage_is_no_new_pace() -> None:
