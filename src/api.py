@@ -291,7 +291,7 @@ async def get_stream(
     topics = streams.find(want)
     last = request.headers.get("last-event-id", "")
     seen = int(last) if re.fullmatch(r"[0-9]{1,18}", last) and len(topics) == 1 else None
-    return EventStream(streams, request.scope["virtuoso.server"], want, topics, seen)
+    return EventStream(streams, request.scope.get("virtuoso.server"), want, topics, seen)
 
 
 async def get_markets(

@@ -69,15 +69,7 @@ class MarketDataEvent:
 
     def dump(self) -> bytes:
         """Write it for other replicas: a line about it, then the data."""
-        head = [
-            self.exchange,
-            self.symbol,
-            self.kind,
-            self.sequence,
-            self.exchange_time,
-            self.receive_time,
-            self.steady,
-        ]
+        head = [*self.topic, self.sequence, self.exchange_time, self.receive_time, self.steady]
         return orjson.dumps(head) + b"\n" + self.data
 
     @classmethod
@@ -86,7 +78,7 @@ class MarketDataEvent:
         head, _, data = raw.partition(b"\n") if isinstance(raw, bytes) else (b"", b"", b"")
         with suppress(ValueError, TypeError):
             *names, sequence, exchange_time, receive_time, steady = orjson.loads(head)
-            exchange, symbol, kind = map(str, names)
+            exchange, kind, symbol = map(str, names)
             return cls(exchange, symbol, kind, int(sequence), exchange_time, int(receive_time), data, bool(steady))
         return None
 

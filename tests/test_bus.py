@@ -23,7 +23,7 @@ from src.bus import MarketDataEvent, Topic
 from src.demo import free_port
 from src.entry import Key
 from src.sandbox import Sandbox
-from tests.conftest import FakeClock, RedisServer, StartGateway, eventually, sample
+from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, sample
 from tests.test_streams import BTC, Client, Join, inside, join, slow_client, sockets, time_passes
 
 __all__ = ["join"]  # a fixture
@@ -36,16 +36,24 @@ def lease(redis: RedisServer) -> bytes | None:
     return held
 
 
+async def both_watch(
+    start: StartGateway, join: Join, redis: RedisServer, exchange: str = "kraken", **settings: object
+) -> tuple[list[Live], list[Client]]:
+    """Two replicas, each with a client to whom bitcoin's ticker is pushed."""
+    lives = [await start(redis_url=redis.url, **settings) for _ in range(2)]
+    clients = [await join(live) for live in lives]
+    for client in clients:
+        await client.subscribe(exchange=exchange)
+        await client.take("update", 3)
+    return lives, clients
+
+
 async def test_one_of_two_replicas_watches(
     start: StartGateway, join: Join, sandbox: Sandbox, redis: RedisServer
 ) -> None:
     """Clients of both replicas get the same updates, and the exchange has one socket."""
     await sandbox.set("kraken", push_ms=50)
-    lives = [await start(redis_url=redis.url) for _ in range(2)]
-    clients = [await join(live) for live in lives]
-    for client in clients:
-        await client.subscribe(exchange="kraken")
-        await client.take("update", 3)
+    lives, clients = await both_watch(start, join, redis)
     for client in clients:
         await client.take("update", 10)
     got = [{it["seq"]: it["data"] for it in client.got if it["type"] == "update"} for client in clients]
@@ -189,11 +197,7 @@ async def test_half_a_ticker_is_no_sign_of_life_elsewhere(
     """A replica that only listens learns from bid and ask that they come, as the one that watches does."""
     topic = Topic("bybit", "ticker", BTC)
     await sandbox.set("bybit", push_ms=50)
-    lives = [await start(redis_url=redis.url) for _ in range(2)]
-    clients = [await join(live) for live in lives]
-    for client in clients:
-        await client.subscribe(exchange="bybit")
-        await client.take("update", 3)
+    lives, clients = await both_watch(start, join, redis, "bybit")
     watches = [inside(live).topics[topic].watch for live in lives]
     clock.advance(0.25)
     await eventually(lambda: all(watch.last == clock.monotonic() for watch in watches))
@@ -211,11 +215,7 @@ async def test_replicas_that_all_fail_do_not_take_turns(
 ) -> None:
     """While an exchange lets no replica in each tries with pauses that grow, and says once that the stream is stale."""
     await sandbox.set("kraken", push_ms=50)
-    lives = [await start(redis_url=redis.url) for _ in range(2)]
-    clients = [await join(live) for live in lives]
-    for client in clients:
-        await client.subscribe(exchange="kraken")
-        await client.take("update", 3)
+    _, clients = await both_watch(start, join, redis)
     changes = {to: sample("stream_lease_changes_total", to=to) for to in ("taken", "lost")}
     tried = sandbox.count("kraken", "/v2")
     await sandbox.set("kraken", status=503, only="/v2", drop="cut")
@@ -242,11 +242,7 @@ async def test_without_redis_each_watches_for_itself(
 ) -> None:
     """While Redis is away every replica has its own socket; when it is back, one of them gives its up."""
     await sandbox.set("kraken", push_ms=50)
-    lives = [await start(redis_url=own_redis.url, redis_timeout_seconds=0.5) for _ in range(2)]
-    clients = [await join(live) for live in lives]
-    for client in clients:
-        await client.subscribe(exchange="kraken")
-        await client.take("update", 2)
+    lives, clients = await both_watch(start, join, own_redis, redis_timeout_seconds=0.5)
     own_redis.kill()
     await eventually(lambda: all(inside(live).topics[TOPIC].held for live in lives))
     await eventually(lambda: sockets(sandbox)["kraken"] == 2)
@@ -295,11 +291,7 @@ async def test_junk_on_a_channel_is_nothing(
 ) -> None:
     """What is no event harms no listener."""
     await sandbox.set("kraken", push_ms=50)
-    lives = [await start(redis_url=redis.url) for _ in range(2)]
-    clients = [await join(live) for live in lives]
-    for client in clients:
-        await client.subscribe(exchange="kraken")
-        await client.take("update", 2)
+    lives, clients = await both_watch(start, join, redis)
     book = Topic("kraken", "orderbook", BTC)
     for client in clients:
         await client.subscribe(channel="book", exchange="kraken")

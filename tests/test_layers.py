@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Of code. The simulated exchanges, there for tests and the demo, are counted apart; 1,400 of the gateway are streams.
-MAX_LINES, MAX_SANDBOX_LINES = 5430, 900
+# Of code. The simulated exchanges, there for tests and the demo, are counted apart; 1,350 of the gateway are streams.
+MAX_LINES, MAX_SANDBOX_LINES = 5420, 900
 # A module may import those of lower levels, and neighbours as long as no circle comes of it. ARCHITECTURE.md holds the
 # same table for people.
 LEVELS = {
