@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from src.sandbox import Sandbox
-from tests.conftest import FakeClock, StartGateway, eventually, sample
+from tests.conftest import FakeClock, StartGateway, eventually, make_settings, sample, serve
 from tests.test_streams import BTC, Join, inside, is_quiet, join, time_passes, watched
 
 __all__ = ["join"]  # a fixture
@@ -191,3 +191,12 @@ async def test_clients_are_bounded(start: StartGateway) -> None:
     for _, writer in made:
         writer.transport.abort()
     await eventually(lambda: not inside(live).subscribers)
+
+
+async def test_an_unknown_server_is_told(sandbox: Sandbox, clock: FakeClock) -> None:
+    """Where nothing tells whose the connection is, slow clients could not be cut off: then there are no events."""
+    async with serve(make_settings(sandbox), clock, shortcut=False) as live:
+        await eventually(live.gateway.is_ready)
+        answer = await live.get("/stream/BTC-USDT")
+    assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
+    assert "does not know the sockets" in answer.json()["detail"]
