@@ -32,9 +32,7 @@ TOPICS = {
 }
 CHANNELS = {"ticker": "ticker", "orderbook": "book", "trades": "trade"}  # of kraken
 CLOSE_SECONDS = 1.0
-APART_SECONDS = (
-    600.0  # between the newest bid and ask and a ticker without them: a market may be so long without a trade
-)
+APART_SECONDS = 600.0  # that a ticker may be older than its bid and ask: so long may a market be without a trade
 TOP = ("bid", "bidVolume", "ask", "askVolume")
 
 
