@@ -1,4 +1,4 @@
-# `make` alone lists what there is. Everything is installed into .venv; only ci-deps and ops-test need root.
+# `make` alone lists what there is. Everything is installed into .venv; only ci-deps, ops-test and ui-test need root.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,8 @@ MINUTES ?= 10
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test ops-test format bench scale soak bench-stream stream-soak drill ci-deps clean
+.PHONY: help demo run test ops-test ui-test format bench scale soak bench-stream bench-page stream-soak drill
+.PHONY: screenshots ci-deps chromium clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,7 +27,9 @@ run: $(VENV)/.runtime ## Run it against the live exchanges, with the settings of
 # and named in the summary (RERUN). What is broken fails three times.
 PYTEST := $(BIN)/pytest --reruns 2 --reruns-delay 1 -r fERs
 
+# The tests of the page need packages of npm; where these cannot be had, all others run, and those say what they miss.
 test: $(VENV)/.dev ## Check formatting, lint and types, and run the tests but those of ops-test alone
+	@$(MAKE) --silent $(VENV)/.page >/dev/null 2>&1 || echo "npm ci --prefix tests/page did not work: its tests are skipped"
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -36,6 +39,10 @@ test: $(VENV)/.dev ## Check formatting, lint and types, and run the tests but th
 OPS_TESTS := alerts ci compose contract dashboards deploy edge secrets units
 ops-test: ci-deps $(VENV)/.dev ## Install what the tests of the deployment need (Debian, as root), and run them
 	VIRTUOSO_ALL_TOOLS=1 $(PYTEST) $(OPS_TESTS:%=tests/test_%.py)
+
+# The same for the page: its tests in a browser, those of its code, and eslint.
+ui-test: chromium $(VENV)/.dev $(VENV)/.page ## Install Chromium (Debian, as root), and run the tests of the page
+	VIRTUOSO_ALL_TOOLS=1 $(PYTEST) tests/test_page.py tests/test_page_code.py
 
 format: $(VENV)/.dev ## Format the code and mend what can be mended
 	$(BIN)/ruff format .
@@ -53,19 +60,30 @@ soak: $(VENV)/.demo ## Watch the memory under a mixed load for MINUTES (10); wri
 bench-stream: $(VENV)/.demo ## Measure what is pushed beside a bare relay, in some six minutes; writes benchmarks/STREAM.md
 	@$(BIN)/python -m benchmarks.stream
 
+bench-page: $(VENV)/.dev ## Measure what the page costs a browser, for MINUTES (10) per load; writes benchmarks/PAGE.md
+	@$(BIN)/python -m benchmarks.page --minutes $(MINUTES)
+
 stream-soak: $(VENV)/.dev ## Let clients watch for five minutes while all that can fail does; no update may be lost
 	VIRTUOSO_SOAK_SECONDS=300 $(PYTEST) -s tests/test_stream_soak.py
 
 drill: $(VENV)/.dev ## Break every part of the deployment under load, and write docs/drills.md
 	@$(BIN)/python -m tests.drills
 
+screenshots: $(VENV)/.dev ## Take the pictures of the page in docs/images, from sandbox exchanges
+	@$(BIN)/python -m tests.screenshots
+
 # Debian starts some of them as services where its policy allows that; what is here needs only the programs.
-ci-deps: ## Install the optional system tools (Debian, as root) that benchmarks and tests use
+ci-deps: chromium ## Install the optional system tools (Debian, as root) that benchmarks and tests use
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends \
 		wrk nginx-light shellcheck systemd prometheus prometheus-alertmanager prometheus-redis-exporter openssl
 
+# Chrome does as well: where that is, as on Ubuntu, which has no such package, nothing is installed.
+chromium:
+	@command -v chromium || command -v google-chrome || command -v chromium-browser \
+		|| (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium)
+
 clean: ## Remove what was installed and cached
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) tests/page/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "virtuoso needs Python 3.11 or newer")'
@@ -83,3 +101,8 @@ $(VENV)/.demo: requirements-dev.txt $(VENV)/.runtime
 $(VENV)/.dev: requirements-dev.txt requirements.txt | $(BIN)/python
 	$(PIP) -r requirements-dev.txt
 	@touch $@ $(VENV)/.runtime $(VENV)/.demo
+
+# Nothing of them is run on installing; what cannot be fetched is not waited for long.
+$(VENV)/.page: tests/page/package-lock.json | $(BIN)/python
+	npm ci --prefix tests/page --silent --no-audit --no-fund --ignore-scripts --fetch-retries=1 --fetch-timeout=60000
+	@touch $@

@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 EXCHANGES = ("bybit", "binance", "kraken")
 MARKET_TYPES = ("spot", "swap")
+_SYMBOL = re.compile(r"(?=.{3,40}$)[\w.$]{1,24}/[\w.$]{1,24}(:[\w.$]{1,24})?")  # who lists it is not known here
 # Documented per egress address, in request weight per seconds. Kraken documents none; about one call a second is
 # what callers measure, and the small burst lets a cold batch through without changing that mean.
 DEFAULT_BUDGETS = {"bybit": "600/5", "binance": "6000/60", "kraken": "5/5"}
@@ -220,13 +221,21 @@ class Settings(BaseModel):
     cors_origins: Names = Field((), description="Origins browsers may call from.")
     docs_enabled: bool = Field(True, description="Whether `/docs` and `/openapi.json` are served.")
     metrics_enabled: bool = Field(True, description="Whether `/metrics` is served.")
+    dashboard_symbols: Names = Field(
+        ("BTC/USDT", "ETH/USDT", "SOL/USDT", "XRP/USDT", "DOGE/USDT", "ADA/USDT", "LINK/USDT", "LTC/USDT"),
+        description="Symbols the page shows until its viewer chooses others.",
+    )
+    dashboard_outlier_ratio: float = Field(
+        0.01, gt=0, le=1, description="Share a price may differ by from other exchanges' before the page marks it."
+    )
+    grafana_url: Url = Field("", description="Where Grafana is, for the links of the page.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged.")
     log_format: Literal["text", "json"] = Field("text", description="Shape of a log line.")
     gateway_url: Url = Field("http://127.0.0.1:8000", description="Where `maintenance.py` finds the gateway.")
 
     @model_validator(mode="after")
     def _check_names(self) -> "Settings":
-        """Hold the name lists against what exists."""
+        """Hold the name lists against what exists, and symbols against the form they have."""
         for name, values, allowed in (
             ("exchange_order", self.exchange_order, EXCHANGES),
             ("market_types", self.market_types, MARKET_TYPES),
@@ -234,6 +243,9 @@ class Settings(BaseModel):
             wrong = [value for value in values if value not in allowed]
             if wrong or len(set(values)) != len(values) or not values:
                 raise ValueError(f"{name}: is no list of distinct known names; allowed: {', '.join(allowed)}")
+        symbols = {symbol.upper().replace("-", "/", 1) for symbol in self.dashboard_symbols}
+        if not all(map(_SYMBOL.fullmatch, symbols)) or not 1 <= len(symbols) == len(self.dashboard_symbols) <= 100:
+            raise ValueError("dashboard_symbols: is no list of 1 to 100 distinct symbols; allowed: such as BTC-USDT")
         if not self.enabled_exchanges:
             raise ValueError("bybit_enabled: and all others are false; allowed: at least one that is true")
         return self

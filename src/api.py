@@ -25,6 +25,7 @@ from starlette.websockets import WebSocket
 from config import EXCHANGES, ConfigError, Settings, load_settings
 from src import errors, metrics, responses, status, websocket
 from src.clock import Clock, SystemClock
+from src.dashboard import Dashboard, Files
 from src.fast_path import FastPath
 from src.gate import Gate
 from src.gateway import Gateway
@@ -48,6 +49,7 @@ class State(TypedDict):
 
     gateway: Gateway
     streams: Streams | None
+    dashboard: Dashboard
 
 
 COMMON = (
@@ -62,6 +64,7 @@ UPSTREAM = (
 )  # fmt: skip
 STREAM = (
     errors.UnknownSymbol, errors.UnknownExchange, errors.InvalidParameter, errors.MarketsLoading, errors.TooManyStreams,
+    errors.TooManySubscriptions,
 )  # fmt: skip
 NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "The `If-None-Match` tag is still right."}}
 DATA = NOT_MODIFIED | responses.describe(*COMMON, *UPSTREAM)
@@ -85,6 +88,7 @@ MaxAge = Annotated[
 ]
 Timeframe = Literal["1m", "5m", "15m", "30m", "1h", "4h", "1d", "1w"]
 Since = Annotated[int | None, Query(ge=0, le=4102444800000, description="UTC milliseconds of the first candle.")]
+Streamed = Annotated[str, Path(description="One symbol, or several with commas.", examples=["BTC-USDT,ETH-USDT"])]
 Symbols = Annotated[
     str, Query(min_length=1, description=f"Up to {MAX_SYMBOLS} symbols, with commas.", examples=["BTC/USDT,ETH-USDT"])
 ]
@@ -112,11 +116,13 @@ def _create_app(settings: Settings, clock: Clock, gate: Gate) -> FastAPI:
             if streams is not None:
                 endless.append(streams.run())
                 stack.callback(_before_stop(streams.goodbye))
+            dashboard = Dashboard(gateway, streams)
+            endless.append(dashboard.recent.run())
             for work in endless:
                 task = asyncio.create_task(work)
                 task.add_done_callback(_report)
                 stack.push_async_callback(_end, task)
-            yield {"gateway": gateway, "streams": streams}
+            yield {"gateway": gateway, "streams": streams, "dashboard": dashboard}
 
     app = FastAPI(
         title="Virtuoso",
@@ -218,6 +224,12 @@ def _add_routes(app: FastAPI, settings: Settings, gate: Gate) -> None:
     get("/health/ready", get_ready, "status", OWN | {503: state | {"description": "No market list is loaded."}}, state)
     if settings.metrics_enabled:
         get("/metrics", get_metrics, "status", OWN)
+    document = ("generated_at", "symbols", "market", "exchanges", "health", "cache", "service", "recent_errors")
+    described = NOT_MODIFIED | responses.describe(*COMMON, errors.InvalidParameter)
+    get("/api/dashboard/data", get_dashboard_data, "status", described, responses.members(*document))
+    files = Files()
+    for path in ("/", "/mobile", "/static/{name}"):
+        app.add_api_route(path, files.send, include_in_schema=False, **plain)
     post("/admin/cache/clear", clear_cache, "cleared")
     post("/admin/breakers/reset", reset_breakers, "reset")
     post("/admin/maintenance/{task}", record_maintenance, "recorded")
@@ -235,11 +247,16 @@ async def get_tickers(
 
     The status is 200 even if some or all could not be had: `errors` holds a problem for each of those.
     """
-    wanted = list(dict.fromkeys(text.strip() for text in symbols.split(",") if text.strip()))
-    if not 1 <= len(wanted) <= MAX_SYMBOLS:
-        raise errors.InvalidParameter(f"symbols: {len(wanted)} were given, 1 to {MAX_SYMBOLS} are allowed")
     exchange = exchange and exchange.lower()
-    return responses.batch(request, await _gateway(request).tickers(wanted, exchange, max_age))
+    return responses.batch(request, await _gateway(request).tickers(_listed(symbols), exchange, max_age))
+
+
+def _listed(symbols: str, least: int = 1) -> list[str]:
+    """Split a comma list; raises `InvalidParameter` for too many symbols or too few."""
+    wanted = list(dict.fromkeys(text.strip() for text in symbols.split(",") if text.strip()))
+    if not least <= len(wanted) <= MAX_SYMBOLS:
+        raise errors.InvalidParameter(f"symbols: {len(wanted)} were given, {least} to {MAX_SYMBOLS} are allowed")
+    return wanted
 
 
 async def get_order_book(
@@ -280,18 +297,24 @@ async def get_trades(
 
 async def get_stream(
     request: Request,
-    symbol: Symbol,
+    symbol: Streamed,
     channel: Literal["ticker", "book", "trades"] = "ticker",
     exchange: Exchange = None,
     levels: Annotated[int, Query(ge=1, le=50, description="Levels on each side of a book.")] = 10,
 ) -> Response:
-    """Push what is new as server-sent events, beginning with a snapshot; `exchange=all` pushes every exchange's."""
+    """Push what is new of some symbols as server-sent events; `exchange=all` pushes every exchange's.
+
+    Of each there is a snapshot first, then updates.
+    """
     streams: Streams = request.state.streams
-    want = streams.want(channel, symbol, exchange or "", levels)
-    topics = streams.find(want)
+    wants = [streams.want(channel, text, exchange or "", levels) for text in _listed(symbol)]
+    wanted = {want: streams.find(want) for want in wants}
+    count, most = sum(len(topics) for topics in wanted.values()), streams.settings.stream_max_subscriptions
+    if count > most:
+        raise errors.TooManySubscriptions(f"{count} streams are more than STREAM_MAX_SUBSCRIPTIONS, which is {most}")
     last = request.headers.get("last-event-id", "")
-    seen = int(last) if re.fullmatch(r"[0-9]{1,18}", last) and len(topics) == 1 else None
-    return EventStream(streams, request.scope.get("virtuoso.server"), want, topics, seen)
+    seen = int(last) if re.fullmatch(r"[0-9]{1,18}", last) and count == 1 else None
+    return EventStream(streams, request.scope.get("virtuoso.server"), wanted, seen)
 
 
 async def get_markets(
@@ -312,6 +335,15 @@ async def get_markets(
 async def get_exchanges(request: Request) -> Response:
     """Tell of each exchange: breaker, budget, last success, market list. Asks nobody."""
     return responses.json(status.exchanges(_gateway(request), request.state.streams))
+
+
+async def get_dashboard_data(
+    request: Request,
+    symbols: Annotated[str | None, Query(description="As in `/tickers`, or empty; else `DASHBOARD_SYMBOLS`.")] = None,
+) -> Response:
+    """Give all that the page shows: every exchange's tickers, as `/tickers`, and how the gateway does."""
+    wanted = _gateway(request).settings.dashboard_symbols if symbols is None else _listed(symbols, least=0)
+    return responses.answer(request, await request.state.dashboard.data(wanted))
 
 
 async def get_health(request: Request) -> Response:

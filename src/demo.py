@@ -38,7 +38,7 @@ def main() -> int:
         if not wait_until_ready(f"{address}/health/ready", parts):
             print("the demo did not start; is one of its ports in use?", file=sys.stderr)
             return 1
-        print(f"\nVirtuoso answers on {address} (docs: {address}/docs). Try:\n\n  curl -i {address}/ticker/BTC/USDT\n")
+        print(f"\nVirtuoso answers on {address}: open it in a browser, or try\n\n  curl -i {address}/ticker/BTC/USDT\n")
         control = f"http://{options.host}:{options.sandbox_port}/control"
         print(f"Break an exchange and ask again:\n\n  curl -d '{{\"refuse\": true}}' {control}/bybit\n", flush=True)
         watch(parts)

@@ -5,6 +5,7 @@ Every way into the gateway comes through here, so all of them share one entry pe
 
 import asyncio
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -99,13 +100,14 @@ class Gateway:
         return await self.serve("trades", symbol, exchange, max_age, str(limit))
 
     async def tickers(
-        self, symbols: Sequence[str], exchange: str | None, max_age: float | None
+        self, symbols: Sequence[str], exchange: str | None, max_age: float | None, within: float = math.inf
     ) -> dict[tuple[str, str], Served | GatewayError]:
         """Answer with many tickers, each by (symbol, exchange or ""); misses of one exchange are one call.
 
         With the exchange `all` every enabled one answers for itself; else one answers for each symbol, as in `ticker`.
+        What is not there `within` seconds is a `DeadlineExceeded`, or an old value, and its load goes on.
         """
-        deadline = self.clock.monotonic() + self.settings.request_timeout
+        deadline = self.clock.monotonic() + min(self.settings.request_timeout, within)
         wanted, answers = self._places(symbols, exchange)
         attempts: dict[tuple[str, str], dict[Key, GatewayError]] = {place: {} for place in wanted}
         while self.clock.monotonic() < deadline:

@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 MAX_URL_BYTES = 8192  # a batch of 100 symbols of the longest kind is half of it
 MAX_HEADER_BYTES = 32768  # what nginx takes by default: four buffers of 8 KB
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
-OPEN_PATHS = ("/health", "/metrics", "/docs", "/openapi.json", "/admin")  # probes and browsers; /admin has its token
+OPEN_PATHS = (  # probes and browsers; /admin has its token, and the page asks for its data with a key
+    "/health", "/metrics", "/docs", "/openapi.json", "/admin", "/mobile", "/static/",
+)  # fmt: skip
 DOCUMENTS = frozenset({"/docs", "/openapi.json"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -90,28 +92,27 @@ def _refusal(scope: Scope, headers: Headers) -> GatewayError | None:
 
 
 class Access:
-    """Sends away whom the gate does not let in; health, metrics and docs are open, and /admin has its own token."""
+    """Sends away whom the gate does not let in; health, metrics, docs and the page's files are open."""
 
     def __init__(self, app: ASGIApp, gate: Gate) -> None:
         self.app = app
         self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._gate.open or scope["type"] != "http" or scope["path"].startswith(OPEN_PATHS):
+        path = scope.get("path", "/")  # a lifespan has none
+        if self._gate.open or scope["type"] != "http" or path == "/" or path.startswith(OPEN_PATHS):
             await self.app(scope, receive, send)
             return
         headers, gateway = Headers(scope=scope), scope["state"]["gateway"]
         forwarded = ",".join(headers.getlist("x-forwarded-for"))
         try:
             key = headers.get("x-api-key", "")
-            if not key and scope["path"].startswith("/stream/"):  # a browser's EventSource cannot send a header
+            if not key and path.startswith("/stream/"):  # a browser's EventSource cannot send a header
                 key = QueryParams(scope["query_string"]).get("token", "")
             limits = await self._gate.admit(scope, key, forwarded, gateway.store)
-        except Unauthorized as error:
-            await problem(error)(scope, receive, send)
-            return
-        except TooManyRequests as error:
-            await problem(error, self._gate.refused(error.retry_after or 0))(scope, receive, send)
+        except (Unauthorized, TooManyRequests) as error:
+            told = self._gate.refused(error.retry_after or 0) if isinstance(error, TooManyRequests) else None
+            await problem(error, told)(scope, receive, send)
             return
 
         async def limited(message: Message) -> None:

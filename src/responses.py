@@ -1,7 +1,7 @@
 """How answers and errors become HTTP: freshness headers, conditional requests, problem documents, their description."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -87,8 +87,7 @@ def _cache_status(result: str, left: int) -> Field:
 def batch(request: Request, answers: Mapping[Place, Served | GatewayError]) -> Response:
     """Send many tickers and the problems of those that could not be had; as old as the oldest of them."""
     served = [value for value in answers.values() if isinstance(value, Served)]
-    errors = {place: orjson.dumps(v.problem()) for place, v in answers.items() if isinstance(v, GatewayError)}
-    body = joined({place: value.body for place, value in answers.items() if isinstance(value, Served)}, errors)
+    body = batch_body(answers)
     if len(served) < len(answers) or not served:
         return Response(body, headers={"Cache-Control": "no-store"}, media_type="application/json")
     if all(one.keys for one in served):
@@ -97,6 +96,12 @@ def batch(request: Request, answers: Mapping[Place, Served | GatewayError]) -> R
     worst = min(served, key=lambda one: (one.result.startswith("hit"), one.ttl))
     oldest, left = max(one.age for one in served), min(one.ttl for one in served)
     return _send(request, Served(body, None, oldest, left, worst.result))
+
+
+def batch_body(answers: Mapping[Place, Served | GatewayError]) -> bytes:
+    """Make the body of a batch of tickers and problems."""
+    errors = {place: orjson.dumps(v.problem()) for place, v in answers.items() if isinstance(v, GatewayError)}
+    return joined({place: v.body for place, v in answers.items() if isinstance(v, Served)}, errors)
 
 
 def joined(tickers: Mapping[Place, bytes], errors: Mapping[Place, bytes] | None = None) -> bytes:
@@ -154,20 +159,13 @@ _SCHEMA: dict[str, Any] = {
 
 def _object(members: Mapping[Place, bytes]) -> bytes:
     """Join ready bytes to a JSON object; members with an exchange are grouped by symbol."""
-    grouped: dict[str, dict[str, bytes] | bytes] = {}
+    grouped: dict[str, dict[str, bytes]] = {}
     for (symbol, exchange), body in members.items():
-        if exchange:
-            group = grouped.setdefault(symbol, {})
-            if isinstance(group, dict):
-                group[exchange] = body
-        else:
-            grouped[symbol] = body
-    return _braces(
-        [(name, value if isinstance(value, bytes) else _braces(list(value.items()))) for name, value in grouped.items()]
-    )
+        grouped.setdefault(symbol, {})[exchange] = body
+    return _braces([(symbol, group.get("") or _braces(group.items())) for symbol, group in grouped.items()])
 
 
-def _braces(members: Sequence[tuple[str, bytes]]) -> bytes:
+def _braces(members: Iterable[tuple[str, bytes]]) -> bytes:
     return b"{%b}" % b",".join(orjson.dumps(name) + b":" + body for name, body in members)
 
 

@@ -1,8 +1,8 @@
-"""`GET /stream/{symbol}`: one stream as server-sent events (WHATWG HTML, section 9.2), for curl and EventSource."""
+"""`GET /stream/{symbol}`: streams as server-sent events (WHATWG HTML, section 9.2), for curl and EventSource."""
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -50,9 +50,9 @@ class Events(Subscriber):
         self._wake.set()
 
     def beat(self, message: bytes) -> None:
-        """Send a comment, so that whatever lies between does not close what is quiet."""
+        """Send it as an event, which a page sees, unlike a comment: what is quiet can be told from what is dead."""
         if not self._notes:
-            self._notes.append(b": heartbeat\n\n")
+            self._notes.append(b"event: heartbeat\ndata: %b\n\n" % message)
             self._wake.set()
 
     def catch_up(self) -> bool:
@@ -88,8 +88,8 @@ class Events(Subscriber):
 class EventStream(StreamingResponse):
     """The answer: it subscribes when it begins, or is refused as any other, and leaves however it ends."""
 
-    def __init__(self, streams: Streams, server: Any, want: Want, topics: Sequence[Topic], seen: int | None) -> None:
-        self._streams, self._wanted = streams, (want, topics, seen)
+    def __init__(self, streams: Streams, server: Any, wanted: Mapping[Want, Sequence[Topic]], seen: int | None) -> None:
+        self._streams, self._wanted, self._seen = streams, wanted, seen
         self._events = Events(streams, way_to(server, SEND_BUFFER_BYTES))
         super().__init__(self._events.run(), headers={"Cache-Control": "no-store"}, media_type="text/event-stream")
 
@@ -97,7 +97,8 @@ class EventStream(StreamingResponse):
         """Send events until the client leaves or the gateway stops; raises `TooManyStreams` before the first."""
         try:
             self._streams.join(self._events)
-            self._streams.subscribe(self._events, *self._wanted)
+            for want, topics in self._wanted.items():
+                self._streams.subscribe(self._events, want, topics, self._seen)
             await super().__call__(scope, receive, send)
         finally:
             self._streams.leave(self._events)

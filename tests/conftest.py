@@ -203,14 +203,18 @@ async def start(sandbox: Sandbox, clock: FakeClock) -> AsyncIterator[StartGatewa
 
 
 @asynccontextmanager
-async def serve(settings: Settings, clock: Any, *, shortcut: bool = True) -> AsyncIterator[Live]:
-    """Run the app under a real uvicorn in this event loop; without `shortcut` nothing stands before the app."""
+async def serve(settings: Settings, clock: Any, *, shortcut: bool = True, port: int = 0) -> AsyncIterator[Live]:
+    """Run the app under a real uvicorn in this event loop; without `shortcut` nothing stands before the app.
+
+    A `port` is for one that takes the place of another that has stopped.
+    """
     front = create_app(settings, clock)
     config = uvicorn.Config(front if shortcut else front.app, log_config=None, lifespan="on", timeout_keep_alive=75)
     server = uvicorn.Server(config)
     # With its protocol named: asyncio sets TCP_NODELAY on such only, and without it each answer takes 40 ms.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.bind(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
     task = asyncio.create_task(server.serve([listener]))
     await eventually(lambda: server.started or task.done())
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

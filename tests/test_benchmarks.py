@@ -1,5 +1,6 @@
 """The benchmarks' own parts: reading wrk, statistics, verdicts, the Zipf mix, the plots; and one pair for real."""
 
+import argparse
 import asyncio
 import json
 import re
@@ -13,10 +14,11 @@ from xml.etree import ElementTree
 import pytest
 import uvloop
 
-from benchmarks import bench, scale, soak, stalls, stream, watchers
+from benchmarks import bench, page, scale, soak, stalls, stream, watchers
 from benchmarks.figures import COLUMNS, Figure, chart, interleave, number, percentile, ratios, slope, table
 from benchmarks.load import Answer, Connection, Report, at_rate, drive, expect, one_by_one, parse_wrk, zipf
 from benchmarks.servers import LONG, NGINX, PATH, Servers, nginx_same, warm
+from tests.browser import find_chromium, missing
 
 SVG = "{http://www.w3.org/2000/svg}"
 WRK_REPORT = """Running 2s test @ http://127.0.0.1:8000/ticker/BTC/USDT
@@ -242,6 +244,33 @@ def test_when_the_machine_stands_still_all_the_time_it_is_told(monkeypatch: pyte
         writer = stream.bare(servers, "writes", 101)
         with pytest.raises(RuntimeError, match="stands still"):
             stream.run(writer, stalls.Noted(str(tmp_path / "stalls")), 3, 0.1)
+
+
+@pytest.mark.slow
+def test_the_page_is_measured_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A browser shows what a gateway is pushed, and what it costs is found and told."""
+    if find_chromium() is None:
+        missing("chromium is not installed (Debian: chromium)")
+    monkeypatch.setattr(page, "SYMBOLS", page.SYMBOLS[:3])
+    monkeypatch.setattr(page, "OPENINGS", 1)
+    monkeypatch.setattr(page, "SETTLE_SECONDS", 1)
+    figures, behind = page.measure(page.LOADS["one"], 0.05)
+    found = {figure.name: figure.median for figure in (*figures, *behind)}
+    assert found["prices shown"] == 3
+    assert 0 < found["sent to it"] <= 3 * (20 + 1)
+    assert found["first picture, gateway at work"] > 0
+    heaps = found["JavaScript heap of an empty page"], found["JavaScript heap, at the end"]
+    assert 0 < heaps[0] < heaps[1] < found["memory of the page"]
+    assert found["processor time of the page"] <= found["processor time of all of Chromium"]
+    assert "| sent to it | updates/s |" in page.report({"one": (figures, behind)}, 0.05)
+
+
+def test_the_page_is_not_measured_without_end() -> None:
+    """Minutes are bounded."""
+    assert page.bounded("10") == 10
+    for text in ("0", "-1", "inf", "nan", "241"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            page.bounded(text)
 
 
 @pytest.mark.slow

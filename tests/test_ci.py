@@ -40,8 +40,9 @@ def test_it_runs_the_same_two_commands_on_every_python() -> None:
 
 
 def test_what_make_test_leaves_out_is_run_too() -> None:
-    """The tests of the deployment have a job of their own, which may install their tools."""
+    """The tests of the deployment have a job of their own, which may install their tools; so have those of the page."""
     assert runs("operations") == ['sudo env PATH="$PATH" make ops-test']
+    assert runs("page") == ['sudo env PATH="$PATH" make ui-test']
 
 
 def test_the_image_is_built_linted_and_run_as_it_will_be() -> None:

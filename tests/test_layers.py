@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Of code. The simulated exchanges, there for tests and the demo, are counted apart; 1,350 of the gateway are streams.
-MAX_LINES, MAX_SANDBOX_LINES = 5420, 900
+# Of code. The simulated exchanges, there for tests and the demo, are counted apart; 1,350 of the gateway are streams,
+# some 180 the server's half of the page. What runs in a browser has a bound of its own, in bytes: tests/test_dashboard.py.
+MAX_LINES, MAX_SANDBOX_LINES = 5598, 900
 # A module may import those of lower levels, and neighbours as long as no circle comes of it. ARCHITECTURE.md holds the
 # same table for people.
 LEVELS = {
@@ -32,6 +33,7 @@ LEVELS = {
     "src.redis_tier": 2,
     "src.memory": 2,
     "src.rate_limiter": 2,
+    "src.recent": 2,
     "src.cache": 3,
     "src.exchanges": 3,
     "src.market_loader": 3,
@@ -48,6 +50,7 @@ LEVELS = {
     "src.server_events": 6,
     "src.websocket": 6,
     "src.fast_path": 6,
+    "src.dashboard": 6,
     "src.api": 7,
     "maintenance": 7,
     "src.demo": 7,

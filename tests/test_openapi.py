@@ -89,7 +89,7 @@ def test_every_error_is_in_the_document_with_an_example() -> None:
                     assert example["value"]["status"] == int(status)
                     assert example["value"]["code"] == code
                     codes.add(code)
-    only_on_sockets = {"too_many_subscriptions", "origin_refused"}
+    only_on_sockets = {"origin_refused"}
     assert codes == {error.code for error in walk(errors.GatewayError)} - {"unavailable"} - only_on_sockets
 
 

@@ -48,6 +48,67 @@ async def test_a_stream_is_pushed_as_server_sent_events(start: StartGateway) -> 
     await eventually(lambda: not inside(live).subscribers)
 
 
+async def test_there_is_a_heartbeat(start: StartGateway, sandbox: Sandbox) -> None:
+    """While nothing is pushed an event says that the gateway is there: a page cannot see comments."""
+    live = await start()
+    await sandbox.set("kraken", freeze=True)
+    async with asyncio.timeout(60), live.client.stream("GET", f"{live.url}/stream/{BTC}?exchange=kraken") as answer:
+        lines = answer.aiter_lines()
+        assert [kind for _, kind, _ in await events(lines, 1)] == ["snapshot"]
+        await inside(live)._beat()
+        ((number, kind, data),) = await events(lines, 1)
+    assert (number, kind, sorted(data)) == (-1, "heartbeat", ["sent_at", "type"])
+
+
+async def test_several_symbols_share_one_answer(start: StartGateway) -> None:
+    """With commas each symbol is pushed, of every exchange with `all`, once however often and however it is written."""
+    live = await start()
+    url = f"{live.url}/stream/BTC-USDT,eth/usdt,btc-usdt,?exchange=all"
+    async with live.client.stream("GET", url, headers={"Last-Event-ID": "1"}) as answer:
+        assert answer.status_code == 200
+        got = await events(answer.aiter_lines(), 30)
+        (client,) = inside(live).subscribers
+        assert len(client.wants) == 2
+    first = {(data["symbol"], data["exchange"]): kind for _, kind, data in reversed(got)}
+    assert first == {(symbol, name): "snapshot" for symbol in (BTC, "ETH/USDT") for name in live.gateway.manager.names}
+    await eventually(lambda: not inside(live).subscribers)
+
+
+@pytest.mark.parametrize(("path", "count"), [("BTC-USDT,ETH-USDT?exchange=kraken", 2), ("BTC-USDT?exchange=all", 3)])
+async def test_an_id_counts_for_one_stream_only(start: StartGateway, sandbox: Sandbox, path: str, count: int) -> None:
+    """With several streams nobody can tell whose Last-Event-ID it is: each begins with a snapshot."""
+    live = await start()
+    for name in sandbox.urls:
+        await sandbox.set(name, freeze=True)
+    async with asyncio.timeout(60), live.client.stream("GET", f"{live.url}/stream/{path}") as answer:
+        numbers = {number for number, _, _ in await events(answer.aiter_lines(), count)}
+        for number in numbers:
+            headers = {"Last-Event-ID": str(number)}
+            async with live.client.stream("GET", f"{live.url}/stream/{path}", headers=headers) as again:
+                got = await events(again.aiter_lines(), count)
+            assert {(number, kind) for number, kind, _ in got} == {(number, "snapshot") for number in numbers}
+
+
+async def test_the_streams_of_an_answer_are_bounded(start: StartGateway) -> None:
+    """More than STREAM_MAX_SUBSCRIPTIONS, each exchange counted, or a hundred symbols, are refused before any event."""
+    live, fewer = await start(stream_max_subscriptions=3, stream_max_topics=2), "BTC-USDT,ETH-USDT"
+    for path, status, code in (
+        ("BTC-USDT,ETH-USDT,SOL-USDT,XRP-USDT?exchange=kraken", 429, "too_many_subscriptions"),
+        (f"{fewer}?exchange=all", 429, "too_many_subscriptions"),
+        (",".join(f"X{number}-USDT" for number in range(101)), 422, "invalid_parameter"),
+        (",", 422, "invalid_parameter"),
+        (f"{fewer},FOO-BAR", 404, "unknown_symbol"),
+        (f"{fewer},*", 400, "malformed_request"),
+        (f"{fewer},SOL-USDT?exchange=kraken", 503, "too_many_streams"),
+    ):
+        answer = await live.get(f"/stream/{path}")
+        assert (answer.status_code, answer.json()["code"]) == (status, code), path
+        assert not inside(live).subscribers
+    await eventually(lambda: not any(it.is_wanted for it in inside(live).topics.values()))
+    async with live.client.stream("GET", f"{live.url}/stream/{fewer}?exchange=kraken") as answer:
+        assert len(await events(answer.aiter_lines(), 2)) == 2
+
+
 async def test_who_leaves_before_the_first_event_is_forgotten(start: StartGateway) -> None:
     """Of answers that never began nothing is left."""
     live = await start()

@@ -178,7 +178,8 @@ def test_document_is_whole() -> None:
     ways = {way: {it["$ref"].rpartition("/")[2] for it in operations[way]["messages"]} for way in operations}
     answers = {it["$ref"].rpartition("/")[2] for it in operations["ask"]["reply"]["messages"]}
     assert ways["ask"] | ways["push"] | answers == set(MESSAGES)
-    assert set(DOCUMENT["channels"]["events"]["messages"]) == ways["pushEvents"] == {"snapshot", "update", "status"}
+    events = {"snapshot", "update", "status", "heartbeat"}
+    assert set(DOCUMENT["channels"]["events"]["messages"]) == ways["pushEvents"] == events
 
 
 @pytest.mark.parametrize("name", MESSAGES)
@@ -305,7 +306,7 @@ def test_numbers_in_sentences_are_true() -> None:
     assert streams.HOT_SECONDS == 60
     sentences = [
         f"every {streams.HEARTBEAT_SECONDS:g} s, unless you are too slow",
-        f"Every {streams.HEARTBEAT_SECONDS:g} s comes a comment",
+        f"or, every {streams.HEARTBEAT_SECONDS:g} s, `heartbeat`",
         f"is lost, and not back after {upstream.GRACE_SECONDS:g} s",
         f"without a trade for {ccxt_stream.APART_SECONDS:g} s",
         f"for {upstream.SILENT_PACES} times as long as its longest pause of late",

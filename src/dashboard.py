@@ -1,0 +1,125 @@
+"""The page: its files, and the document they draw it from. Nothing is decided here; all of it is told elsewhere too."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+from cachetools import TTLCache
+from starlette.requests import Request
+from starlette.responses import Response
+
+from src import metrics, responses, status
+from src.entry import Entry, etag_of
+from src.errors import NotFound
+from src.feeds import TRANSPORTS
+from src.gateway import ALL, Gateway, Served
+from src.recent import Recent
+from src.streams import Streams
+
+FOLDER = Path(__file__).with_name("static")
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+HEADERS = {
+    "Cache-Control": "no-cache",  # asked about at every opening, so that a new page never meets an old script
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+}
+FIRST_SECONDS = 0.7  # for tickers: the page shows what is there within a second, whichever exchange hangs
+KEEP_SECONDS = 1.0  # any number of viewers costs what one does
+MAX_DOCUMENTS = 64  # lists of symbols; the document of a longest one has some 150 KB
+FIGURES_SECONDS, ERRORS_SECONDS = 60.0, 600.0
+
+
+class Files:
+    """What the page is made of, read once."""
+
+    def __init__(self) -> None:
+        self._bodies = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in TYPES}
+
+    async def send(self, request: Request) -> Response:
+        """Send the file a path names, or else the page; raises `NotFound`."""
+        name = request.path_params.get("name", "index.html")
+        if (body := self._bodies.get(name)) is None:
+            raise NotFound("the page has no such file")
+        headers = HEADERS | {"ETag": etag_of(body)}
+        if responses.matches(request.headers.getlist("if-none-match"), headers["ETag"]):
+            return Response(status_code=304, headers=headers)
+        return Response(body, headers=headers, media_type=TYPES[Path(name).suffix])
+
+
+class Dashboard:
+    """The document, and the samples that are taken for it; one object per process."""
+
+    def __init__(self, gateway: Gateway, streams: Streams | None) -> None:
+        self.recent = Recent(gateway.clock)
+        self._gateway, self._streams = gateway, streams
+        self._kept: TTLCache[tuple[str, ...], Entry]
+        self._kept = TTLCache(MAX_DOCUMENTS, KEEP_SECONDS, timer=gateway.clock.monotonic)
+
+    async def data(self, symbols: Sequence[str]) -> Served:
+        """Return the document with every exchange's tickers of these symbols; what could not be had is told in it."""
+        name, clock, result = tuple(symbols), self._gateway.clock, "hit_memory"
+        if (entry := self._kept.get(name)) is None:
+            result, tickers = "miss", await self._gateway.tickers(symbols, ALL, None, FIRST_SECONDS)
+            document = self._document() | {"market": orjson.Fragment(responses.batch_body(tickers))}
+            now = clock.monotonic()
+            entry = self._kept[name] = Entry.of(orjson.dumps(document), now, now, KEEP_SECONDS)
+        age = entry.age(clock.monotonic())
+        return Served(entry.body, entry.etag, age, entry.ttl - age, result)
+
+    def _document(self) -> dict[str, Any]:
+        gateway, settings = self._gateway, self._gateway.settings
+        return {
+            "generated_at": int(gateway.clock.time() * 1000),
+            "version": metrics.VERSION,
+            "symbols": [gateway.markets.canonical(symbol) for symbol in settings.dashboard_symbols],
+            "outlier_ratio": settings.dashboard_outlier_ratio,
+            "streaming": settings.streaming,
+            "grafana_url": settings.grafana_url,
+            "ticker_ttl_seconds": settings.ticker_ttl_seconds,
+            "exchanges": status.exchanges(gateway, self._streams),
+            "health": status.health(gateway, self._streams),
+            **self._figures(),
+            "recent_errors": self._errors(),
+        }
+
+    def _figures(self) -> dict[str, Any]:
+        gained = self.recent.gained(FIGURES_SECONDS)
+        total, seconds, asked = gained.total, gained.seconds, gained.total("cache_requests_total")
+        age, served = (total(f"cache_served_age_seconds_{part}", *metrics.DATA_ROUTES) for part in ("sum", "count"))
+        clients = [client.transport for client in self._streams.subscribers] if self._streams else []
+        cache = {
+            "requests": int(asked),
+            "memory_hit_ratio": _ratio(total("cache_requests_total", "hit_memory"), asked),
+            "redis_hit_ratio": _ratio(total("cache_requests_total", "hit_redis"), asked),
+            "stale_ratio": _ratio(total("cache_requests_total", "stale_error", "stale_revalidate"), asked),
+            "entries": len(self._gateway.cache),
+        }
+        service = {
+            "requests_per_second": _ratio(total("http_requests_total"), seconds),
+            "updates_per_second": _ratio(total("stream_messages_sent_total"), seconds),
+            "served_age_seconds": _ratio(age, served),
+            "in_flight": metrics.in_progress.count,
+            "subscribers": {transport: clients.count(transport) for transport in TRANSPORTS},
+        }
+        window = {"window_seconds": round(seconds, 3)}
+        return {"cache": window | cache, "service": window | service}
+
+    def _errors(self) -> dict[str, Any]:
+        counts, seconds = self.recent.gained(ERRORS_SECONDS)
+        exchanges: dict[str, dict[str, int]] = {name: {} for name in self._gateway.manager.names}
+        answers: dict[str, int] = {}
+        for (counter, first, *rest), count in counts.items():
+            if counter == "exchange_requests_total" and first in exchanges and rest != ["success"]:
+                exchanges[first][rest[0]] = int(count)
+            elif counter == "http_requests_total" and first >= "400":
+                answers[first] = int(count)
+        return {"window_seconds": round(seconds, 3), "answers": answers, "exchanges": exchanges}
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    """Divide, if there is anything to divide by."""
+    return round(part / whole, 4) if whole else None
