@@ -246,6 +246,8 @@ class Settings(BaseModel):
         symbols = {symbol.upper().replace("-", "/", 1) for symbol in self.dashboard_symbols}
         if not all(map(_SYMBOL.fullmatch, symbols)) or not 1 <= len(symbols) == len(self.dashboard_symbols) <= 100:
             raise ValueError("dashboard_symbols: is no list of 1 to 100 distinct symbols; allowed: such as BTC-USDT")
+        if self.grafana_url.startswith("ws"):
+            raise ValueError("grafana_url: is no URL of a page; allowed: http://..., https://...")
         if not self.enabled_exchanges:
             raise ValueError("bybit_enabled: and all others are false; allowed: at least one that is true")
         return self

@@ -224,7 +224,10 @@ def _add_routes(app: FastAPI, settings: Settings, gate: Gate) -> None:
     get("/health/ready", get_ready, "status", OWN | {503: state | {"description": "No market list is loaded."}}, state)
     if settings.metrics_enabled:
         get("/metrics", get_metrics, "status", OWN)
-    document = ("generated_at", "symbols", "market", "exchanges", "health", "cache", "service", "recent_errors")
+    document = (
+        "generated_at", "version", "symbols", "outlier_ratio", "streaming", "grafana_url", "ticker_ttl_seconds",
+        "market", "exchanges", "health", "cache", "service", "recent_errors",
+    )  # fmt: skip
     described = NOT_MODIFIED | responses.describe(*COMMON, errors.InvalidParameter)
     get("/api/dashboard/data", get_dashboard_data, "status", described, responses.members(*document))
     files = Files()

@@ -1,5 +1,6 @@
 """The page: its files, and the document they draw it from. Nothing is decided here; all of it is told elsewhere too."""
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ HEADERS = {
     "require-trusted-types-for 'script'; trusted-types 'none'",
 }
 FIRST_SECONDS = 0.7  # for tickers: the page shows what is there within a second, whichever exchange hangs
-KEEP_SECONDS = 1.0  # any number of viewers costs what one does
+KEEP_SECONDS = 1.0  # any number of viewers of one list costs what one does
 MAX_DOCUMENTS = 64  # lists of symbols; the document of a longest one has some 150 KB
 FIGURES_SECONDS, ERRORS_SECONDS = 60.0, 600.0
 
@@ -56,19 +57,24 @@ class Dashboard:
     def __init__(self, gateway: Gateway, streams: Streams | None) -> None:
         self.recent = Recent(gateway.clock)
         self._gateway, self._streams = gateway, streams
-        self._kept: TTLCache[tuple[str, ...], Entry]
+        self._kept: TTLCache[tuple[str, ...], asyncio.Task[Entry]]
         self._kept = TTLCache(MAX_DOCUMENTS, KEEP_SECONDS, timer=gateway.clock.monotonic)
 
     async def data(self, symbols: Sequence[str]) -> Served:
         """Return the document with every exchange's tickers of these symbols; what could not be had is told in it."""
-        name, clock, result = tuple(symbols), self._gateway.clock, "hit_memory"
-        if (entry := self._kept.get(name)) is None:
-            result, tickers = "miss", await self._gateway.tickers(symbols, ALL, None, FIRST_SECONDS)
-            document = self._document() | {"market": orjson.Fragment(responses.batch_body(tickers))}
-            now = clock.monotonic()
-            entry = self._kept[name] = Entry.of(orjson.dumps(document), now, now, KEEP_SECONDS)
-        age = entry.age(clock.monotonic())
+        name, result = tuple(symbols), "hit_memory"
+        if (making := self._kept.get(name)) is None:
+            result, making = "miss", asyncio.create_task(self._make(symbols))
+            self._kept[name] = making
+        entry = await asyncio.shield(making)  # who leaves takes it from nobody
+        age = entry.age(self._gateway.clock.monotonic())
         return Served(entry.body, entry.etag, age, entry.ttl - age, result)
+
+    async def _make(self, symbols: Sequence[str]) -> Entry:
+        tickers = await self._gateway.tickers(symbols, ALL, None, FIRST_SECONDS)
+        document = self._document() | {"market": orjson.Fragment(responses.batch_body(tickers))}
+        now = self._gateway.clock.monotonic()
+        return Entry.of(orjson.dumps(document), now, now, KEEP_SECONDS)
 
     def _document(self) -> dict[str, Any]:
         gateway, settings = self._gateway, self._gateway.settings

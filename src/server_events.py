@@ -75,8 +75,7 @@ class Events(Subscriber):
         while not self._ended:
             await self._wake.wait()
             self._wake.clear()
-            while self._pending:
-                feed = next(iter(self._pending))
+            for feed in list(self._pending):  # what is new by then has its turn after the notes
                 what = self._pending.pop(feed)
                 metrics.streamed[feed.channel] += 1
                 yield feed.text(what, _event)

@@ -137,6 +137,19 @@ async def test_the_page_passes_the_edge(start: StartGateway, edge: StartEdge) ->
 # The document.
 
 
+async def test_viewers_who_come_at_once_share_one_document(start: StartGateway, sandbox: Sandbox) -> None:
+    """While it is made nobody makes another, and one who leaves takes it from nobody."""
+    live = await start()
+    await sandbox.set("kraken", hang=True)
+    url = f"{live.url}{DATA}"
+    first = asyncio.create_task(live.client.get(url))
+    others = [asyncio.create_task(live.client.get(url)) for _ in range(5)]
+    answers = await asyncio.gather(first, *others)
+    ways = sorted(answer.headers["cache-status"].split(";")[1].strip() for answer in answers)
+    assert ways == ["fwd=miss", *["hit"] * 5]
+    assert len({answer.content for answer in answers}) == 1
+
+
 async def test_the_document_keeps_its_contract(start: StartGateway) -> None:
     """Every member the page reads is there and of its type; what is told elsewhere is what is told there."""
     live = await start()
@@ -350,6 +363,12 @@ def test_a_ratio_that_is_none_stops_the_start(value: str) -> None:
     """A share is more than nothing and no more than all."""
     with pytest.raises(ConfigError, match=r"^DASHBOARD_OUTLIER_RATIO='.*' is not accepted; allowed: a number above 0"):
         load_settings({"DASHBOARD_OUTLIER_RATIO": value}, NO_ENV_FILE)
+
+
+def test_grafana_is_a_page() -> None:
+    """What a browser cannot be sent to is refused, not left out without a word."""
+    with pytest.raises(ConfigError, match=r"^GRAFANA_URL is no URL of a page; allowed: http://"):
+        load_settings({"GRAFANA_URL": "wss://grafana.example"}, NO_ENV_FILE)
 
 
 def test_a_hundred_symbols_are_allowed() -> None:

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from src.bus import Topic
+from src.feeds import Feed
 from src.sandbox import Sandbox
+from src.server_events import RETRY, Events
 from tests.conftest import FakeClock, StartGateway, eventually, make_settings, sample, serve
 from tests.test_streams import BTC, Join, inside, is_quiet, join, time_passes, watched
 
@@ -261,3 +264,19 @@ async def test_an_unknown_server_is_told(sandbox: Sandbox, clock: FakeClock) -> 
         answer = await live.get("/stream/BTC-USDT")
     assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
     assert "does not know the sockets" in answer.json()["detail"]
+
+
+async def test_what_is_told_of_streams_has_its_turn_behind_busy_ones(start: StartGateway) -> None:
+    """A client that never catches up with prices learns all the same that one of them is stale."""
+    live = await start()
+    transport: Any = None  # it is asked for only when a client takes nothing
+    client, feed = Events(inside(live), transport), Feed(Topic("kraken", "ticker", BTC), 0)
+    told = client.run()
+    assert await anext(told) == RETRY
+    client.offer(feed, "update")
+    client.tell({"type": "status", "state": "stale"})
+    kinds = []
+    for _ in range(4):
+        kinds.append((await anext(told))[:13])
+        client.offer(feed, "update")  # the next is there before this one is taken
+    assert b"event: status" in kinds

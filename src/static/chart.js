@@ -1,4 +1,4 @@
-// Charts on a canvas: candles with volume, and the depth of an order book. What is drawn is also told in words beside it.
+// Charts on a canvas: candles with volume, and the depth of an order book.
 
 import { decimalsOf, price, time } from "./format.js";
 

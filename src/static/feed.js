@@ -1,5 +1,4 @@
 // How news are kept coming: over /ws; where that does not work as events; where that does not either, by asking.
-// Nothing here touches the page.
 
 import { LINKS, nameOf } from "./links.js";
 

@@ -1,4 +1,4 @@
-// Numbers, ages and times as people read them. Nothing here touches the page.
+// Numbers, ages and times as people read them.
 
 const SIGNIFICANT = 8; // digits of a price worth showing: what is behind them is an artefact of floating point
 const MOST_DECIMALS = 18; // more no price has; more no formatter takes for sure

@@ -1,4 +1,4 @@
-// The gateway view: how each exchange is, what the cache does, what went wrong, and what an operator has to do.
+// The gateway view: exchanges, cache, errors, and what an operator has to do.
 
 import { el, listing, mark, panel, write } from "./dom.js";
 import { countdown, duration, rate, share, time } from "./format.js";
@@ -30,10 +30,9 @@ function adviceOnBreaker(name, { state, cause }) {
 	const setting = name.toUpperCase();
 	const words = {
 		geo_blocked: `${name} refuses the gateway's location: set HTTPS_PROXY, or ${setting}_ENABLED=false.`,
-		banned: `${name} banned this address. Wait, the gateway does; then lower ${setting}_BUDGET, and look who else asks from here.`,
-		rate_limited: `${name} told us to slow down, and is left alone until then. If it comes back, lower ${setting}_BUDGET.`,
+		banned: `${name} banned this address: wait, then lower ${setting}_BUDGET, and look who else asks from here.`,
+		rate_limited: `${name} told us to slow down, and is left alone. If that comes again, lower ${setting}_BUDGET.`,
 		forced: `The breaker of ${name} was opened by hand, and stays so until POST /admin/breakers/reset.`,
-		bad_data: `${name} sends what cannot be true. Look at its status page; the gateway tries again by itself.`,
 	};
 	const text = `${name} fails: ${causeOf(cause)}. It is tried again by itself.`;
 	const next = `${name} failed: ${causeOf(cause)}. The next request for it tries it again.`;
@@ -47,8 +46,9 @@ function adviceOn(name, { breaker, markets, streams, budget_used_ratio: used }) 
 	if (markets.error || !markets.count) {
 		list.push([`The market list of ${name} is not loaded (${markets.error ?? "not yet"}). It is tried again by itself.`, "exchange-errors"]);
 	}
-	if (streams?.cause && !onBreaker) {
-		list.push([`${name} pushes nothing (${streams.cause}): prices come by REST, every 2 s at best.`, "virtuosostreamstale"]);
+	if (streams && (streams.cause || streams.stale > streams.watched / 2) && !onBreaker) {
+		const cause = streams.cause ?? `${streams.stale} of ${streams.watched} streams stale`;
+		list.push([`${name} pushes nothing (${cause}): prices come by REST, every 2 s at best.`, "virtuosostreamstale"]);
 	}
 	if (used >= BUDGET_TIGHT) {
 		list.push([`${share(used)} of ${name}'s budget is used: when it is spent, ${name} is not asked.`, "virtuosobudgetnearlyspent"]);
@@ -83,7 +83,7 @@ export function summary({ exchanges, health }) {
 function streamOf({ streams }) {
 	if (!streams) return "REST only: streaming is off";
 	if (streams.cause) return `REST: nothing is pushed (${streams.cause})`;
-	if (!streams.watched) return "REST: nothing is subscribed to";
+	if (!streams.watched) return "REST: this replica holds no stream";
 	const stale = streams.stale ? `, ${streams.stale} of them stale` : "";
 	return `stream, ${streams.watched} watched${stale}`;
 }

@@ -38,8 +38,8 @@ function changed(wants, added, gone) {
 }
 
 // A link is one way in use. It calls `opened` with its first news, `message` with each, and at its end `lost`, with the code of
-// the error that was told, if any, and the milliseconds to wait. Of wants it calls `asked` with those it subscribes to, `served`
-// with those that come, `unserved` with those without room, `refused` with one that cannot be. After `close` it calls nothing.
+// the error that was told and the milliseconds to wait; of wants `asked` with those it subscribes to, `served` with those that
+// come, `unserved` with those without room, `refused` with one that cannot be. After `close` it calls nothing.
 
 class SocketLink {
 	#socket;
@@ -132,7 +132,8 @@ class SocketLink {
 		const refused = wants.filter(problemOf);
 		const full = refused.filter((want) => isFull(problemOf(want)));
 		for (const want of refused) if (!full.includes(want)) this.#hooks.refused(want, problemOf(want));
-		const left = full.length ? [...full, ...this.#queue.splice(0).flat()] : [];
+		const isNoRoom = full.some((want) => problemOf(want).code.startsWith("too_many_"));
+		const left = isNoRoom ? [...full, ...this.#queue.splice(0).flat()] : full;
 		this.#left = changed(this.#left, left, []);
 		if (left.length) this.#hooks.unserved(left);
 		const served = wants.filter((want) => !refused.includes(want));

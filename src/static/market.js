@@ -24,7 +24,7 @@ export class Market {
 	#sort = document.querySelector("#sort");
 	#markets = null;
 	#sights;
-	#asked = new Map(); // symbol -> when its last day was asked for
+	#asked = new Map(); // symbol -> when its last day was asked for, and its curve once that is here
 	#drawing = false;
 
 	constructor(page) {
@@ -49,6 +49,7 @@ export class Market {
 			if (group.isSeen !== undefined) continue;
 			group.isSeen = true; // until it is known better
 			group.body.group = group;
+			group.draw(this.#asked.get(group.symbol)?.curve ?? []);
 			this.#sights.observe(group.body);
 		}
 		document.querySelector("#reset").hidden = this.#page.isDefault;
@@ -80,16 +81,19 @@ export class Market {
 	/** Draw the last day of symbols in sight, one after the other: each costs the gateway a call. */
 	async #draw() {
 		if (this.#drawing) return;
-		const isDue = ({ symbol, isSeen }) => isSeen && !(Date.now() - this.#asked.get(symbol) < DRAWN_AGAIN);
+		const isDue = ({ symbol, isSeen }) => isSeen && !(Date.now() < this.#asked.get(symbol)?.until);
 		const symbol = [...this.#table.groups.values()].find(isDue)?.symbol;
 		if (!symbol) return;
 		this.#drawing = true;
-		this.#asked.set(symbol, Date.now());
+		const asked = { until: Date.now() + DRAWN_AGAIN, curve: [] };
+		this.#asked.set(symbol, asked);
 		try {
 			const { candles } = await this.#page.ask(`/ohlcv/${pathOf(symbol)}?timeframe=1h&limit=24`);
-			if (candles.length > 1) this.#table.groups.get(symbol)?.draw([candles[0][1], ...candles.map((candle) => candle[4])]);
+			asked.curve = [candles[0][1], ...candles.map((candle) => candle[4])];
+			this.#table.groups.get(symbol)?.draw(asked.curve);
 		} catch (problem) {
-			await wait((problem.retry_after ?? PAUSE) * 1000);
+			asked.until = Date.now() + (problem.retry_after ?? 60) * 1000;
+			await wait(PAUSE * 1000);
 		}
 		this.#drawing = false;
 	}

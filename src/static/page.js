@@ -1,4 +1,4 @@
-// The page: which view is shown, what is watched, what the gateway says, and how that reaches the views.
+// The page: which view is shown, what is watched, and what the gateway says of itself.
 
 import { mark, write } from "./dom.js";
 import { Feed } from "./feed.js";
@@ -53,283 +53,291 @@ function readWatched() {
 	return symbols.length ? [...new Set(symbols)].slice(0, MOST_WATCHED) : null;
 }
 
-class Page {
-	quotes = new Quotes();
-	told = null; // what the gateway said last of itself
-	settings = { order: [], outlier_ratio: 1, ticker_ttl_seconds: 15 };
-	#own = readWatched();
-	#key = kept("sessionStorage", KEY);
-	#clock = new GatewayClock();
-	#state = { name: "connecting" };
-	#tick = 0;
-	#views = {};
-	#address = { view: "market" };
-	#timers = {};
-	#failures = 0;
-	#feed = new Feed(window, {
-		key: () => this.#key,
-		message: (message) => this.#take(message),
-		state: (state) => this.#enter(state),
-		refused: ({ channel, symbol, exchange }, problem) => channel === "ticker" && this.quotes.fail(symbol, exchange, problem),
-		asked: (wants) => this.quotes.asked(wants.filter(({ channel }) => channel === "ticker")),
-		poll: (wants) => this.#poll(wants),
-		reachable: () => this.#isReachable(),
-	});
+const quotes = new Quotes();
+const clock = new GatewayClock();
+const timers = {};
+let told = null; // what the gateway said last of itself
+let settings = { order: [], outlier_ratio: 1, ticker_ttl_seconds: 15 };
+let own = readWatched();
+let key = kept("sessionStorage", KEY);
+let state = { name: "connecting" };
+let address = { view: "market" };
+let [tick, failures] = [0, 0];
+let [heard, spoken] = ["", "All well"]; // of the gateway's state
+let runs = 0; // grows with each beginning and pause, so that what is late can tell
 
-	constructor() {
-		this.#views = { market: new Market(this), gateway: new GatewayView(this, place("gateway")), symbol: null };
-		addEventListener("hashchange", () => this.#go(true));
-		addEventListener("resize", () => this.#views.symbol?.redraw());
-		matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.#views.symbol?.redraw());
-		document.addEventListener("visibilitychange", () => (document.hidden ? this.#pause() : this.#begin()));
-		place("skip").addEventListener("click", (event) => {
-			event.preventDefault();
-			place("main").focus();
-		});
-		place("key").addEventListener("close", () => this.#useKey());
-		place("key").addEventListener("cancel", (event) => event.preventDefault());
-		this.#go(false);
-		if (!document.hidden) this.#begin();
-	}
-
+/** What views know of the page, and ask of it. */
+const page = {
+	quotes,
+	get told() {
+		return told;
+	},
+	get settings() {
+		return settings;
+	},
 	/** The symbols that are watched, in order. */
 	get watched() {
-		return this.#own ?? this.settings.symbols ?? [];
-	}
-
+		return own ?? settings.symbols ?? [];
+	},
 	get isDefault() {
-		return this.#own === null;
-	}
-
+		return own === null;
+	},
 	/** The gateway's time in UTC milliseconds. */
-	now() {
-		return this.#clock.now();
-	}
+	now: () => clock.now(),
+	watch,
+	unwatch,
+	watchDefault,
+	say,
+	ask,
+};
 
-	watch(symbol) {
-		if (this.watched.length >= MOST_WATCHED) this.say(`The watch list is full: ${MOST_WATCHED} symbols`);
-		else this.#keep([...this.watched.filter((one) => one !== symbol), symbol]);
-		this.#refresh([symbol]).catch(() => {}); // the feed brings it, too
-	}
+const feed = new Feed(window, {
+	key: () => key,
+	message: take,
+	state: enter,
+	refused: ({ channel, symbol, exchange }, problem) => channel === "ticker" && quotes.fail(symbol, exchange, problem),
+	asked: (wants) => quotes.asked(wants.filter(({ channel }) => channel === "ticker")),
+	poll,
+	reachable: () => ask("/health/live").then(() => true, () => false),
+});
+const views = { market: new Market(page), gateway: new GatewayView(page, place("gateway")), symbol: null };
 
-	unwatch(symbol) {
-		this.#keep(this.watched.filter((one) => one !== symbol));
-		this.say(`${symbol} is not watched any more`);
-	}
-
-	watchDefault() {
-		this.#keep(null);
-		this.#refresh(this.watched).catch(() => {});
-	}
-
-	/** Tell those who cannot see it. */
-	say(text) {
-		write(place("said"), text);
-	}
-
-	/** Ask the gateway; throws its problem document, or one like it where there is no answer. */
-	async ask(path) {
-		let answer;
-		try {
-			const headers = this.#key ? { "X-API-Key": this.#key } : {};
-			answer = await fetch(path, { headers, signal: AbortSignal.timeout(PATIENCE) });
-		} catch {
-			throw Object.assign(new Error("unreachable"), { code: "unreachable", detail: "the gateway does not answer" });
-		}
-		const document = await answer.json().catch(() => ({ code: "unreadable", detail: `the answer is no JSON (${answer.status})` }));
-		if (answer.status === 401) this.#askKey();
-		if (!answer.ok) throw document;
-		return document;
-	}
-
-	/** Get the first picture, then let the feed go on from there. */
-	async #begin() {
-		clearInterval(this.#timers.draw);
-		this.#timers.draw = setInterval(() => this.#draw(), DRAWN_EVERY);
-		try {
-			await this.#refresh(this.#symbols());
-			this.#failures = 0;
-		} catch (problem) {
-			if (problem.code === "unauthorized" || document.hidden) return;
-			const [shortest, longest] = RETRY;
-			const pause = Math.min(shortest * 2 ** this.#failures++, longest);
-			this.#enter({ name: "reconnecting", retryAt: Date.now() + pause });
-			this.#later("begin", pause, () => this.#begin());
-			return;
-		}
-		if (document.hidden) return;
-		this.#draw();
-		this.#want();
-		this.#feed.start();
-		this.#figures();
-	}
-
-	#pause(name) {
-		for (const timer of Object.values(this.#timers)) clearTimeout(timer);
-		this.#feed.stop(name);
-	}
-
-	#later(name, milliseconds, work) {
-		clearTimeout(this.#timers[name]);
-		this.#timers[name] = setTimeout(work, milliseconds);
-	}
-
-	#figures() {
-		const pause = this.#address.view === "gateway" ? FIGURES_EVERY.gateway : FIGURES_EVERY.other;
-		this.#later("figures", pause, async () => {
-			await this.#refresh([]).catch(() => {}); // the feed tells when the gateway is away
-			if (!document.hidden) this.#figures();
-		});
-	}
-
-	/** All symbols somebody looks at. */
-	#symbols() {
-		const { symbol } = this.#address;
-		const list = this.#own ?? this.settings.symbols; // the gateway's own list is not known at first
-		return symbol && list ? [...new Set([symbol, ...list])].slice(0, MOST_WATCHED) : list;
-	}
-
-	/** Fetch prices of these symbols, of the gateway's own list for null, and how the gateway is. */
-	async #refresh(symbols) {
-		const query = symbols ? `?symbols=${encodeURIComponent(symbols.join(","))}` : "";
-		const { market, ...told } = await this.ask(`/api/dashboard/data${query}`);
-		const order = Object.keys(told.exchanges).filter((name) => told.exchanges[name].enabled);
-		const isFirst = this.told === null;
-		this.#clock.heard(told.generated_at);
-		Object.assign(this, { told, settings: { ...told, order } });
-		this.#feed.streaming = told.streaming;
-		this.quotes.takeAll(market);
-		const [state, words] = summary(told);
-		mark(place("health"), "data-state", state);
-		if (write(place("health").querySelector("b"), words) && !isFirst) this.say(words);
-		if (isFirst) this.#views.market.list();
-	}
-
-	#take(message) {
-		if (message.sent_at && message.type !== "snapshot") this.#clock.heard(message.sent_at);
-		if (message.channel === "ticker" && (message.data || message.type === "status")) this.quotes.take(message);
-		else if (message.symbol === this.#address.symbol) this.#views.symbol?.take(message);
-	}
-
-	/** Tell the feed what is wanted now. */
-	#want() {
-		const { order } = this.settings;
-		const wants = [];
-		for (const symbol of this.#symbols() ?? []) {
-			for (const exchange of order.filter((name) => this.quotes.isListed(symbol, name))) {
-				wants.push({ channel: "ticker", symbol, exchange });
-			}
-		}
-		this.#feed.watch([...wants, ...(this.#views.symbol?.wants ?? [])]);
-	}
-
-	/** Get by asking what the feed cannot have pushed. */
-	async #poll(wants) {
-		const symbols = [...new Set(wants.filter(({ channel }) => channel === "ticker").map(({ symbol }) => symbol))];
-		await this.#refresh(symbols);
-		const others = wants.filter(({ channel }) => channel !== "ticker");
-		await Promise.allSettled(others.map((want) => this.#pollOne(want))); // one that fails shows by its age
-	}
-
-	async #pollOne({ channel, symbol, exchange, levels = 30 }) {
-		const path = { book: "orderbook", trades: "trades" }[channel];
-		const data = await this.ask(`/${path}/${pathOf(symbol)}?limit=${levels}${exchange ? `&exchange=${exchange}` : ""}`);
-		this.#take({ type: "snapshot", channel, symbol, exchange: data.exchange, fetched_at: data.fetched_at, data });
-	}
-
-	async #isReachable() {
-		return fetch("/health/live", { signal: AbortSignal.timeout(PATIENCE) }).then((answer) => answer.ok, () => false);
-	}
-
-	#keep(list) {
-		this.#own = list;
-		kept("localStorage", WATCH, list && list.join(" "));
-		this.#views.market.list();
-		this.#want();
-	}
-
-	#go(isMove) {
-		const address = (this.#address = readAddress());
-		for (const view of VIEWS) place(view).hidden = view !== address.view;
-		for (const link of document.querySelectorAll("nav a")) {
-			const isHere = link.dataset.view === (address.view === "gateway" ? "gateway" : "market");
-			mark(link, "aria-current", isHere ? (address.view === "symbol" ? "true" : "page") : null);
-		}
-		const { symbol: shown } = this.#views;
-		if (shown && shown.symbol === address.symbol && shown.exchange === address.exchange) {
-			shown.turn(address.frame);
-			return;
-		}
-		this.#views.symbol = address.view === "symbol" ? new SymbolView(this, place("symbol"), address) : null;
-		if (isMove) this.#arrive(address.symbol);
-	}
-
-	/** Begin with a view that was gone to. */
-	#arrive(symbol) {
-		place("main").focus({ preventScroll: true });
-		scrollTo(0, 0);
-		if (this.told === null) return;
-		if (symbol && !this.watched.includes(symbol)) this.#refresh([symbol]).then(() => this.#want(), () => {});
-		this.#want();
-		this.#figures();
-		this.#draw();
-	}
-
-	#enter(state) {
-		const before = this.#state;
-		this.#state = state;
-		mark(document.body, "data-state", state.name);
-		if (state.name === "live" && before.name !== "live") this.say("Live");
-		if (state.name === "reconnecting" && before.name !== "reconnecting") this.say("Reconnecting: prices are not live");
-		if (state.name === "refused") this.#askKey();
-		this.#showState();
-	}
-
-	#showState() {
-		const { name, way, retryAt } = this.#state;
-		const wait = retryAt > Date.now() ? ` in ${countdown((retryAt - Date.now()) / 1000)}` : "";
-		const live = { ws: "Live", sse: "Live, by events", poll: "Asking every 2 s" }[way];
-		const words = { live, connecting: "Connecting", reconnecting: `Reconnecting${wait}`, paused: "Paused", refused: "Key needed" };
-		write(place("link").querySelector("b"), words[name]);
-		const trouble = place("trouble");
-		trouble.hidden = name !== "reconnecting";
-		const known = this.told ? "What is shown is from before, and is not live." : "Nothing could be had yet.";
-		if (!trouble.hidden) write(trouble, `No connection to the gateway. ${known}`);
-	}
-
-	#draw() {
-		this.#showState();
-		if (this.told === null) return;
-		const { outlier_ratio: ratio, ticker_ttl_seconds: lifetime, order } = this.settings;
-		const isListed = (symbol, exchange) => this.quotes.isListed(symbol, exchange);
-		const live = this.#state.name === "live";
-		const context = { now: this.now(), lifetime: lifetime * 1000, live, ratio, order, isListed, tick: this.#tick++ };
-		this.#views[this.#address.view]?.show(context);
-		this.#title();
-	}
-
-	#title() {
-		const { view, symbol } = this.#address;
-		const quote = symbol && [...this.quotes.of(symbol).values()].find(({ data }) => data);
-		const name = { market: "Market", gateway: "Gateway", symbol: `${symbol} ${quote ? price(quote.data.last) : ""}` }[view];
-		write(document.querySelector("title"), `${name} · Virtuoso`);
-	}
-
-	#askKey() {
-		const dialog = place("key");
-		if (dialog.open) return;
-		write(place("key-wrong"), this.#key ? "The gateway does not know that key." : "");
-		dialog.showModal();
-		this.#pause("refused");
-	}
-
-	#useKey() {
-		this.#key = place("key-text").value;
-		kept("sessionStorage", KEY, this.#key);
-		place("key-text").value = "";
-		if (/[^!-~]/.test(this.#key)) this.#askKey(); // no header can carry it
-		else this.#begin();
-	}
+function watch(symbol) {
+	if (page.watched.length >= MOST_WATCHED) write(place("legend"), `The watch list is full: ${MOST_WATCHED} symbols`);
+	else keep([...page.watched.filter((one) => one !== symbol), symbol]);
+	refresh([symbol]).catch(() => {}); // the feed brings it, too
 }
 
-new Page();
+function unwatch(symbol) {
+	keep(page.watched.filter((one) => one !== symbol));
+	say(`${symbol} is not watched any more`);
+}
+
+function watchDefault() {
+	keep(null);
+	refresh(page.watched).catch(() => {});
+}
+
+function say(text) {
+	write(place("said"), text);
+}
+
+/** Ask the gateway; throws its problem document, or one like it where there is no answer. */
+async function ask(path) {
+	let answer;
+	try {
+		const headers = key ? { "X-API-Key": key } : {};
+		answer = await fetch(path, { headers, signal: AbortSignal.timeout(PATIENCE) });
+	} catch {
+		throw Object.assign(new Error("unreachable"), { code: "unreachable", detail: "the gateway does not answer" });
+	}
+	const document = await answer.json().catch(() => ({ code: "unreadable", detail: `the answer is no JSON (${answer.status})` }));
+	if (answer.status === 401) askKey();
+	if (!answer.ok || document.code === "unreadable") throw document;
+	return document;
+}
+
+/** Get the first picture, then let the feed go on from there. */
+async function begin() {
+	const run = ++runs;
+	clearInterval(timers.draw);
+	timers.draw = setInterval(draw, DRAWN_EVERY);
+	try {
+		await refresh(inSight());
+		failures = 0;
+	} catch (problem) {
+		if (run !== runs) return;
+		const [shortest, longest] = RETRY;
+		const pause = Math.max(Math.min(shortest * 2 ** failures++, longest), (problem.retry_after ?? 0) * 1000);
+		enter({ name: "reconnecting", retryAt: Date.now() + pause, why: problem.detail });
+		later("begin", pause, begin);
+		return;
+	}
+	if (run !== runs) return;
+	draw();
+	feed.start();
+	figures();
+}
+
+function suspend(name) {
+	runs += 1;
+	for (const timer of Object.values(timers)) clearTimeout(timer);
+	feed.stop(name);
+}
+
+function later(name, milliseconds, work) {
+	clearTimeout(timers[name]);
+	timers[name] = setTimeout(work, milliseconds);
+}
+
+function figures() {
+	const pause = address.view === "gateway" ? FIGURES_EVERY.gateway : FIGURES_EVERY.other;
+	later("figures", pause, async () => {
+		await refresh([]).catch(() => {}); // the feed tells when the gateway is away
+		if (!document.hidden && !place("key").open) figures();
+	});
+}
+
+/** All symbols somebody looks at. */
+function inSight() {
+	const { symbol } = address;
+	const list = own ?? settings.symbols; // the gateway's own list is not known at first
+	return symbol && list ? [...new Set([symbol, ...list])].slice(0, MOST_WATCHED) : list;
+}
+
+/** Fetch prices of these symbols, of the gateway's own list for null, and how the gateway is. */
+async function refresh(symbols) {
+	const query = symbols ? `?symbols=${encodeURIComponent(symbols.join(","))}` : "";
+	const { market, ...about } = await ask(`/api/dashboard/data${query}`);
+	const order = Object.keys(about.exchanges).filter((name) => about.exchanges[name].enabled);
+	const isFirst = told === null;
+	clock.heard(about.generated_at);
+	told = about;
+	settings = { ...about, order };
+	feed.streaming = about.streaming;
+	quotes.takeAll(market);
+	const [health, words] = summary(about);
+	mark(place("health"), "data-state", health);
+	write(place("health").querySelector("b"), words);
+	if (words === heard && words !== spoken) say((spoken = words)); // replicas may differ: once is no news
+	heard = words;
+	if (isFirst) views.market.list();
+	want();
+}
+
+function take(message) {
+	if (message.sent_at && message.type !== "snapshot") clock.heard(message.sent_at);
+	if (message.channel === "ticker" && (message.data || message.type === "status")) quotes.take(message);
+	else if (message.symbol === address.symbol) views.symbol?.take(message);
+}
+
+/** Tell the feed what is wanted now. */
+function want() {
+	const { order } = settings;
+	const wants = [];
+	for (const symbol of inSight() ?? []) {
+		for (const exchange of order.filter((name) => quotes.isListed(symbol, name))) {
+			wants.push({ channel: "ticker", symbol, exchange });
+		}
+	}
+	feed.watch([...wants, ...(views.symbol?.wants ?? [])]);
+}
+
+/** Get by asking what the feed cannot have pushed. */
+async function poll(wants) {
+	const symbols = [...new Set(wants.filter(({ channel }) => channel === "ticker").map(({ symbol }) => symbol))];
+	await refresh(symbols);
+	const others = wants.filter(({ channel }) => channel !== "ticker");
+	await Promise.allSettled(others.map(pollOne)); // one that fails shows by its age
+}
+
+async function pollOne({ channel, symbol, exchange, levels = 30 }) {
+	const path = { book: "orderbook", trades: "trades" }[channel];
+	const data = await ask(`/${path}/${pathOf(symbol)}?limit=${levels}${exchange ? `&exchange=${exchange}` : ""}`);
+	take({ type: "snapshot", channel, symbol, exchange: data.exchange, fetched_at: data.fetched_at, data });
+}
+
+function keep(list) {
+	own = list;
+	kept("localStorage", WATCH, list && list.join(" "));
+	views.market.list();
+	want();
+}
+
+function go(isMove) {
+	address = readAddress();
+	for (const view of VIEWS) place(view).hidden = view !== address.view;
+	for (const link of document.querySelectorAll("nav a")) {
+		const isHere = link.dataset.view === (address.view === "gateway" ? "gateway" : "market");
+		mark(link, "aria-current", isHere ? "page" : null);
+	}
+	const shown = views.symbol ?? {};
+	const isSame = address.view === "symbol" && shown.symbol === address.symbol;
+	if (isSame && shown.exchange === address.exchange) {
+		shown.turn(address.frame);
+		return;
+	}
+	views.symbol = address.view === "symbol" ? new SymbolView(page, place("symbol"), address) : null;
+	if (isMove) arrive(address.symbol, isSame);
+}
+
+/** Begin with a view that was gone to; of the same symbol the focus stays where another exchange was chosen. */
+function arrive(symbol, isSame) {
+	place(isSame ? "from" : "main").focus({ preventScroll: true });
+	if (!isSame) scrollTo(0, 0);
+	if (told === null) return;
+	if (symbol && !page.watched.includes(symbol)) refresh([symbol]).catch(() => {});
+	want();
+	figures();
+	draw();
+}
+
+function enter(next) {
+	const before = state;
+	state = next;
+	mark(document.body, "data-state", state.name);
+	if (state.name === "live" && before.name !== "live") say("Live");
+	if (state.name === "reconnecting" && before.name !== "reconnecting") say("Reconnecting: prices are not live");
+	if (state.name === "refused") askKey();
+	showState();
+	title();
+}
+
+function showState() {
+	const { name, way, retryAt, why } = state;
+	const wait = retryAt > Date.now() ? ` in ${countdown((retryAt - Date.now()) / 1000)}` : "";
+	const live = { ws: "Live", sse: "Live, by events", poll: "Asking every 2 s" }[way];
+	const words = { live, connecting: "Connecting", reconnecting: `Reconnecting${wait}`, paused: "Paused", refused: "Key needed" };
+	write(place("link").querySelector("b"), words[name]);
+	const trouble = place("trouble");
+	trouble.hidden = name !== "reconnecting";
+	const known = told ? "What is shown is from before, and is not live." : "Nothing could be had yet.";
+	if (!trouble.hidden) write(trouble, `${why ?? "No connection to the gateway"}. ${known}`);
+}
+
+function draw() {
+	showState();
+	if (told === null) return;
+	const { outlier_ratio: ratio, ticker_ttl_seconds: lifetime, order } = settings;
+	const live = state.name === "live";
+	const context = { now: clock.now(), lifetime: lifetime * 1000, live, ratio, order, tick: tick++ };
+	views[address.view]?.show(context);
+	title();
+}
+
+function title() {
+	const { view, symbol } = address;
+	const isGood = (quote) => state.name === "live" && quote.data && !quote.isStale(clock.now(), settings.ticker_ttl_seconds * 1000);
+	const quote = symbol && [...quotes.of(symbol).values()].find(isGood);
+	const name = { market: "Market", gateway: "Gateway", symbol: `${symbol} ${quote ? price(quote.data.last) : ""}` }[view];
+	write(document.querySelector("title"), `${name} · Virtuoso`);
+}
+
+function askKey() {
+	const dialog = place("key");
+	if (dialog.open) return;
+	write(place("key-wrong"), key ? "The gateway does not know that key." : "");
+	dialog.showModal();
+	suspend("refused");
+}
+
+function useKey() {
+	key = place("key-text").value;
+	kept("sessionStorage", KEY, key);
+	place("key-text").value = "";
+	if (/[^!-~]/.test(key)) askKey(); // no header can carry it
+	else begin();
+}
+
+addEventListener("hashchange", () => go(true));
+addEventListener("resize", () => views.symbol?.redraw());
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => views.symbol?.redraw());
+document.addEventListener("visibilitychange", () => (document.hidden ? suspend() : begin()));
+place("skip").addEventListener("click", (event) => {
+	event.preventDefault();
+	place("main").focus();
+});
+place("key").addEventListener("close", useKey);
+place("key").addEventListener("cancel", (event) => event.preventDefault());
+go(false);
+if (!document.hidden) begin();

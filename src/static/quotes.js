@@ -1,11 +1,10 @@
-// What is known of prices: the newest ticker of each symbol on each exchange, how old it is, and how they compare.
-// Nothing here touches the page.
+// What is known of prices: the newest of each symbol on each exchange, how old it is, and how they compare.
 
 import { basisPoints } from "./format.js";
 
 const CLOCK_KEPT = 60_000; // milliseconds until a measurement gives way to the next
 
-/** The gateway's clock as seen from here: ages must be right where the viewer's own clock is wrong. */
+/** The gateway's clock: ages must be right where the viewer's own clock is wrong. */
 export class GatewayClock {
 	#now;
 	#offset = 0;
@@ -40,7 +39,6 @@ class Quote {
 	direction = 0; // of the last move: 1 up, -1 down
 
 	take(data, fetchedAt) {
-		if (fetchedAt < this.fetchedAt) return;
 		const moved = this.data === null ? 0 : Math.sign(data.last - this.data.last);
 		const old = data.stale;
 		Object.assign(this, { data, fetchedAt, old, problem: null, direction: moved || this.direction });
@@ -52,7 +50,8 @@ class Quote {
 
 	/** Whether the price is stale. While a stream is silent the gateway asks by REST: what comes so is good for its time. */
 	isStale(now, lifetime) {
-		return this.old || (this.data !== null && (this.silent || this.problem !== null) && this.age(now) > lifetime);
+		if (this.data === null || this.old) return this.old;
+		return (this.silent || this.problem !== null || this.data.source === "rest") && this.age(now) > lifetime;
 	}
 }
 
@@ -89,7 +88,8 @@ export class Quotes {
 	takeAll({ tickers, errors }) {
 		for (const [symbol, exchanges] of Object.entries(tickers)) {
 			for (const [exchange, data] of Object.entries(exchanges)) {
-				this.#quote(symbol, exchange).take(data, data.fetched_at);
+				const quote = this.#quote(symbol, exchange);
+				if (data.fetched_at >= quote.fetchedAt) quote.take(data, data.fetched_at); // a stream may be ahead
 				this.#unlisted.delete(`${symbol}|${exchange}`);
 			}
 		}

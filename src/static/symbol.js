@@ -1,4 +1,4 @@
-// The view of one symbol: candles, order book, trades, and how exchanges compare.
+// The view of one symbol.
 
 import { candleAt, drawCandles, drawDepth, grown, roomFor, totals } from "./chart.js";
 import { el, listing, mark, panel, write } from "./dom.js";
@@ -16,7 +16,7 @@ const TRADES = 30;
 /** The view; made anew for each symbol. `page` is who knows of prices and can ask. */
 export class SymbolView {
 	constructor(page, place, { symbol, exchange, frame }) {
-		Object.assign(this, { page, symbol, exchange, trades: [], book: null, decimals: 0 });
+		Object.assign(this, { page, symbol, exchange, trades: [], book: null, decimals: 0, silent: {} });
 		this.#build(place);
 		this.turn(frame);
 	}
@@ -24,6 +24,7 @@ export class SymbolView {
 	/** Show candles of another length. */
 	turn(frame) {
 		Object.assign(this, { frame: Object.hasOwn(FRAMES, frame) ? frame : "1m", candles: [], cursor: null, asked: 0 });
+		write(this.reading, "");
 		for (const button of this.frames.children) mark(button, "aria-pressed", button.textContent === this.frame);
 	}
 
@@ -60,7 +61,7 @@ export class SymbolView {
 		const follow = ({ clientX }) => this.#point(candleAt(this.canvas, clientX, this.#shown.length));
 		const keydown = (event) => this.#step(event);
 		const on = { pointermove: follow, pointerdown: follow, pointerleave: hide, blur: hide, keydown };
-		this.canvas = el("canvas", { id: "candles", tabindex: "0", role: "img", "aria-label": "Candles", on });
+		this.canvas = el("canvas", { id: "candles", tabindex: "0", role: "application", "aria-label": "Candles", on });
 		this.reading = el("p", { class: "reading", id: "reading" });
 		this.chartTrouble = el("p", { class: "wrong" });
 		const bar = el("div", { class: "bar" }, el("h2", {}, "Candles"), this.frames, from);
@@ -122,22 +123,25 @@ export class SymbolView {
 
 	take(message) {
 		if (this.exchange && message.exchange !== this.exchange) return; // of the exchange that was seen before
+		if (message.type === "status") this.silent[message.channel] = message.state === "stale";
 		if (message.channel === "book" && message.data) this.book = message;
 		if (message.channel !== "trades" || !message.data) return;
-		const isNext = message.type === "update";
-		this.trades = [...(isNext ? this.trades : []), ...message.data.trades].slice(-TRADES);
+		const isNew = this.tradesFrom?.exchange !== message.exchange;
 		this.tradesFrom = message;
-		if (this.trades.length < TRADES && !isNext) this.#recall(message);
+		if (isNew) this.#recall(message.exchange);
+		this.#merge(isNew ? [] : this.trades, message.data.trades);
 	}
 
 	/** Get the trades before those that begin a stream. */
-	async #recall({ exchange, data }) {
+	async #recall(exchange) {
 		const answer = await this.page.ask(`/trades/${pathOf(this.symbol)}?limit=${TRADES}&exchange=${exchange}`).catch(() => null);
-		if (this.tradesFrom.exchange !== exchange) return;
-		const first = data.trades[0]?.timestamp ?? Infinity;
-		const earlier = answer?.trades.filter(({ timestamp }) => timestamp < first) ?? [];
-		this.trades = [...earlier, ...this.trades].slice(-TRADES);
-		this.listed = null;
+		if (answer && this.tradesFrom.exchange === exchange) this.#merge(answer.trades, this.trades);
+	}
+
+	#merge(...lists) {
+		const nameOf = ({ id, timestamp, price: at, amount }) => id ?? `${timestamp} ${at} ${amount}`;
+		const all = new Map(lists.flat().map((trade) => [nameOf(trade), trade]));
+		this.trades = [...all.values()].sort((one, other) => one.timestamp - other.timestamp).slice(-TRADES);
 	}
 
 	show(context) {
@@ -159,7 +163,9 @@ export class SymbolView {
 		write(this.now.firstChild, price(last, this.decimals));
 		write(this.now.lastChild, `${percent(percentage)} in 24 h`);
 		mark(this.now, "data-sign", Math.sign(percentage));
-		if (live && !quote.isStale(now, lifetime)) this.#grow(last, now);
+		const isGood = live && !quote.isStale(now, lifetime);
+		mark(this.now, "data-stale", isGood ? null : "");
+		if (isGood) this.#grow(last, now);
 	}
 
 	#showChoice(exchanges) {
@@ -171,13 +177,15 @@ export class SymbolView {
 
 	async #load(now) {
 		this.asked = now;
-		const query = new URLSearchParams({ timeframe: this.frame, limit: CANDLES, ...(this.exchange && { exchange: this.exchange }) });
+		const { frame } = this;
+		const query = new URLSearchParams({ timeframe: frame, limit: CANDLES, ...(this.exchange && { exchange: this.exchange }) });
 		try {
 			const { candles, exchange } = await this.page.ask(`/ohlcv/${pathOf(this.symbol)}?${query}`);
+			if (frame !== this.frame) return; // another length was chosen meanwhile
 			Object.assign(this, { candles, from: exchange });
 			write(this.chartTrouble, "");
 		} catch (problem) {
-			write(this.chartTrouble, `Candles cannot be had: ${problem.detail ?? "the gateway does not answer"}`);
+			if (frame === this.frame) write(this.chartTrouble, `Candles cannot be had: ${problem.detail ?? "the gateway does not answer"}`);
 		}
 		this.#drawChart();
 	}
@@ -206,7 +214,8 @@ export class SymbolView {
 	#ageOf(message, context) {
 		if (!message) return "waiting";
 		const text = `${message.exchange}, ${duration((context.now - message.fetched_at) / 1000)}`;
-		return context.live ? text : `not live, ${text}`;
+		if (!context.live) return `not live, ${text}`;
+		return this.silent[message.channel] ? `stale feed, ${text}` : text;
 	}
 
 	#showBook(context) {
@@ -232,8 +241,8 @@ export class SymbolView {
 
 	#showTrades(context) {
 		write(this.tradesAge, this.#ageOf(this.tradesFrom, context));
-		if (this.tradesFrom === this.listed) return;
-		this.listed = this.tradesFrom;
+		if (this.trades === this.listed) return;
+		this.listed = this.trades;
 		const newest = [...this.trades].reverse();
 		const sides = { buy: "▲ buy", sell: "▼ sell" };
 		const decimals = Math.max(...newest.map((trade) => decimalsOf(trade.price)));

@@ -1,4 +1,4 @@
-// A table of symbols by exchange: what each bids and asks, how old that is, and how they compare.
+// A table of symbols by exchange.
 
 import { el, mark, shape, write } from "./dom.js";
 import { compact, decimalsOf, duration, isNumber, percent, basisPoints, points, price, time } from "./format.js";
@@ -142,9 +142,10 @@ class Group {
 	}
 
 	/** Show it as it is now; what did not change costs next to nothing. */
-	show(quotes, context) {
+	show(all, context) {
+		const quotes = all.of(this.symbol);
 		this.found = compare(quotes, context);
-		if (!this.lines.size && context.order.every((exchange) => !context.isListed(this.symbol, exchange))) {
+		if (!this.lines.size && context.order.every((exchange) => !all.isListed(this.symbol, exchange))) {
 			write(this.empty, "no exchange lists it");
 		}
 		for (const exchange of context.order) {
@@ -162,6 +163,7 @@ class Group {
 
 	/** Draw the last day: closing prices of its hours. */
 	draw(closes) {
+		if (closes.length < 2) return;
 		const [low, high] = [Math.min(...closes), Math.max(...closes)];
 		const [width, height, span] = [SPARKS.width, SPARKS.height - 4, high - low || 1];
 		const at = (close, index) => `${((index / (closes.length - 1)) * width).toFixed(1)},${(2 + height - ((close - low) / span) * height).toFixed(1)}`;
@@ -173,7 +175,7 @@ class Group {
 	value(name, quotes, now) {
 		const found = [...quotes.values()].filter((quote) => quote.data);
 		if (name === "age") return found.length ? Math.max(...found.map((quote) => quote.age(now))) : Infinity;
-		const read = { change: (data) => data.percentage, volume: volumeOf, spread: spreadOf, last: (data) => data.last }[name];
+		const read = { change: (data) => data.percentage, volume: volumeOf, spread: spreadOf }[name];
 		const values = found.map((quote) => read(quote.data)).filter(isNumber);
 		return values.length ? (name === "spread" ? Math.min(...values) : values[0]) : -Infinity;
 	}
@@ -210,9 +212,8 @@ export class Table {
 	}
 
 	show(quotes, context) {
-		for (const [symbol, group] of this.groups) {
-			if (group.isSeen === false && context.tick % UNSEEN_EVERY) continue;
-			group.show(quotes.of(symbol), context);
+		for (const group of this.groups.values()) {
+			if (group.isSeen !== false || context.tick % UNSEEN_EVERY === 0) group.show(quotes, context);
 		}
 	}
 

@@ -258,6 +258,9 @@ function subscribed(socket, errors = {}) {
 	return { type: "subscribed", id, channel, symbols: symbols.filter((symbol) => !errors[symbol]), errors };
 }
 
+/** The answer to the newest subscription, of a single symbol, when it fails. */
+const problemOf = (socket) => ({ type: "error", id: socket.commands("subscribe").at(-1).id, title: "", detail: "" });
+
 /** A world whose feed is live over /ws. */
 async function live(...wants) {
 	const world = new World({ ws: works });
@@ -1053,6 +1056,17 @@ function strict(world, socket) {
 	socket.answer = (command) => queueMicrotask(() => answer(command));
 	socket.opens();
 }
+
+test("an exchange whose list is not there yet holds up no other", async () => {
+	const world = await live(ticker("BTC/USDT", "bybit"), ticker("BTC/USDT", "kraken"));
+	world.socket.agrees();
+	world.socket.says({ ...problemOf(world.socket), code: "markets_loading", retry_after: 1 });
+	await turn();
+	assert.deepEqual(world.socket.commands("subscribe").map(({ exchange }) => exchange), ["bybit", "kraken"]);
+	assert.deepEqual(world.polls.at(-1).symbols, ["BTC/USDT"]);
+	await world.pass(15 * SECOND);
+	assert.deepEqual(world.socket.commands("subscribe").map(({ exchange }) => exchange), ["bybit", "kraken", "bybit"]);
+});
 
 test("a list far longer than there is room for does not end the connection", async () => {
 	const world = new World();

@@ -124,15 +124,22 @@ test("a snapshot and an update are taken alike", () => {
 	assert.deepEqual([...quotes.of(SYMBOL).keys()], ["bybit"]);
 });
 
-test("what was received earlier never replaces what was received later", () => {
-	const quotes = taken(message("bybit", 100), message("bybit", 99, NOW - 1));
-	assert.equal(quoteOf(quotes).data.last, 100);
+test("an answer that was received earlier never replaces what was pushed later", () => {
+	const quotes = taken(message("bybit", 100));
 	quotes.takeAll({ tickers: { [SYMBOL]: { bybit: { ...ticker(98), fetched_at: NOW - 1, stale: true } } }, errors: {} });
 	assert.equal(quoteOf(quotes).data.last, 100);
 	assert.equal(quoteOf(quotes).fetchedAt, NOW);
 	assert.equal(quoteOf(quotes).isStale(NOW, 15_000), false);
-	quotes.take(message("bybit", 101, NOW));
+	quotes.take(message("bybit", 101, NOW - 60_000)); // the gateway's clock went back: what is pushed comes in order
 	assert.equal(quoteOf(quotes).data.last, 101);
+	assert.equal(quoteOf(quotes).age(NOW), 60_000);
+});
+
+test("a price that was asked for goes stale with its time, whoever ceases to ask", () => {
+	const quotes = taken(message("bybit", 100, NOW, { source: "rest" }));
+	assert.deepEqual([15_000, 15_001].map((later) => quoteOf(quotes).isStale(NOW + later, 15_000)), [false, true]);
+	quotes.take(message("bybit", 100, NOW, { source: "stream" }));
+	assert.equal(quoteOf(quotes).isStale(NOW + 600_000, 15_000), false);
 });
 
 test("each exchange has a quote of its own", () => {
