@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Of code. The simulated exchanges, there for tests and the demo, are counted apart; 1,350 of the gateway are streams,
-# some 180 the server's half of the page. What runs in a browser has a bound in bytes: tests/test_dashboard.py.
-MAX_LINES, MAX_SANDBOX_LINES = 5598, 900
+# some 190 the server's half of the page. What runs in a browser has a bound in bytes: tests/test_dashboard.py.
+MAX_LINES, MAX_SANDBOX_LINES = 5602, 900
 # A module may import those of lower levels, and neighbours as long as no circle comes of it. ARCHITECTURE.md holds the
 # same table for people.
 LEVELS = {

@@ -27,6 +27,7 @@ VIEWS = ["/", "/#BTC-USDT", "/#gateway"]
 SECONDS = 30.0  # for what is about to be seen, on a starved machine
 LEAST_TARGET, THUMB = 24, 44  # CSS pixels: WCAG 2.2 for any pointer, and what the style gives to thumbs
 REFUSED = r"status of 40[0-9]"  # an answer that the test is about is an error on the console, too
+LEFT = "ERR_ABORTED"  # what was asked for when the page was left
 # Every row of the table of prices as it is in the document: the text of its cells, and what its attributes tell.
 READ = """() => Object.fromEntries([...document.querySelectorAll("#market .prices tbody")].map((body) => {
   const told = ([...cells]) => cells.map((cell) => [cell.dataset.cell, cell.textContent]);
@@ -509,7 +510,7 @@ async def test_text_from_elsewhere_is_only_ever_text(browser: Browser, lively: S
             await page.reload()
             await is_live(page)
         assert spoken == []
-        seen.clean(but=REFUSED)
+        seen.clean(but=f"{REFUSED}|{LEFT}")
 
 
 # The view of one symbol.
@@ -597,13 +598,9 @@ async def test_candles_book_and_trades_are_shown_and_can_be_read(browser: Browse
         box = await canvas.bounding_box()
         assert box
         middle = box["y"] + box["height"] / 2
-        found = []
         for share in (0.1, 0.3, 0.6):
             await page.mouse.move(box["x"] + share * box["width"], middle)
-            found.append(await which())
-        assert found == sorted(set(found))
-        assert found[0] > 0
-        assert abs((found[2] - found[0]) / (found[1] - found[0]) - 2.5) < 0.3  # in proportion
+            assert share < (await which() + 1) / len(candles) < share * 1.25  # the axis has its room at the right
         await page.mouse.move(5, 5)
         assert await which() == -1
 
@@ -623,6 +620,11 @@ async def test_candles_book_and_trades_are_shown_and_can_be_read(browser: Browse
         await expect(trades.first).not_to_have_text(first)
         await expect(page.locator(".gap")).not_to_have_text(gap)
         await expect(trades).to_have_count(30)
+        seen.clean()
+        later, seen = await open_page(
+            browser, f"{live.url}/#BTC-USDT/kraken", *PHONE
+        )  # it is told of the last few only
+        await expect(later.locator(".scroll tbody tr:visible")).to_have_count(30)
         seen.clean()
 
 
@@ -726,7 +728,7 @@ async def test_the_watch_list_is_searched_added_to_and_kept(browser: Browser, li
         await expect(cell(page, "BTC/USDT", "kraken", "last")).to_contain_text(re.compile(r"\d"))
         await page.reload()
         await expect(watched).to_have_text(DEFAULTS)
-        seen.clean()
+        seen.clean(but=LEFT)
 
 
 async def test_it_is_sorted_by_heads_and_on_a_phone_by_a_choice(browser: Browser, lively: Sandbox) -> None:
@@ -800,7 +802,7 @@ async def test_every_view_fits_and_is_for_everybody(browser: Browser, lively: Sa
                 await page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
                 found += [f"{view}, {scheme}: {told}" for told in [await axe(page)] if told]
         assert not found, "\n".join(found)
-        seen.clean(but=REFUSED)
+        seen.clean(but=f"{REFUSED}|{LEFT}")
 
 
 async def hard_to_touch(page: Page) -> list[str]:
@@ -899,7 +901,7 @@ async def test_a_key_is_asked_for_and_kept_for_the_tab_only(browser: Browser, li
         await is_live(page)
         other, _ = await open_page(browser, live.url, *PHONE)
         await expect(other.locator("dialog#key")).to_be_visible()
-        seen.clean(but=REFUSED)
+        seen.clean(but=f"{REFUSED}|{LEFT}")
 
 
 async def test_a_key_no_gateway_can_have_is_wrong(browser: Browser, lively: Sandbox) -> None:
