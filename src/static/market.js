@@ -99,12 +99,14 @@ export class Market {
 	}
 
 	#sortBy(name) {
-		const same = this.#order.name === name;
-		this.#order = { name, descending: same ? !this.#order.descending : ["change", "volume"].includes(name) };
-		this.#sort.value = name;
+		const first = ["change", "volume"].includes(name);
+		const isSame = this.#order.name === name;
+		if (isSame && this.#order.descending !== first) this.#order = { name: "own", descending: false };
+		else this.#order = { name, descending: first !== isSame };
+		this.#sort.value = this.#order.name;
 		this.#table.showOrder(this.#order);
 		this.list();
-		this.#page.say(`Sorted by ${SORTS[name]}, ${this.#order.descending ? "descending" : "ascending"}`);
+		this.#page.say(`Sorted: ${SORTS[this.#order.name]}, ${this.#order.descending ? "descending" : "ascending"}`);
 	}
 
 	#sorted(symbols) {

@@ -220,7 +220,8 @@ function want() {
 			wants.push({ channel: "ticker", symbol, exchange });
 		}
 	}
-	feed.watch([...wants, ...(views.symbol?.wants ?? [])]);
+	const isKnown = order.some((name) => quotes.isListed(address.symbol, name));
+	feed.watch([...wants, ...((isKnown && views.symbol?.wants) || [])]);
 }
 
 /** Get by asking what the feed cannot have pushed. */
@@ -332,7 +333,7 @@ function useKey() {
 addEventListener("hashchange", () => go(true));
 addEventListener("resize", () => views.symbol?.redraw());
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => views.symbol?.redraw());
-document.addEventListener("visibilitychange", () => (document.hidden ? suspend() : begin()));
+document.addEventListener("visibilitychange", () => (document.hidden ? suspend() : place("key").open || begin()));
 place("skip").addEventListener("click", (event) => {
 	event.preventDefault();
 	place("main").focus();

@@ -12,10 +12,10 @@ const COLUMNS = [
 	["last", "Last"],
 	["bid", "Bid"],
 	["ask", "Ask"],
-	["spread", "Spread, bp", "Distance of bid and ask in basis points, hundredths of a percent"],
+	["spread", "Spread, bp"],
 	["change", "24 h"],
 	["volume", "24 h volume"],
-	["age", "Age", "Since the gateway received it"],
+	["age", "Age"],
 ];
 export const SORTS = { own: "As listed", symbol: "Symbol", change: "24 h change", volume: "24 h volume", spread: "Spread", age: "Age" };
 const SPARKS = { width: 120, height: 28 };
@@ -188,8 +188,8 @@ export class Table {
 
 	constructor(place, label, { onRemove = null, onSort = null } = {}) {
 		this.onRemove = onRemove;
-		const heads = COLUMNS.map(([name, text, title]) => {
-			const attributes = { role: "columnheader", scope: "col", "data-cell": name, ...(title && { title }) };
+		const heads = COLUMNS.map(([name, text]) => {
+			const attributes = { role: "columnheader", scope: "col", "data-cell": name };
 			if (!onSort || !(name in SORTS)) return el("th", attributes, text);
 			return el("th", attributes, el("button", { type: "button", on: { click: () => onSort(name) } }, text));
 		});
