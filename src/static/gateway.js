@@ -72,12 +72,14 @@ export function advice({ exchanges, health }) {
 
 /** The pill of the page's head: [state, words]. */
 export function summary({ exchanges, health }) {
-	const bad = Object.entries(exchanges).filter(([, exchange]) => exchange.enabled && exchange.breaker.state !== "closed");
-	const names = bad.map(([name, { breaker }]) => `${name} ${breaker.state.replace("_", "-")}`);
-	const parts = Object.values(health.parts).filter(({ status }) => status !== "healthy");
-	const reasons = names.length ? names : parts.map(({ reason }) => reason);
-	const words = HEALTH[health.status] ?? health.status;
-	return [health.status, reasons.length ? `${words}: ${reasons.join(", ")}` : words];
+	const reasons = Object.entries(exchanges).flatMap(([name, { enabled, breaker, streams }]) => {
+		if (enabled && breaker.state !== "closed") return [`${name} ${breaker.state === "open" ? "not asked" : "half-open"}`];
+		return streams?.cause ? [`${name} pushes nothing`] : [];
+	});
+	for (const name of ["markets", "redis"]) {
+		if (health.parts[name].status !== "healthy") reasons.push(`${name} ${health.parts[name].reason}`);
+	}
+	return [health.status, [HEALTH[health.status] ?? health.status, reasons.join(", ")].filter(Boolean).join(": ")];
 }
 
 function streamOf({ streams }) {
@@ -153,7 +155,7 @@ export class GatewayView {
 			panel("", ["Parts"], this.parts.list),
 		];
 		place.replaceChildren(
-			el("div", { class: "bar" }, el("h1", { id: "gateway-title" }, "Gateway"), this.links),
+			el("div", { class: "bar" }, el("h1", {}, "Gateway"), this.links),
 			panel("wide", ["What to do"], this.doing),
 			this.grid,
 			el("div", { class: "cards" }, ...figures),
@@ -171,11 +173,11 @@ export class GatewayView {
 			this.cards.get(name).show(exchange, now);
 		}
 		this.#showAge(now, live);
-		if (told === this.shown) return;
-		this.shown = told;
+		if (told === this.shown && live === this.wasLive) return;
+		Object.assign(this, { shown: told, wasLive: live });
 		this.#showService(told);
 		this.#showErrors(told.recent_errors);
-		this.#showDoing(advice(told));
+		this.#showDoing(live ? advice(told) : [["No connection to the gateway: look at its process, its log, the network.", "virtuosotargetdown"]]);
 		this.#showLinks(told.grafana_url);
 		this.parts.show(Object.fromEntries(Object.entries(told.health.parts).map(([name, { reason }]) => [name, reason])));
 	}

@@ -5,14 +5,9 @@ import { pathOf } from "./links.js";
 import { percent } from "./format.js";
 import { SORTS, Table, linkOf } from "./table.js";
 
-const PAUSE = 5; // seconds after what could not be had
+const PAUSE = 5_000; // milliseconds after what could not be had
 const MANY = 8; // markets offered by the search
 const DRAWN_AGAIN = 900_000; // milliseconds until the last day is asked for again
-
-const wait = (milliseconds) =>
-	new Promise((go) => {
-		setTimeout(go, milliseconds);
-	});
 
 /** The view. `page` knows of prices and the watch list, and can ask. */
 export class Market {
@@ -26,6 +21,7 @@ export class Market {
 	#sights;
 	#asked = new Map(); // symbol -> when its last day was asked for, and its curve once that is here
 	#drawing = false;
+	#quiet = 0; // until when no curve is asked for
 
 	constructor(page) {
 		this.#page = page;
@@ -55,9 +51,8 @@ export class Market {
 		document.querySelector("#reset").hidden = this.#page.isDefault;
 		const { settings } = this.#page;
 		const percentage = percent(settings.outlier_ratio * 100).replace("+", "");
-		const about = symbols.length ? "" : "No symbol of the watch list matches. ";
-		const marks = "Bold and underlined: best bid and ask. “apart”: differs from other exchanges by more than";
-		write(document.querySelector("#legend"), `${about}${marks} ${percentage}.`);
+		const about = symbols.length ? "" : "Nothing is listed: search a symbol to add it. ";
+		write(document.querySelector("#legend"), `${about}Underlined: best bid and ask. “off”: differs by more than ${percentage}.`);
 	}
 
 	show(context) {
@@ -80,7 +75,7 @@ export class Market {
 
 	/** Draw the last day of symbols in sight, one after the other: each costs the gateway a call. */
 	async #draw() {
-		if (this.#drawing) return;
+		if (this.#drawing || Date.now() < this.#quiet) return;
 		const isDue = ({ symbol, isSeen }) => isSeen && !(Date.now() < this.#asked.get(symbol)?.until);
 		const symbol = [...this.#table.groups.values()].find(isDue)?.symbol;
 		if (!symbol) return;
@@ -93,7 +88,7 @@ export class Market {
 			this.#table.groups.get(symbol)?.draw(asked.curve);
 		} catch (problem) {
 			asked.until = Date.now() + (problem.retry_after ?? 60) * 1000;
-			await wait(PAUSE * 1000);
+			this.#quiet = Date.now() + PAUSE;
 		}
 		this.#drawing = false;
 	}

@@ -12,6 +12,7 @@ import { SymbolView } from "./symbol.js";
 const DRAWN_EVERY = 250; // milliseconds: nobody reads faster, however fast prices come
 const FIGURES_EVERY = { gateway: 2_000, other: 5_000 };
 const PATIENCE = 10_000; // for one answer
+const CALM = 8_000; // a state that lasts so long is told to those who cannot see it
 const RETRY = [1_000, 10_000]; // pauses before the first picture is asked for again
 const MOST_WATCHED = 100; // what one question to the gateway may name
 const LONGEST_SYMBOL = 40;
@@ -63,7 +64,6 @@ let key = kept("sessionStorage", KEY);
 let state = { name: "connecting" };
 let address = { view: "market" };
 let [tick, failures] = [0, 0];
-let [heard, spoken] = ["", "All well"]; // of the gateway's state
 let runs = 0; // grows with each beginning and pause, so that what is late can tell
 
 /** What views know of the page, and ask of it. */
@@ -196,11 +196,6 @@ async function refresh(symbols) {
 	settings = { ...about, order };
 	feed.streaming = about.streaming;
 	quotes.takeAll(market);
-	const [health, words] = summary(about);
-	mark(place("health"), "data-state", health);
-	write(place("health").querySelector("b"), words);
-	if (words === heard && words !== spoken) say((spoken = words)); // replicas may differ: once is no news
-	heard = words;
 	if (isFirst) views.market.list();
 	want();
 }
@@ -290,6 +285,9 @@ function showState() {
 	const live = { ws: "Live", sse: "Live, by events", poll: "Asking every 2 s" }[way];
 	const words = { live, connecting: "Connecting", reconnecting: `Reconnecting${wait}`, paused: "Paused", refused: "Key needed" };
 	write(place("link").querySelector("b"), words[name]);
+	const [health, condition] = told && ["live", "connecting"].includes(name) ? summary(told) : ["", "Unknown"];
+	mark(place("health"), "data-state", health);
+	if (write(place("health").querySelector("b"), condition)) later("say", CALM, () => say(condition));
 	const trouble = place("trouble");
 	trouble.hidden = name !== "reconnecting";
 	const known = told ? "What is shown is from before, and is not live." : "Nothing could be had yet.";
@@ -320,6 +318,7 @@ function askKey() {
 	write(place("key-wrong"), key ? "The gateway does not know that key." : "");
 	dialog.showModal();
 	suspend("refused");
+	timers.draw = setInterval(draw, DRAWN_EVERY); // ages go on
 }
 
 function useKey() {
@@ -331,8 +330,6 @@ function useKey() {
 }
 
 addEventListener("hashchange", () => go(true));
-addEventListener("resize", () => views.symbol?.redraw());
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => views.symbol?.redraw());
 document.addEventListener("visibilitychange", () => (document.hidden ? suspend() : place("key").open || begin()));
 place("skip").addEventListener("click", (event) => {
 	event.preventDefault();

@@ -131,22 +131,23 @@ function median(values) {
  *
  * `apart` is the distance of the lowest and the highest last price, `crossed` by how much the best bid is above the best
  * ask, in basis points. `outliers` has the share by which a price differs from the median, or of two from the other, where
- * that is more than `ratio`.
+ * that is more than `ratio`; those are never best.
  */
 export function compare(quotes, { now, lifetime, ratio }) {
 	const fresh = [...quotes].filter(([, quote]) => quote.data && !quote.isStale(now, lifetime));
-	const best = (member, sign) => {
-		const having = fresh.filter(([, quote]) => quote.data[member] > 0);
-		having.sort(([, one], [, other]) => sign * (one.data[member] - other.data[member]));
-		return having.length ? { exchange: having[0][0], price: having[0][1].data[member] } : null;
-	};
-	const [bid, ask, low, high] = [best("bid", -1), best("ask", 1), best("last", 1), best("last", -1)];
 	const outliers = new Map();
 	for (const [name, quote] of fresh.length > 1 ? fresh : []) {
 		const measure = fresh.filter(([other]) => fresh.length > 2 || other !== name).map(([, other]) => other.data.last);
 		const off = quote.data.last / median(measure) - 1;
 		if (Math.abs(off) > ratio) outliers.set(name, off);
 	}
+	const isOff = (name) => outliers.has(name) && outliers.size < fresh.length; // of two it cannot be said which
+	const best = (member, sign) => {
+		const having = fresh.filter(([name, quote]) => quote.data[member] > 0 && (member === "last" || !isOff(name)));
+		having.sort(([, one], [, other]) => sign * (one.data[member] - other.data[member]));
+		return having.length ? { exchange: having[0][0], price: having[0][1].data[member] } : null;
+	};
+	const [bid, ask, low, high] = [best("bid", -1), best("ask", 1), best("last", 1), best("last", -1)];
 	return {
 		bid,
 		ask,

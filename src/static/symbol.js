@@ -35,7 +35,7 @@ export class SymbolView {
 	}
 
 	#build(place) {
-		this.title = el("h1", { id: "symbol-title" }, this.symbol);
+		this.title = el("h1", {}, this.symbol);
 		this.now = el("p", { class: "now" }, el("b"), el("span"));
 		const back = el("a", { href: "#" }, "← Market");
 		this.star = el("button", { type: "button", on: { click: () => this.#star() } });
@@ -152,16 +152,17 @@ export class SymbolView {
 		const first = [...quotes.values()].find(({ data }) => data);
 		const quote = this.exchange ? quotes.get(this.exchange) : (quotes.get(this.from) ?? first);
 		if (quote?.data) this.#showPrice(quote, context);
+		if (context.tick % 4 === 0) this.#drawChart(); // its size or the colours may be others
 		this.#showBook(context);
 		this.#showTrades(context);
 		if (context.now - this.asked > CANDLES_KEPT) this.#load(context.now);
 	}
 
 	#showPrice(quote, { now, lifetime, live }) {
-		const { last, bid, percentage } = quote.data;
+		const { last, bid, percentage, exchange } = quote.data;
 		this.decimals = Math.max(this.decimals, decimalsOf(last), decimalsOf(bid));
 		write(this.now.firstChild, price(last, this.decimals));
-		write(this.now.lastChild, `${percent(percentage)} in 24 h`);
+		write(this.now.lastChild, `${percent(percentage)} in 24 h, ${exchange}, ${duration(quote.age(now) / 1000)}`);
 		mark(this.now, "data-sign", Math.sign(percentage));
 		const isGood = live && !quote.isStale(now, lifetime);
 		mark(this.now, "data-stale", isGood ? null : "");
@@ -220,7 +221,7 @@ export class SymbolView {
 
 	#showBook(context) {
 		write(this.bookAge, this.#ageOf(this.book, context));
-		if (!this.book || this.book === this.drawn) return;
+		if (!this.book || (this.book === this.drawn && context.tick % 4)) return;
 		this.drawn = this.book;
 		const { bids, asks } = this.book.data;
 		const decimals = Math.max(...[...bids, ...asks].map(([at]) => decimalsOf(at)));
@@ -248,11 +249,5 @@ export class SymbolView {
 		const decimals = Math.max(...newest.map((trade) => decimalsOf(trade.price)));
 		const texts = newest.map(({ timestamp, side, price: at, amount }) => [time(timestamp), sides[side] ?? "–", price(at, decimals), compact(amount)]);
 		this.tradeRows.show(texts, (at) => ({ "data-side": newest[at].side ?? "" }));
-	}
-
-	/** Draw anew what has the size or the colours of before. */
-	redraw() {
-		this.drawn = null;
-		this.#drawChart();
 	}
 }

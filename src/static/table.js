@@ -90,7 +90,7 @@ class Line {
 			write(this.cells[name].lastChild, isBest ? ", best" : "");
 		}
 		const off = outliers.get(exchange);
-		write(this.flag, off === undefined ? "" : `${percent(off * 100)} apart`);
+		write(this.flag, off === undefined ? "" : `${percent(off * 100)} off`);
 	}
 }
 
@@ -144,7 +144,7 @@ class Group {
 	/** Show it as it is now; what did not change costs next to nothing. */
 	show(all, context) {
 		const quotes = all.of(this.symbol);
-		this.found = compare(quotes, context);
+		this.found = compare(context.live ? quotes : [], context);
 		if (!this.lines.size && context.order.every((exchange) => !all.isListed(this.symbol, exchange))) {
 			write(this.empty, "no exchange lists it");
 		}

@@ -146,7 +146,7 @@ test("the head names the exchanges whose breaker is not closed", () => {
 	const [state, words] = summary(document);
 	assert.equal(state, "degraded");
 	assert.match(words, /^Degraded/);
-	assert.match(words, /bybit open/);
+	assert.match(words, /bybit not asked/);
 	assert.match(words, /kraken half-open/);
 	assert.doesNotMatch(words, /binance/);
 });

@@ -339,6 +339,14 @@ test("of three exchanges the one that differs stands apart from the middle one",
 	assert.deepEqual(outliersOf({ bybit: 100, binance: 100, kraken: 100.9 }, 0.01), {});
 });
 
+test("what stands apart from two others is never best, and of two it cannot be said which does", () => {
+	const [low, high] = [{ last: 100, bid: 99, ask: 101 }, { last: 110, bid: 109, ask: 111 }];
+	const three = compared({ bybit: low, binance: low, kraken: high });
+	assert.deepEqual([three.bid.exchange, three.ask.exchange, three.crossed], ["bybit", "bybit", null]);
+	const two = compared({ bybit: low, kraken: high });
+	assert.deepEqual([two.bid.exchange, two.ask.exchange], ["kraken", "bybit"]);
+});
+
 test("exactly the ratio is not apart yet", () => {
 	assert.deepEqual(outliersOf({ bybit: 100, binance: 100, kraken: 150 }, 0.5), {});
 	assert.deepEqual(outliersOf({ bybit: 100, binance: 100, kraken: 150.1 }, 0.5), { kraken: 150.1 / 100 - 1 });
