@@ -105,7 +105,7 @@ class Gateway:
         """Answer with many tickers, each by (symbol, exchange or ""); misses of one exchange are one call.
 
         With the exchange `all` every enabled one answers for itself; else one answers for each symbol, as in `ticker`.
-        What is not there `within` seconds is a `DeadlineExceeded`, or an old value, and its load goes on.
+        What is not there after `within` seconds is a `DeadlineExceeded`, or an old value, and its load goes on.
         """
         deadline = self.clock.monotonic() + min(self.settings.request_timeout, within)
         wanted, answers = self._places(symbols, exchange)

@@ -175,7 +175,9 @@ def test_readme_and_makefile_agree() -> None:
 def test_files_named_in_documents_exist(document: str) -> None:
     """Every file a document names or links to is there."""
     text = (ROOT / document).read_text()
-    paths = set(re.findall(r"\]\(([\w./-]+)\)", text)) | set(re.findall(r"`((?:src|tests)/[\w*]+\.py)`", text))
+    paths = set(re.findall(r"(?:\]\(|src=\")([\w./-]+)[)\"]", text)) | set(
+        re.findall(r"`((?:src|tests)/[\w*]+\.py)`", text)
+    )
     assert paths
     folder = (ROOT / document).parent
     assert not [path for path in paths if not (list(ROOT.glob(path)) or (folder / path).is_file())]

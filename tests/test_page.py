@@ -4,6 +4,7 @@ The files and the document it is made of are in test_dashboard.py, its code with
 """
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from playwright.async_api import Browser, Locator, Page, Route, WebSocketRoute, 
 from src.clock import SystemClock
 from src.sandbox import Sandbox
 from src.streams import Streams
-from tests.browser import Seen, axe, browser, open_page
+from tests.browser import ROOT, Seen, axe, browser, open_page
 from tests.conftest import Live, eventually, make_settings, serve
 
 __all__ = ["browser"]  # a fixture: pytest finds it here by its name
@@ -267,6 +268,21 @@ async def test_what_is_not_pushed_is_told_and_a_dead_exchange_shows_until_it_is_
         await expect(age).to_have_text(re.compile(r"^(now|\d s)$"))
         await expect(row(page, "BTC/USDT", "bybit")).not_to_have_attribute("data-stale", "")
         await has_moved(page, "BTC/USDT")
+        seen.clean()
+
+
+async def test_the_gateway_view_has_figures_and_leads_to_grafana(browser: Browser, lively: Sandbox) -> None:
+    """It tells who is connected and where answers came from; its links lead to dashboards that are there."""
+    async with gateway(lively, grafana_url="https://grafana.example/") as live:
+        page, seen = await open_page(browser, f"{live.url}/#gateway", *DESK)
+        await expect(page.locator("[data-fact=subscribers]")).to_have_text("1 WebSocket, 0 events")
+        await expect(page.locator("[data-fact=memory]")).to_have_text(re.compile(r"^[\d.]+ %$"))
+        await expect(page.locator("[data-fact='requests a second']")).to_have_text(re.compile(r"^[\d.]+$"))
+        links = page.locator(".links a")
+        await expect(links).to_have_count(3)
+        led = {await link.get_attribute("href") for link in await links.all()}
+        dashboards = (ROOT / "deploy" / "grafana" / "dashboards").glob("*.json")
+        assert led == {f"https://grafana.example/d/{json.loads(path.read_text())['uid']}" for path in dashboards}
         seen.clean()
 
 

@@ -185,3 +185,12 @@ async def test_what_a_page_does_wrong_is_seen(browser: Browser, strict: str, fau
     seen.clean(but=".")
     seen.forget()
     seen.clean()
+
+
+def test_the_runbook_has_every_place_that_is_named() -> None:
+    """What an operator is told to read is there."""
+    headings = re.findall(r"^#+ (.+)$", (ROOT / "docs" / "runbook.md").read_text(), re.MULTILINE)
+    places = {heading.lower().replace(" ", "-") for heading in headings}
+    named = set(re.findall(r'"(virtuoso[a-z]+|exchange-errors)"', (ROOT / STATIC / "gateway.js").read_text()))
+    assert len(named) >= 7
+    assert named <= places

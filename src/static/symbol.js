@@ -35,7 +35,6 @@ export class SymbolView {
 	}
 
 	#build(place) {
-		this.title = el("h1", {}, this.symbol);
 		this.now = el("p", { class: "now" }, el("b"), el("span"));
 		const back = el("a", { href: "#" }, "← Market");
 		this.star = el("button", { type: "button", on: { click: () => this.#star() } });
@@ -44,7 +43,7 @@ export class SymbolView {
 		for (const frame of Object.keys(FRAMES)) {
 			this.frames.append(el("button", { type: "button", on: { click: () => this.#go({ frame }) } }, frame));
 		}
-		const bar = el("div", { class: "bar" }, back, this.title, this.now, this.star);
+		const bar = el("div", { class: "bar" }, back, el("h1", {}, this.symbol), this.now, this.star);
 		const from = el("label", { for: "from" }, "From ", this.chooser);
 		this.compared = el("div");
 		place.replaceChildren(

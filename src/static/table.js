@@ -184,7 +184,6 @@ class Group {
 /** A table of symbols by exchange. */
 export class Table {
 	groups = new Map();
-	order = { name: "own", descending: false };
 
 	constructor(place, label, { onRemove = null, onSort = null } = {}) {
 		this.onRemove = onRemove;
