@@ -1,4 +1,4 @@
-# `make` alone lists what there is. Everything is installed into .venv; only ci-deps, ops-test and ui-test need root.
+# `make` alone lists what there is. Everything is installed into .venv; only ci-deps and chromium need root.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ MINUTES ?= 10
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test ops-test ui-test format bench scale soak bench-stream bench-page stream-soak drill
+.PHONY: help demo run test test-all format bench scale soak bench-stream bench-page stream-soak drill
 .PHONY: screenshots ci-deps chromium clean
 
 help: ## Show what there is
@@ -23,26 +23,25 @@ SOCKETS := --ws-max-size 65536 --ws-ping-interval 20 --ws-ping-timeout 20 --ws-p
 run: $(VENV)/.runtime ## Run it against the live exchanges, with the settings of the environment and .env
 	@$(BIN)/uvicorn src.api:app --host $(HOST) --port $(PORT) $(SOCKETS)
 
-# Clocks, servers and processes of the tests are real: what fails on a starved machine is tried again, twice at most,
-# and named in the summary (RERUN). What is broken fails three times.
-PYTEST := $(BIN)/pytest --reruns 2 --reruns-delay 1 -r fERs
+# Half of a test's time is waiting, so there are two workers for each core. Tests marked with the same xdist_group share
+# servers that take long to start, and run in one worker.
+WORKERS ?= 4
+PYTEST := $(BIN)/pytest -r fEs --durations 10
+PARALLEL := --numprocesses $(WORKERS) --dist loadgroup
 
 # The tests of the page need packages of npm; where these cannot be had, all others run, and those say what they miss.
-test: $(VENV)/.dev ## Check formatting, lint and types, and run the tests but those of ops-test alone
+test: $(VENV)/.dev ## Check formatting, lint and types, and run all tests but the long ones
 	@$(MAKE) --silent $(VENV)/.page >/dev/null 2>&1 || echo "npm ci --prefix tests/page did not work: its tests are skipped"
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST) -m "not ops" --cov --cov-report=term
+	$(PYTEST) $(PARALLEL) -m "not full" --cov --cov-report=term
 
-# What tests the deployment, each tool it needs being there for sure: a missing one is a failure, not a skip.
-OPS_TESTS := alerts ci compose contract dashboards deploy edge secrets units
-ops-test: ci-deps $(VENV)/.dev ## Install what the tests of the deployment need (Debian, as root), and run them
-	VIRTUOSO_ALL_TOOLS=1 $(PYTEST) $(OPS_TESTS:%=tests/test_%.py)
-
-# The same for the page: its tests in a browser, those of its code, and eslint.
-ui-test: chromium $(VENV)/.dev $(VENV)/.page ## Install Chromium (Debian, as root), and run the tests of the page
-	VIRTUOSO_ALL_TOOLS=1 $(PYTEST) tests/test_page.py tests/test_page_code.py
+# Soaks, measured benchmarks, deployments, browsers, generated clients. Tools that are missing are named; with
+# VIRTUOSO_ALL_TOOLS=1 they are failures. `make ci-deps` installs them.
+test-all: $(VENV)/.dev ## Run the tests that `make test` leaves out, which need more time and more tools
+	@$(MAKE) --silent $(VENV)/.page >/dev/null 2>&1 || echo "npm ci --prefix tests/page did not work: its tests are skipped"
+	$(PYTEST) $(PARALLEL) --numprocesses 2 -m full
 
 format: $(VENV)/.dev ## Format the code and mend what can be mended
 	$(BIN)/ruff format .

@@ -9,7 +9,7 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import FrameType
 from typing import Annotated, Any, Literal, TypedDict
@@ -94,19 +94,25 @@ Symbols = Annotated[
 ]
 
 
-def create_app(settings: Settings, clock: Clock | None = None) -> FastPath:
-    """Build what is served: the app, whose lifespan starts and stops the gateway, behind the fast path."""
+def create_app(
+    settings: Settings, clock: Clock | None = None, snapshots: Mapping[str, bytes] | None = None
+) -> FastPath:
+    """Build the app, whose lifespan starts and stops the gateway, behind the fast path.
+
+    `snapshots` maps exchanges to prepared market lists (see `ccxt_client.load_snapshot`): the gateway starts from them
+    as it would from those in Redis, without a call to the exchange.
+    """
     clock = clock or SystemClock()
     gate = Gate(settings, clock)
-    return FastPath(_create_app(settings, clock, gate), gate, settings, clock)
+    return FastPath(_create_app(settings, clock, gate, snapshots or {}), gate, settings, clock)
 
 
-def _create_app(settings: Settings, clock: Clock, gate: Gate) -> FastAPI:
+def _create_app(settings: Settings, clock: Clock, gate: Gate, snapshots: Mapping[str, bytes]) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         async with AsyncExitStack() as stack:
-            gateway = Gateway(settings, clock)
+            gateway = Gateway(settings, clock, snapshots)
             stack.push_async_callback(gateway.close)
             await gateway.start()
             endless = [metrics.measure_loop_lag(clock), gateway.store.keep_asking()]

@@ -31,7 +31,7 @@ from src.errors import (
     UnknownSymbol,
     UpstreamError,
 )
-from src.http_client import Answer, AnswerRefused, answer, open_session
+from src.http_client import Answer, AnswerRefused, answer, open_session, tls_context
 
 Client = Any  # ccxt's clients are untyped and generated; this is one of bybit, binance, kraken
 MARKETS_TIMEOUT_SECONDS = 20.0
@@ -129,6 +129,7 @@ def make_client(exchange: str, settings: Settings, session: aiohttp.ClientSessio
     package = import_module(f"ccxt.pro.{exchange}") if sockets else ccxt
     client = getattr(package, exchange)(config)
     client.timeout_on_exit = 0
+    client.ssl_context = tls_context()  # else ccxt builds one on the first call, which the shared session never uses
     client.urls["api"] = _moved(client.urls["api"], own.rest_url, own.ws_url)
     if sockets and exchange == "binance":
         client.options |= BINANCE_SOCKETS

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from config import Settings
@@ -55,12 +55,12 @@ class Served(NamedTuple):
 class Gateway:
     """Joins the parts; one object per process. Its methods raise `GatewayError`, and nothing else."""
 
-    def __init__(self, settings: Settings, clock: Clock) -> None:
+    def __init__(self, settings: Settings, clock: Clock, snapshots: Mapping[str, bytes] | None = None) -> None:
         self.settings = settings
         self.clock = clock
         self.store = RedisStore(settings.redis_address, clock, settings.redis_timeout_seconds)
         self.manager = ExchangeManager(settings, self.store, clock)
-        self.loader = MarketLoader(self.manager, settings, self.store, clock)
+        self.loader = MarketLoader(self.manager, settings, self.store, clock, snapshots or {})
         self.cache = Cache(settings, self.store, clock)
         self.markets = self.manager.markets
         self.started_at = clock.time()

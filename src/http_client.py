@@ -75,13 +75,14 @@ async def _refuse_redirect(
 
 
 @cache
-def _ssl_context() -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=certifi.where())  # 16 ms of blocking, so once and for all clients
+def tls_context() -> ssl.SSLContext:
+    """Return the TLS context that all clients share: building one blocks the event loop for 16 ms or more."""
+    return ssl.create_default_context(cafile=certifi.where())
 
 
 def open_session(max_connections: int) -> aiohttp.ClientSession:
     """Open a session; it has no cookies, and no timeouts of its own as every call carries a deadline."""
-    connector = aiohttp.TCPConnector(ssl=_ssl_context(), limit=max_connections, happy_eyeballs_delay=0.25)
+    connector = aiohttp.TCPConnector(ssl=tls_context(), limit=max_connections, happy_eyeballs_delay=0.25)
     return aiohttp.ClientSession(
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -92,7 +93,7 @@ def open_session(max_connections: int) -> aiohttp.ClientSession:
 
 def open_socket_session() -> aiohttp.ClientSession:
     """Open a session for WebSockets, of which there are as many as there are exchanges, kinds and types of market."""
-    connector = aiohttp.TCPConnector(ssl=_ssl_context(), happy_eyeballs_delay=0.25)
+    connector = aiohttp.TCPConnector(ssl=tls_context(), happy_eyeballs_delay=0.25)
     return aiohttp.ClientSession(
         connector=connector, cookie_jar=aiohttp.DummyCookieJar(), middlewares=(_refuse_redirect,)
     )

@@ -7,6 +7,7 @@ snapshot, which is small and is restored in a few milliseconds.
 import asyncio
 import gc
 import logging
+from collections.abc import Mapping
 
 from config import Settings
 from src.ccxt_client import MARKETS_TIMEOUT_SECONDS, Client, MarketList, adopt_markets, restore_markets
@@ -28,8 +29,16 @@ SNAPSHOT_TIMEOUT_SECONDS = 1.0  # some hundred kilobytes, once an hour and besid
 class MarketLoader:
     """Keeps the market lists of all exchanges loaded; one that cannot be read does not disturb the others."""
 
-    def __init__(self, manager: ExchangeManager, settings: Settings, store: RedisStore, clock: Clock) -> None:
+    def __init__(
+        self,
+        manager: ExchangeManager,
+        settings: Settings,
+        store: RedisStore,
+        clock: Clock,
+        snapshots: Mapping[str, bytes],
+    ) -> None:
         self.errors: dict[str, str] = {}  # exchange -> code of the error of the last try
+        self._prepared = dict(snapshots)  # used once each, in place of those in Redis
         self._manager = manager
         self._settings = settings
         self._store = store
@@ -105,8 +114,10 @@ class MarketLoader:
 
     async def _restore(self, name: str) -> MarketList | None:
         key = self._key(name)
+        raw: bytes | str | None = self._prepared.pop(name, None)
         try:
-            raw = await self._store.run("snapshot_get", lambda redis: redis.get(key), SNAPSHOT_TIMEOUT_SECONDS)
+            if raw is None:
+                raw = await self._store.run("snapshot_get", lambda redis: redis.get(key), SNAPSHOT_TIMEOUT_SECONDS)
         except RedisAway:
             return None
         return await restore_markets(self._manager[name].client, raw) if isinstance(raw, bytes) else None

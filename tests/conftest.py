@@ -4,18 +4,22 @@ Only the clock and the addresses are replaced.
 """
 
 import asyncio
+import itertools
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import time
+import zlib
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 import redis as redis_py
 import uvicorn
@@ -23,12 +27,15 @@ from prometheus_client import REGISTRY
 
 from config import Settings, load_settings
 from src.api import create_app
-from src.demo import free_port, redis_server
+from src.ccxt_client import load_snapshot
+from src.demo import redis_server
 from src.fast_path import FastPath
 from src.gateway import Gateway
+from src.http_client import Answer, tls_context
 from src.sandbox import Sandbox
 
 NO_ENV_FILE = Path("/nonexistent/.env")
+TIMED_FOLDERS = 20  # shown at the end of a run
 
 
 class FakeClock:
@@ -46,6 +53,35 @@ class FakeClock:
 
     def advance(self, seconds: float) -> None:
         self.elapsed += seconds
+
+
+# Ports for servers that are started by number, below the range from which systems choose ports for connections, so that
+# nothing takes one between its choice and its use. Each worker of a parallel run has ports of its own. A Redis Cluster
+# adds 10,000 for its bus.
+FIRST_PORT, PORTS_PER_WORKER = 11_000, 1_000
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+_ports = itertools.count(os.getpid() % PORTS_PER_WORKER)
+
+
+def free_port(several: int = 1) -> int:
+    """Return a port of this worker that nobody listens on; with `several`, the first of so many in a row."""
+    while True:
+        first = next(_ports) % (PORTS_PER_WORKER - several)
+        for _ in range(1, several):
+            next(_ports)
+        ports = range(FIRST_PORT + _worker * PORTS_PER_WORKER + first, FIRST_PORT + (_worker + 1) * PORTS_PER_WORKER)
+        if all(_is_free(port) for port in ports[:several]):
+            return ports[0]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 class RedisServer:
@@ -189,11 +225,18 @@ async def lively() -> AsyncIterator[Sandbox]:
 
 @pytest.fixture
 async def start(sandbox: Sandbox, clock: FakeClock) -> AsyncIterator[StartGateway]:
-    """Start gateways on loopback: `await start(ticker_ttl_seconds=5)`; all market lists are loaded on return."""
+    """Start gateways on loopback: `await start(ticker_ttl_seconds=5)`; all market lists are there on return.
+
+    With `load_markets` the gateway reads the lists from the exchanges. With `wait=False` it does so too, and may still
+    be reading on return.
+    """
     async with AsyncExitStack() as stack:
 
-        async def start_gateway(*, clock: Any = clock, wait: bool = True, **overrides: object) -> Live:
-            live = await stack.enter_async_context(serve(make_settings(sandbox, **overrides), clock))
+        async def start_gateway(
+            *, clock: Any = clock, wait: bool = True, load_markets: bool = False, **overrides: object
+        ) -> Live:
+            settings = make_settings(sandbox, **overrides)
+            live = await stack.enter_async_context(serve(settings, clock, load_markets=load_markets or not wait))
             if wait:
                 await eventually(lambda: len(live.gateway.markets.loaded_at) == len(live.gateway.manager.names))
                 sandbox.clear_counts()
@@ -202,13 +245,42 @@ async def start(sandbox: Sandbox, clock: FakeClock) -> AsyncIterator[StartGatewa
         yield start_gateway
 
 
+_market_lists: dict[tuple[str, ...], dict[str, bytes]] = {}
+
+
+async def prepared_markets(settings: Settings, now: float) -> dict[str, bytes]:
+    """Return the sandbox's market lists as snapshots made at `now` (UTC seconds); read once per test process."""
+    types = tuple(sorted(settings.market_types))
+    if types not in _market_lists:
+        _market_lists[types] = await asyncio.to_thread(asyncio.run, _read_market_lists(types))
+    dated = {}
+    for name in settings.enabled_exchanges:
+        document = orjson.loads(zlib.decompress(_market_lists[types][name]))
+        dated[name] = zlib.compress(orjson.dumps(document | {"loaded_at": now}), 1)
+    return dated
+
+
+async def _read_market_lists(types: tuple[str, ...]) -> dict[str, bytes]:
+    """Read the market lists of a sandbox of its own, with real ccxt clients."""
+    exchanges = Sandbox()
+    await exchanges.start()
+    try:
+        settings = make_settings(exchanges, market_types=",".join(types))
+        return {name: await load_snapshot(name, settings, Answer(), 0.0) for name in settings.enabled_exchanges}
+    finally:
+        await exchanges.stop()
+
+
 @asynccontextmanager
-async def serve(settings: Settings, clock: Any, *, shortcut: bool = True, port: int = 0) -> AsyncIterator[Live]:
+async def serve(
+    settings: Settings, clock: Any, *, shortcut: bool = True, port: int = 0, load_markets: bool = False
+) -> AsyncIterator[Live]:
     """Run the app under a real uvicorn in this event loop; without `shortcut` nothing stands before the app.
 
-    A `port` is for one that takes the place of another that has stopped.
+    The gateway starts from prepared market lists. With `load_markets` it reads them from the exchanges, in a child
+    process, as it does in production. A `port` is for a gateway that takes the place of another that has stopped.
     """
-    front = create_app(settings, clock)
+    front = create_app(settings, clock, None if load_markets else await prepared_markets(settings, clock.time()))
     config = uvicorn.Config(front if shortcut else front.app, log_config=None, lifespan="on", timeout_keep_alive=75)
     server = uvicorn.Server(config)
     # With its protocol named: asyncio sets TCP_NODELAY on such only, and without it each answer takes 40 ms.
@@ -218,7 +290,8 @@ async def serve(settings: Settings, clock: Any, *, shortcut: bool = True, port: 
     task = asyncio.create_task(server.serve([listener]))
     await eventually(lambda: server.started or task.done())
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    async with httpx.AsyncClient(timeout=90, limits=httpx.Limits(max_connections=1500)) as client:
+    limits = httpx.Limits(max_connections=1500)
+    async with httpx.AsyncClient(timeout=90, verify=tls_context(), limits=limits) as client:
         try:
             yield Live(url, client, server.lifespan.state["gateway"], server, front)
         finally:
@@ -253,3 +326,15 @@ def tool(name: str, package: str) -> str:
     if os.environ.get("VIRTUOSO_ALL_TOOLS"):
         pytest.fail(missing)
     pytest.skip(missing)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the time spent in the tests of each folder, or file where files are in no folder; longest first."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            path = PurePath(report.nodeid.partition("::")[0])
+            seconds[str(path.parent if len(path.parts) > 2 else path)] += report.duration
+    terminalreporter.section("time per folder, of all workers together")
+    for spent, folder in sorted(((spent, folder) for folder, spent in seconds.items()), reverse=True)[:TIMED_FOLDERS]:
+        terminalreporter.write_line(f"{spent:8.1f} s  {folder}")

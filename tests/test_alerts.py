@@ -20,8 +20,7 @@ import yaml
 
 from src import metrics
 from src.circuit_breaker import STATES
-from src.demo import free_port
-from tests.conftest import eventually, tool
+from tests.conftest import eventually, free_port, tool
 from tests.test_docs import own_metrics, routes
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +117,7 @@ def test_prometheus_accepts_configuration_and_rules(container: Path) -> None:
     assert checked.returncode == 0, checked.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda path: str(path.stem))
 def test_scenarios_come_out_as_written(scenario: Path) -> None:
     """`promtool test rules` finds each alert firing, with this text, when the scenario says so, and else silent."""
@@ -388,7 +387,7 @@ def firing(name: str, *, ended: bool = False, **labels: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 async def test_an_alert_arrives_and_so_does_its_end(tmp_path: Path) -> None:
     """The channel gets description and runbook; what follows from another alert is not told; the end is told too."""
     async with webhook() as (url, arrived), alertmanager(tmp_path, ALERT_WEBHOOK_URL=url) as client:

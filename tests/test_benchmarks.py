@@ -217,7 +217,7 @@ def test_when_the_machine_stood_still_nothing_is_measured() -> None:
     assert seen.latencies(found) == [10, 5]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_streams_are_measured_for_real() -> None:
     """Clients of a gateway see what the exchange pushes, and nobody is lost; who only writes, writes more."""
     with Servers() as servers, stalls.noted() as noted:
@@ -246,7 +246,7 @@ def test_when_the_machine_stands_still_all_the_time_it_is_told(monkeypatch: pyte
             stream.run(writer, stalls.Noted(str(tmp_path / "stalls")), 3, 0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_page_is_measured_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
     """A browser shows what a gateway is pushed, and what it costs is found and told."""
     if find_chromium() is None:
@@ -273,7 +273,7 @@ def test_the_page_is_not_measured_without_end() -> None:
             page.bounded(text)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("client", ["wrk", "bundled"])
 def test_one_pair_for_real(monkeypatch: pytest.MonkeyPatch, client: str) -> None:
     """A gateway and a bare server are started, measured in turn, and gone afterwards."""
@@ -303,7 +303,7 @@ def test_one_pair_for_real(monkeypatch: pytest.MonkeyPatch, client: str) -> None
     assert not servers.folder.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_nginx_sends_the_same_bytes(tmp_path: Path) -> None:
     """Our own nginx repeats body and headers, quotes included."""
     if NGINX is None:

@@ -20,10 +20,9 @@ from websockets.asyncio.client import connect
 from config import setting_names
 from src import bus
 from src.bus import MarketDataEvent, Topic
-from src.demo import free_port
 from src.entry import Key
 from src.sandbox import Sandbox
-from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, sample
+from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, free_port, sample
 from tests.test_streams import BTC, Client, Join, inside, join, slow_client, sockets, time_passes
 
 __all__ = ["join"]  # a fixture

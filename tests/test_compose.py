@@ -17,9 +17,8 @@ import pytest
 import yaml
 
 from config import setting_names
-from src.demo import free_port
 from src.sandbox import Sandbox
-from tests.conftest import eventually
+from tests.conftest import eventually, free_port
 
 ROOT = Path(__file__).parents[1]
 COMPOSE = ROOT / "docker-compose.yml"

@@ -116,7 +116,7 @@ async def test_binance_candles(start: StartGateway, sandbox: Sandbox) -> None:
 async def markets(start: StartGateway, sandbox: Sandbox, name: str, only: str, told: Any) -> set[str]:
     """Return the symbols an exchange lists after it answered so."""
     await sandbox.set(name, only=only, body=json.dumps(told), rate_limit=-1)
-    live = await start()
+    live = await start(load_markets=True)
     return {market["symbol"] for market in (await live.get(f"/markets?exchange={name}")).json()["markets"]}
 
 

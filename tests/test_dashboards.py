@@ -28,8 +28,7 @@ from benchmarks.servers import Server, Servers, fetch
 from config import EXCHANGES
 from deploy.grafana import dashboards
 from src import metrics
-from src.demo import free_port
-from tests.conftest import tool
+from tests.conftest import free_port, tool
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
@@ -354,7 +353,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
             end.set()
 
 
-@pytest.mark.ops
+@pytest.mark.full
 def test_every_query_returns_data(scene: Scene) -> None:
     """All panels but those about Redis itself have numbers under load, and replicas do not show as doubled series."""
     panels = [panel for _, panel in GRAPHS if not is_about_redis(panel)]
@@ -362,7 +361,7 @@ def test_every_query_returns_data(scene: Scene) -> None:
     assert scene.faults(panels) == {}
 
 
-@pytest.mark.ops
+@pytest.mark.full
 def test_redis_itself_is_seen_through_its_exporter(scene: Scene) -> None:
     """The panels about Redis have numbers."""
     tool("prometheus-redis-exporter", "prometheus-redis-exporter")
@@ -371,7 +370,7 @@ def test_redis_itself_is_seen_through_its_exporter(scene: Scene) -> None:
     assert scene.faults(panels) == {}
 
 
-@pytest.mark.ops
+@pytest.mark.full
 def test_all_of_it_happened(scene: Scene) -> None:
     """The numbers are not all zeros: what the load was made to bring about is seen above zero where it belongs."""
     panels = {f"{name}/{panel['title']}": panel for name, panel in GRAPHS}
@@ -385,7 +384,7 @@ def test_all_of_it_happened(scene: Scene) -> None:
     assert {title: absent for title in HAPPENS if (absent := missing(title))} == {}
 
 
-@pytest.mark.ops
+@pytest.mark.full
 def test_the_exchanges_to_choose_from_are_found(scene: Scene) -> None:
     """The variable of the dashboard Exchanges lists all of them."""
     (variable,) = BOARDS["exchanges"]["templating"]["list"]

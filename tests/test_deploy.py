@@ -23,7 +23,7 @@ SECRETS = ["canary-of-redis", "canary-of-grafana", "canary-of-a-client"]
 SETTINGS = f"REDIS_PASSWORD={SECRETS[0]}\nGRAFANA_PASSWORD={SECRETS[1]}\nAPI_KEYS=me:{SECRETS[2]}\n"
 QUICK = {"READY_SECONDS": "1", "SMOKE_SECONDS": "1"}
 
-pytestmark = pytest.mark.ops  # some seconds for each deployment
+pytestmark = pytest.mark.full  # some seconds for each deployment
 
 # Knows what deploy.sh uses. Makes containers anew as Compose does: when tag or .env are not those they were made with.
 DOCKER = r"""#!PYTHON -IS

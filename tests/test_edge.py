@@ -25,10 +25,9 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from src.clock import SystemClock
-from src.demo import free_port
 from src.middleware import MAX_URL_BYTES
 from src.sandbox import Sandbox
-from tests.conftest import Live, StartGateway, eventually, make_settings, sample, serve, tool
+from tests.conftest import Live, StartGateway, eventually, free_port, make_settings, sample, serve, tool
 
 ROOT = Path(__file__).parents[1]
 EDGE = ROOT / "deploy" / "edge"
@@ -568,7 +567,7 @@ async def test_a_proxy_before_the_edge_is_believed_when_it_is_named(script: Scri
         assert peer.headers()["x-forwarded-for"] == "203.0.113.9", "the last is what the proxy itself has seen"
 
 
-@pytest.mark.ops
+@pytest.mark.full
 async def test_slow_clients_are_cut_off_while_others_are_served(
     start: StartGateway, edge: StartEdge, peer: Peer
 ) -> None:
@@ -624,7 +623,7 @@ async def test_slow_clients_are_cut_off_while_others_are_served(
     assert slowest < 3, "a request waited for the slow ones"
 
 
-@pytest.mark.ops
+@pytest.mark.full
 async def test_one_address_cannot_take_all_connections(edge: StartEdge, peer: Peer) -> None:
     """At most 500 requests of one address are answered at once; the next gets 429, and a free place is free at once."""
     front = await edge(peer)
@@ -642,7 +641,7 @@ async def test_one_address_cannot_take_all_connections(edge: StartEdge, peer: Pe
     assert (await front.get("/health")).status_code == 200
 
 
-@pytest.mark.ops
+@pytest.mark.full
 async def test_a_killed_replica_costs_no_request(
     edge: StartEdge, peer: Peer, processes: Callable[..., GatewayProcess]
 ) -> None:
@@ -850,7 +849,7 @@ async def test_only_a_socket_is_upgraded(edge: StartEdge, peer: Peer) -> None:
     assert len(peer.requests) == before
 
 
-@pytest.mark.ops
+@pytest.mark.full
 async def test_one_address_cannot_take_all_streams(edge: StartEdge, peer: Peer) -> None:
     """At most 200 streams of one address are open at once; other requests are counted apart."""
     front = await edge(peer)
@@ -871,7 +870,7 @@ async def test_one_address_cannot_take_all_streams(edge: StartEdge, peer: Peer) 
     assert "c4nary" not in front.errors()
 
 
-@pytest.mark.ops
+@pytest.mark.full
 async def test_who_does_not_read_disturbs_nobody(edge: StartEdge, lively: Sandbox) -> None:
     """One client reads nothing of all it asked for: the gateway notices, or the edge cuts it; others get theirs."""
     for name in lively.urls:
@@ -901,7 +900,7 @@ async def test_who_does_not_read_disturbs_nobody(edge: StartEdge, lively: Sandbo
     assert sorted(late)[len(late) // 2] < 2, sorted(late)
 
 
-@pytest.mark.ops
+@pytest.mark.full
 async def test_a_gateway_that_stops_says_so_through_the_edge(edge: StartEdge, lively: Sandbox, tmp_path: Path) -> None:
     """Sockets end with 1001, server-sent events as a whole answer does; then it is an honest 502."""
     gateway, events = GatewayProcess(tmp_path, lively.settings), list[str]()
@@ -1001,7 +1000,7 @@ def switch(folder: Path, old: Peer, new: Peer) -> None:
     file.write_text(file.read_text().replace(old.url.removeprefix("http://"), new.url.removeprefix("http://")))
 
 
-@pytest.mark.ops
+@pytest.mark.full
 async def test_the_edge_follows_the_addresses(script: Script, peer: Peer, other: Peer) -> None:
     """502 before there is an address; a reload when they change, not when their order does; the last ones are kept."""
     script.resolve()
@@ -1036,7 +1035,7 @@ async def test_the_edge_follows_the_addresses(script: Script, peer: Peer, other:
         assert (await front.get("/health")).text == "other"
 
 
-@pytest.mark.ops
+@pytest.mark.full
 async def test_a_reload_costs_no_request(script: Script, peer: Peer) -> None:
     """Clients on kept connections, with and without pauses, ask while the addresses change ten times: none is cut."""
     script.resolve("192.0.2.1")
@@ -1105,7 +1104,7 @@ async def test_what_dies_is_noticed(script: Script, peer: Peer) -> None:
         assert await asyncio.to_thread(front.process.wait, 60) == 1
 
 
-@pytest.mark.ops
+@pytest.mark.full
 async def test_it_can_be_stopped_while_it_waits(script: Script) -> None:
     """Before there is a gateway a signal ends it at once, however long the interval."""
     script.resolve()

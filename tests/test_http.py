@@ -257,7 +257,7 @@ async def test_a_cold_batch_of_all_exchanges_is_one_call_to_each(clock: FakeCloc
     """A hundred symbols that all three list, wanted from each: three upstream calls bring the three hundred tickers."""
     sandbox = Sandbox(now=clock.time, filler=100)
     await sandbox.start()
-    async with serve(make_settings(sandbox), clock) as live:
+    async with serve(make_settings(sandbox), clock, load_markets=True) as live:
         await eventually(lambda: len(live.gateway.markets.loaded_at) == 3)
         sandbox.clear_counts()
         wanted = ",".join(f"F{number:04d}/USDT" for number in range(1, 101))
@@ -593,7 +593,7 @@ async def test_documents_and_metrics_can_be_switched_off(start: StartGateway) ->
 async def test_a_stopped_gateway_leaves_nothing_running(sandbox: Sandbox) -> None:
     """Stopping with a load and a market list under way ends both; no task of the gateway stays behind."""
     await sandbox.set("kraken", hang=True)
-    async with serve(make_settings(sandbox), SystemClock()) as live:
+    async with serve(make_settings(sandbox), SystemClock(), load_markets=True) as live:
         await eventually(lambda: "bybit" in live.gateway.markets.loaded_at)
         await sandbox.set("bybit", hang=True)
         leaving = asyncio.create_task(live.get("/ticker/BTC/USDT?exchange=bybit"))

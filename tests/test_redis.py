@@ -76,7 +76,7 @@ async def test_a_memory_hit_asks_redis_nothing(start: StartGateway, redis: Redis
     """What memory has fresh costs no command in Redis."""
     live = await start(redis_url=redis.url)
     await live.get("/ticker/BTC/USDT")
-    await eventually(lambda: len(redis.client.keys(f"{PREFIX}markets:*")) == 3 and redis.client.exists(DATA))
+    await eventually(lambda: redis.client.exists(DATA))
     before = commands(redis)
     for _ in range(20):
         assert (await live.get("/ticker/BTC/USDT")).headers["Cache-Status"].startswith("virtuoso; hit; detail=memory")

@@ -543,7 +543,7 @@ async def test_lists_are_bounded_alike(clock: FakeClock, tally: Tally) -> None:
     sandbox = Sandbox(now=clock.time, filler=lists * batch_size("binance"))
     await sandbox.start()
     await sandbox.set("binance", rate_limit=-1)
-    async with serve(make_settings(sandbox, **only("binance")), clock) as live:
+    async with serve(make_settings(sandbox, **only("binance")), clock, load_markets=True) as live:
         await eventually(lambda: live.gateway.markets.loaded_at)
         symbols = [market["symbol"] for market in live.gateway.markets.select("binance", None, "USDT")]
         await sandbox.set("binance", latency_ms=150, rate_limit=-1)

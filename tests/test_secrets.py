@@ -22,9 +22,8 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from config import EXCHANGES, ExchangeSettings, Settings
-from src.demo import free_port
 from src.sandbox import Sandbox
-from tests.conftest import RedisServer
+from tests.conftest import RedisServer, free_port
 from tests.test_edge import GatewayProcess
 
 ROOT = Path(__file__).parents[1]
@@ -222,7 +221,7 @@ class Driver:
         writer.close()
 
 
-@pytest.mark.ops
+@pytest.mark.full
 @pytest.mark.parametrize(("log_format", "redis_by"), [("text", "url"), ("json", "password")])
 async def test_no_secret_comes_out(
     tmp_path: Path, lively: Sandbox, proxy: EchoingProxy, own_redis: RedisServer, log_format: str, redis_by: str
@@ -353,7 +352,7 @@ app = api.app
 """
 
 
-@pytest.mark.ops
+@pytest.mark.full
 @pytest.mark.parametrize("log_format", ["text", "json"])
 async def test_an_unforeseen_exception_tells_no_secret(tmp_path: Path, log_format: str) -> None:
     """A fault of ours whose text and causes are full of secrets: the log has its traceback, all of them struck out."""

@@ -1,4 +1,4 @@
-"""Streams for a while, with everything that fails: `make stream-soak` takes five minutes, `make test` some seconds."""
+"""Streams while everything fails: for five minutes in `make stream-soak`, for some seconds in `make test-all`."""
 
 import asyncio
 import gc
@@ -101,6 +101,7 @@ async def watch(live: Live, lively: Sandbox, seconds: float) -> list[Seen]:
     return seen
 
 
+@pytest.mark.full
 async def test_nothing_is_lost_and_nothing_is_left(lively: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients that read miss no update and no number; after they left all is as it was before they came."""
     monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # pytest keeps what is logged
