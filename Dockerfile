@@ -3,7 +3,7 @@ FROM python:3.13.12-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /opt/venv
 COPY requirements.txt /build/
-RUN /opt/venv/bin/pip install --quiet --requirement /build/requirements.txt
+RUN /opt/venv/bin/pip install --quiet --no-deps --requirement /build/requirements.txt
 COPY config.py maintenance.py /app/
 COPY src /app/src
 # Bytecode that is never held against its source: the file system is read-only and dates may change on the way.

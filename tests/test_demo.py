@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 from src.demo import free_port
+from tests.processes import children
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,10 +48,9 @@ def test_the_demo_starts_answers_and_stops_everything() -> None:
         assert json.load(answer)["symbol"] == "BTC/USDT"
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
         assert json.load(answer)["parts"]["redis"]["status"] == "healthy"
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(demo.pid)], capture_output=True, text=True, check=True)
-    pids = [int(pid) for pid in children.stdout.split()]
+    pids = children(demo.pid)
     assert len(pids) == 3
-    redis = next(pid for pid in pids if b"redis-server" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    redis = next(pid for pid, command in pids.items() if "valkey-server" in command)
     os.kill(redis, signal.SIGKILL)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/ticker/ETH/USDT", timeout=10) as answer:
         assert json.load(answer)["symbol"] == "ETH/USDT"

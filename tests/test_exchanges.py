@@ -29,6 +29,7 @@ from src.markets import Markets
 from src.redis_store import RedisStore
 from src.sandbox import Sandbox
 from tests.conftest import FakeClock, StartGateway, eventually, make_settings, recordings, sample
+from tests.processes import children
 
 ROOT = Path(__file__).parents[1]
 EXCHANGES = ["bybit", "binance", "kraken"]
@@ -377,12 +378,8 @@ async def test_a_long_list_costs_the_gateway_little(clock: FakeClock) -> None:
 
 
 def readers() -> list[tuple[int, str]]:
-    """The processes of ours that read a market list: number and command line."""
-    shown = subprocess.run(
-        ["ps", "-A", "-ww", "-o", "ppid=,pid=,args="], capture_output=True, text=True, check=True
-    ).stdout
-    rows = [line.split(None, 2) for line in shown.splitlines()]
-    return [(int(row[1]), row[2]) for row in rows if int(row[0]) == os.getpid() and "market_reader" in row[-1]]
+    """Return the number and command line of each child process that reads a market list."""
+    return [(number, command) for number, command in children(os.getpid()).items() if "market_reader" in command]
 
 
 def environment_of(number: int) -> bytes:
@@ -681,7 +678,7 @@ async def test_recorded_lists_of_realistic_size_are_understood(start: StartGatew
         pytest.skip("no recordings of live exchanges are there (VIRTUOSO_RECORDINGS)")
     body = (folder / "binance_spot_exchangeInfo_2021-10.json").read_text()
     await sandbox.set("binance", only="exchangeInfo", body=body)
-    live = await start()
+    live = await start(load_markets=True)
     trading = [market for market in json.loads(body)["symbols"] if market["status"] == "TRADING"]
     assert live.gateway.markets.count("binance") == pytest.approx(len(trading), abs=5)
     recorded = {"retCode": 0} | json.loads((folder / "bybit_v5_tickers_spot_2023-08.json").read_text())

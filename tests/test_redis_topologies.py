@@ -163,7 +163,10 @@ def sentinel(folder: Path) -> Iterator[Group]:
         yield Group(f"redis+sentinel://:{QUOTED}@{hosts}/mymaster/{DATABASE}", [primary, replica], [watcher])
 
 
-@pytest.fixture(scope="session", params=[cluster, sentinel])
+GROUPS = [pytest.param(make, marks=pytest.mark.xdist_group(make.__name__)) for make in (cluster, sentinel)]
+
+
+@pytest.fixture(scope="session", params=GROUPS)
 def shared_group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
     with request.param(tmp_path_factory.mktemp("group")) as group:
         yield group

@@ -1,0 +1,22 @@
+"""Processes of the machine, read from /proc: the program `ps` need not be installed."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+PROC = Path("/proc")
+
+
+def children(parent: int) -> dict[int, str]:
+    """Map the number of each child process to its command line. Skip the test on systems without /proc."""
+    if not (PROC / "self" / "stat").exists():
+        pytest.skip("no /proc on this system: the test needs Linux")
+    found = {}
+    for folder in PROC.glob("[0-9]*"):
+        with suppress(OSError):  # the process has ended since
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[1]) == parent:
+                command = (folder / "cmdline").read_bytes().decode(errors="replace")
+                found[int(folder.name)] = command.replace("\0", " ")
+    return found
