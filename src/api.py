@@ -9,7 +9,7 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import FrameType
 from typing import Annotated, Any, Literal, TypedDict
@@ -22,8 +22,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.websockets import WebSocket
 
-from config import EXCHANGES, ConfigError, Settings, load_settings
-from src import errors, metrics, responses, status, websocket
+from config import ConfigError, Settings, load_settings
+from src import errors, metrics, openapi, responses, status, websocket
 from src.clock import Clock, SystemClock
 from src.dashboard import Dashboard, Files
 from src.fast_path import FastPath
@@ -31,7 +31,6 @@ from src.gate import Gate
 from src.gateway import Gateway
 from src.logs import request_id, set_up_logging
 from src.middleware import Access, Observe
-from src.models import Candles, OrderBook, Ticker, Trades
 from src.redis_store import RedisAway
 from src.refresh_ahead import RefreshAhead
 from src.server_events import EventStream
@@ -52,30 +51,14 @@ class State(TypedDict):
     dashboard: Dashboard
 
 
-COMMON = (
-    errors.MalformedRequest, errors.Unauthorized, errors.MethodNotAllowed, errors.UriTooLong,
-    errors.TooManyRequests, errors.HeadersTooLarge, errors.InternalError,
-)  # fmt: skip
-UPSTREAM = (
-    errors.UnknownSymbol, errors.UnknownExchange, errors.InvalidParameter, errors.RequestRejected, errors.GeoBlocked,
-    errors.UpstreamError, errors.BadUpstreamData, errors.NoPrice, errors.ExchangeUnavailable,
-    errors.ExchangeRateLimited, errors.ExchangeBanned, errors.CircuitOpen, errors.BudgetSpent, errors.Overloaded,
-    errors.MarketsLoading, errors.NoExchangeAvailable, errors.TooOld, errors.ExchangeTimeout, errors.DeadlineExceeded,
-)  # fmt: skip
-STREAM = (
-    errors.UnknownSymbol, errors.UnknownExchange, errors.InvalidParameter, errors.MarketsLoading, errors.TooManyStreams,
-    errors.TooManySubscriptions,
-)  # fmt: skip
-NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "The `If-None-Match` tag is still right."}}
-DATA = NOT_MODIFIED | responses.describe(*COMMON, *UPSTREAM)
-OWN = responses.describe(*COMMON)
-ADMIN = responses.describe(*COMMON, errors.NotFound, errors.UnknownExchange, errors.InvalidParameter)
-
 Symbol = Annotated[
     str, Path(description="`BTC-USDT` or `BTC/USDT`, in any case; `BTC-USDT:USDT` for a swap.", examples=["BTC-USDT"])
 ]
 Exchange = Annotated[
-    str | None, Query(max_length=32, description="Ask only this exchange; without it, the first that can answer.")
+    str | None,
+    Query(
+        max_length=32, description="Ask only this exchange; without it, the first that can answer.", examples=["kraken"]
+    ),
 ]
 MaxAge = Annotated[
     float | None,
@@ -84,10 +67,17 @@ MaxAge = Annotated[
         le=86400,
         allow_inf_nan=False,
         description="Nothing older than these seconds will do; 0 fetches now. Never silently exceeded.",
+        examples=[5],
     ),
 ]
-Timeframe = Literal["1m", "5m", "15m", "30m", "1h", "4h", "1d", "1w"]
-Since = Annotated[int | None, Query(ge=0, le=4102444800000, description="UTC milliseconds of the first candle.")]
+Timeframe = Annotated[
+    Literal["1m", "5m", "15m", "30m", "1h", "4h", "1d", "1w"],
+    Query(description="Length of one candle.", examples=["1h"]),
+]
+Since = Annotated[
+    int | None,
+    Query(ge=0, le=4102444800000, description="UTC milliseconds of the first candle.", examples=[1795294800000]),
+]
 Streamed = Annotated[str, Path(description="One symbol, or several with commas.", examples=["BTC-USDT,ETH-USDT"])]
 Symbols = Annotated[
     str, Query(min_length=1, description=f"Up to {MAX_SYMBOLS} symbols, with commas.", examples=["BTC/USDT,ETH-USDT"])
@@ -130,12 +120,13 @@ def _create_app(settings: Settings, clock: Clock, gate: Gate, snapshots: Mapping
                 stack.push_async_callback(_end, task)
             yield {"gateway": gateway, "streams": streams, "dashboard": dashboard}
 
-    app = FastAPI(
+    app = openapi.DescribedApp(
         title="Virtuoso",
         version=metrics.VERSION,
         description="A self-hosted market-data gateway: one address, three exchanges, honest ages.",
         lifespan=lifespan,
         openapi_url="/openapi.json" if settings.docs_enabled else None,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # it would send clients to wherever their Host header says
     )
@@ -197,51 +188,42 @@ def _report(background: asyncio.Task[None]) -> None:
 
 def _add_routes(app: FastAPI, settings: Settings, gate: Gate) -> None:
     plain: dict[str, Any] = {"response_class": Response, "response_model": None}
-    admin: dict[str, Any] = {"dependencies": [Depends(_require_admin)]}
 
     async def open_socket(connection: WebSocket) -> None:
         await websocket.serve(connection, gate, connection.state.streams)
 
-    def get(path: str, handler: Any, tag: str, described: dict[int | str, dict[str, Any]], model: Any = None) -> None:
-        answers = described | ({200: model if isinstance(model, dict) else {"model": model}} if model else {})
-        app.add_api_route(path, handler, tags=[tag], responses=answers, **plain)
+    def add(path: str, handler: Any, tag: str, **options: Any) -> None:
+        operation = openapi.operation_id(handler.__name__)
+        options |= openapi.describe(operation, needs_key=bool(settings.api_keys))
+        app.add_api_route(path, handler, operation_id=operation, tags=[tag], **plain, **options)
 
-    def post(path: str, handler: Any, member: str) -> None:
-        answers = ADMIN | {200: responses.members(member)}
-        app.add_api_route(path, handler, methods=["POST"], tags=["admin"], responses=answers, **admin, **plain)
+    def add_files(paths: Sequence[str], files: Files) -> None:
+        for path in paths:
+            app.add_api_route(path, files.send, include_in_schema=False, **plain)
 
-    get("/ticker/{symbol:path}", get_ticker, "market data", DATA, Ticker)
-    get("/tickers", get_tickers, "market data", DATA, responses.members("tickers", "errors"))
-    get("/orderbook/{symbol:path}", get_order_book, "market data", DATA, OrderBook)
-    get("/ohlcv/{symbol:path}", get_ohlcv, "market data", DATA, Candles)
-    get("/trades/{symbol:path}", get_trades, "market data", DATA, Trades)
+    add("/ticker/{symbol:path}", get_ticker, "market data")
+    add("/tickers", get_tickers, "market data")
+    add("/orderbook/{symbol:path}", get_order_book, "market data")
+    add("/ohlcv/{symbol:path}", get_ohlcv, "market data")
+    add("/trades/{symbol:path}", get_trades, "market data")
     if settings.streaming:
-        pushed: dict[int | str, dict[str, Any]] = {
-            200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}
-        }
-        get("/stream/{symbol:path}", get_stream, "streams", responses.describe(*COMMON, *STREAM) | pushed)
+        add("/stream/{symbol:path}", get_stream, "streams")
         app.add_api_websocket_route("/ws", open_socket)
-    get("/markets", get_markets, "market data", DATA, responses.members("count", "markets"))
-    get("/exchanges", get_exchanges, "status", OWN, responses.members(*EXCHANGES))
-    health = responses.members("status", "parts", "exchanges", "timestamp", "version", "uptime_seconds")
-    get("/health", get_health, "status", OWN | {503: health | {"description": "Nothing can be answered."}}, health)
-    state = responses.members("status")
-    get("/health/live", get_live, "status", OWN, state)
-    get("/health/ready", get_ready, "status", OWN | {503: state | {"description": "No market list is loaded."}}, state)
+    add("/markets", get_markets, "market data")
+    add("/exchanges", get_exchanges, "status")
+    add("/health", get_health, "status")
+    add("/health/live", get_live, "status")
+    add("/health/ready", get_ready, "status")
     if settings.metrics_enabled:
-        get("/metrics", get_metrics, "status", OWN)
-    document = (
-        "generated_at", "version", "symbols", "outlier_ratio", "streaming", "grafana_url", "ticker_ttl_seconds",
-        "market", "exchanges", "health", "cache", "service", "recent_errors",
-    )  # fmt: skip
-    described = NOT_MODIFIED | responses.describe(*COMMON, errors.InvalidParameter)
-    get("/api/dashboard/data", get_dashboard_data, "status", described, responses.members(*document))
-    files = Files()
-    for path in ("/", "/mobile", "/static/{name}"):
-        app.add_api_route(path, files.send, include_in_schema=False, **plain)
-    post("/admin/cache/clear", clear_cache, "cleared")
-    post("/admin/breakers/reset", reset_breakers, "reset")
-    post("/admin/maintenance/{task}", record_maintenance, "recorded")
+        add("/metrics", get_metrics, "status")
+    add("/api/dashboard/data", get_dashboard_data, "status")
+    add_files(["/", "/mobile", "/static/{name}"], Files.of_page())
+    if settings.docs_enabled:
+        add_files(["/docs", "/docs/{name}"], Files.of_docs())
+    admin: dict[str, Any] = {"methods": ["POST"], "dependencies": [Depends(_require_admin)]}
+    add("/admin/cache/clear", clear_cache, "admin", **admin)
+    add("/admin/breakers/reset", reset_breakers, "admin", **admin)
+    add("/admin/maintenance/{task}", record_maintenance, "admin", **admin)
 
 
 async def get_ticker(request: Request, symbol: Symbol, exchange: Exchange = None, max_age: MaxAge = None) -> Response:
@@ -273,7 +255,7 @@ async def get_order_book(
     symbol: Symbol,
     exchange: Exchange = None,
     max_age: MaxAge = None,
-    limit: Annotated[int, Query(ge=1, le=200, description="Levels on each side.")] = 50,
+    limit: Annotated[int, Query(ge=1, le=200, description="Levels on each side.", examples=[10])] = 50,
 ) -> Response:
     """Give the best levels of an order book."""
     return responses.answer(request, await _gateway(request).order_book(symbol, exchange, max_age, limit))
@@ -282,8 +264,8 @@ async def get_order_book(
 async def get_ohlcv(
     request: Request,
     symbol: Symbol,
-    timeframe: Annotated[Timeframe, Query(description="Length of one candle.")] = "1m",
-    limit: Annotated[int, Query(ge=1, le=1000, description="Most candles; kraken keeps 720.")] = 100,
+    timeframe: Timeframe = "1m",
+    limit: Annotated[int, Query(ge=1, le=1000, description="Most candles; kraken keeps 720.", examples=[24])] = 100,
     since: Since = None,
     exchange: Exchange = None,
     max_age: MaxAge = None,
@@ -298,7 +280,9 @@ async def get_trades(
     symbol: Symbol,
     exchange: Exchange = None,
     max_age: MaxAge = None,
-    limit: Annotated[int, Query(ge=1, le=1000, description="Most trades; bybit gives 60 for spot.")] = 50,
+    limit: Annotated[
+        int, Query(ge=1, le=1000, description="Most trades; bybit gives 60 for spot.", examples=[20])
+    ] = 50,
 ) -> Response:
     """Give the newest public trades, oldest first."""
     return responses.answer(request, await _gateway(request).trades(symbol, exchange, max_age, limit))
@@ -307,9 +291,11 @@ async def get_trades(
 async def get_stream(
     request: Request,
     symbol: Streamed,
-    channel: Literal["ticker", "book", "trades"] = "ticker",
+    channel: Annotated[
+        Literal["ticker", "book", "trades"], Query(description="What is pushed.", examples=["book"])
+    ] = "ticker",
     exchange: Exchange = None,
-    levels: Annotated[int, Query(ge=1, le=50, description="Levels on each side of a book.")] = 10,
+    levels: Annotated[int, Query(ge=1, le=50, description="Levels on each side of a book.", examples=[5])] = 10,
 ) -> Response:
     """Push what is new of some symbols as server-sent events; `exchange=all` pushes every exchange's.
 
@@ -329,8 +315,8 @@ async def get_stream(
 async def get_markets(
     request: Request,
     exchange: Exchange = None,
-    base: Annotated[str | None, Query(max_length=24, description="As in `BTC`.")] = None,
-    quote: Annotated[str | None, Query(max_length=24, description="As in `USDT`.")] = None,
+    base: Annotated[str | None, Query(max_length=24, description="As in `BTC`.", examples=["BTC"])] = None,
+    quote: Annotated[str | None, Query(max_length=24, description="As in `USDT`.", examples=["USDT"])] = None,
 ) -> Response:
     """List the markets that can be asked for, each with the exchanges that list it."""
     gateway = _gateway(request)
@@ -348,7 +334,10 @@ async def get_exchanges(request: Request) -> Response:
 
 async def get_dashboard_data(
     request: Request,
-    symbols: Annotated[str | None, Query(description="As in `/tickers`, or empty; else `DASHBOARD_SYMBOLS`.")] = None,
+    symbols: Annotated[
+        str | None,
+        Query(description="As in `/tickers`, or empty; else `DASHBOARD_SYMBOLS`.", examples=["BTC/USDT,ETH-USDT"]),
+    ] = None,
 ) -> Response:
     """Give all that the page shows: every exchange's tickers, as `/tickers`, and how the gateway does."""
     wanted = _gateway(request).settings.dashboard_symbols if symbols is None else _listed(symbols, least=0)
@@ -389,7 +378,11 @@ async def _require_admin(request: Request) -> None:
 
 
 async def clear_cache(
-    request: Request, exchange: Exchange = None, symbol: Annotated[str | None, Query(max_length=64)] = None
+    request: Request,
+    exchange: Exchange = None,
+    symbol: Annotated[
+        str | None, Query(max_length=64, description="Only of this symbol.", examples=["BTC-USDT"])
+    ] = None,
 ) -> Response:
     """Forget cached answers: all, or of one exchange or symbol. Never touches what is not ours in Redis."""
     gateway = _gateway(request)
@@ -406,12 +399,23 @@ async def clear_cache(
     return responses.json({"cleared": cleared, "redis": redis})
 
 
-async def reset_breakers(request: Request, bans: Literal["forget", "keep"] = "forget") -> Response:
+async def reset_breakers(
+    request: Request,
+    bans: Annotated[
+        Literal["forget", "keep"],
+        Query(description="Whether exchanges that told us to wait are asked again.", examples=["keep"]),
+    ] = "forget",
+) -> Response:
     """Close every breaker and forget every ban, whatever the exchanges said; `bans=keep` leaves the banned alone."""
     return responses.json({"reset": await _gateway(request).manager.reset_breakers(keep_holds=bans == "keep")})
 
 
-async def record_maintenance(request: Request, task: Literal["daily", "check", "warm"]) -> Response:
+async def record_maintenance(
+    request: Request,
+    task: Annotated[
+        Literal["daily", "check", "warm"], Path(description="The task that succeeded.", examples=["daily"])
+    ],
+) -> Response:
     """Note that a maintenance task succeeded now."""
     await _gateway(request).record_maintenance(task)
     return responses.json({"recorded": task})

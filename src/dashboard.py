@@ -1,9 +1,10 @@
 """The page: its files, and the document they draw it from. Nothing is decided here; all of it is told elsewhere too."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import orjson
 from cachetools import TTLCache
@@ -18,7 +19,8 @@ from src.gateway import ALL, Gateway, Served
 from src.recent import Recent
 from src.streams import Streams
 
-FOLDER = Path(__file__).with_name("static")
+FOLDER, DOCS_FOLDER = Path(__file__).with_name("static"), Path(__file__).with_name("docs")
+SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css")  # of the package fastapi_swagger
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = {
     "Cache-Control": "no-cache",  # asked about at every opening, so that a new page never meets an old script
@@ -28,6 +30,10 @@ HEADERS = {
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'",
 }
+# Swagger UI draws its icons from data: URLs in its style sheet. Otherwise the policy is the page's.
+DOCS_HEADERS = HEADERS | {
+    "Content-Security-Policy": HEADERS["Content-Security-Policy"].replace("img-src 'self'", "img-src 'self' data:")
+}
 FIRST_SECONDS = 0.7  # for tickers: the page shows what is there within a second, whichever exchange hangs
 KEEP_SECONDS = 1.0  # any number of viewers of one list costs what one does
 MAX_DOCUMENTS = 64  # lists of symbols; the document of a longest one has some 150 KB
@@ -35,17 +41,29 @@ FIGURES_SECONDS, ERRORS_SECONDS = 60.0, 600.0
 
 
 class Files:
-    """What the page is made of, read once."""
+    """What a page is made of, read once."""
 
-    def __init__(self) -> None:
-        self._bodies = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in TYPES}
+    def __init__(self, paths: Iterable[Path], headers: Mapping[str, str]) -> None:
+        self._bodies = {path.name: path.read_bytes() for path in paths if path.suffix in TYPES}
+        self._headers = headers
+
+    @classmethod
+    def of_page(cls) -> Self:
+        """Read the files of the page."""
+        return cls(FOLDER.iterdir(), HEADERS)
+
+    @classmethod
+    def of_docs(cls) -> Self:
+        """Read the files of `/docs`: ours, and Swagger UI from an installed package."""
+        package = Path(str(resources.files("fastapi_swagger.resources")))
+        return cls([*DOCS_FOLDER.iterdir(), *(package / name for name in SWAGGER_UI)], DOCS_HEADERS)
 
     async def send(self, request: Request) -> Response:
         """Send the file a path names, or else the page; raises `NotFound`."""
         name = request.path_params.get("name", "index.html")
         if (body := self._bodies.get(name)) is None:
             raise NotFound("the page has no such file")
-        headers = HEADERS | {"ETag": etag_of(body)}
+        headers = {**self._headers, "ETag": etag_of(body)}
         if responses.matches(request.headers.getlist("if-none-match"), headers["ETag"]):
             return Response(status_code=304, headers=headers)
         return Response(body, headers=headers, media_type=TYPES[Path(name).suffix])

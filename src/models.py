@@ -19,10 +19,28 @@ EXACT = 2**53  # integers from here on are not exact in every client's JSON; no 
 Level = Annotated[list[float], Field(min_length=2, max_length=2)]  # price, amount
 
 
-class MarketData(BaseModel):
+def _describe_as_sent(schema: dict[str, Any]) -> None:
+    """Correct a generated JSON schema: members with the default None are absent, not null; all others are required."""
+    schema["required"] = []
+    for name, member in schema["properties"].items():
+        member.pop("title", None)  # "Bidvolume"
+        if member.pop("default", ...) is not None:
+            schema["required"].append(name)
+        else:
+            (kind,) = (kind for kind in member.pop("anyOf") if kind != {"type": "null"})
+            member |= kind
+
+
+class Document(BaseModel):
+    """A JSON object that clients receive. Its schema in the OpenAPI document allows no other members."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_describe_as_sent)
+
+
+class MarketData(Document):
     """What every answer about one market carries."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 
     symbol: str = Field(description="Canonical symbol, as in `BTC/USDT` or `BTC/USDT:USDT` for a swap.")
     exchange: str = Field(description="The exchange it comes from.")
@@ -39,24 +57,24 @@ class Ticker(MarketData):
 
     price: float = Field(description="The last traded price.")
     datetime: str | None = Field(None, description="`timestamp` as ISO 8601; absent when there is none.")
-    last: float | None = None
-    close: float | None = None
-    bid: float | None = None
-    bid_volume: float | None = Field(None, alias="bidVolume")
-    ask: float | None = None
-    ask_volume: float | None = Field(None, alias="askVolume")
-    open: float | None = None
-    high: float | None = None
-    low: float | None = None
-    vwap: float | None = None
-    previous_close: float | None = Field(None, alias="previousClose")
-    change: float | None = None
-    percentage: float | None = Field(None, description="Change over 24 hours in percent.")
-    average: float | None = None
-    base_volume: float | None = Field(None, alias="baseVolume")
-    quote_volume: float | None = Field(None, alias="quoteVolume")
-    mark_price: float | None = Field(None, alias="markPrice")
-    index_price: float | None = Field(None, alias="indexPrice")
+    last: float | None
+    close: float | None
+    bid: float | None
+    bid_volume: float | None = Field(alias="bidVolume")
+    ask: float | None
+    ask_volume: float | None = Field(alias="askVolume")
+    open: float | None
+    high: float | None
+    low: float | None
+    vwap: float | None
+    previous_close: float | None = Field(alias="previousClose")
+    change: float | None
+    percentage: float | None = Field(description="Change over 24 hours in percent.")
+    average: float | None
+    base_volume: float | None = Field(alias="baseVolume")
+    quote_volume: float | None = Field(alias="quoteVolume")
+    mark_price: float | None = Field(alias="markPrice")
+    index_price: float | None = Field(alias="indexPrice")
 
     @classmethod
     def from_ccxt(cls, raw: Mapping[str, Any], exchange: str, symbol: str, fetched_at: int) -> Self:
@@ -123,12 +141,12 @@ class Candles(MarketData):
         return cls.model_validate(values | {"candles": candles})
 
 
-class Trade(BaseModel):
+class Trade(Document):
     """One public trade."""
 
-    id: str | None = None
+    id: str | None
     timestamp: int = Field(description="When it happened, UTC milliseconds.")
-    side: str | None = Field(None, description="`buy` or `sell`, of the taker; null when the exchange does not say.")
+    side: Literal["buy", "sell"] | None = Field(description="Of the taker; null when the exchange does not say.")
     price: float
     amount: float
 

@@ -1,9 +1,9 @@
-"""How answers and errors become HTTP: freshness headers, conditional requests, problem documents, their description."""
+"""How answers and errors become HTTP: freshness headers, conditional requests, problem documents."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orjson
 from starlette.requests import Request
@@ -123,38 +123,6 @@ def problem(error: GatewayError, headers: Mapping[str, str] | None = None) -> Re
 def json(document: object, status: int = 200) -> Response:
     """Send a document about the gateway itself, which is true only now."""
     return Response(orjson.dumps(document), status, {"Cache-Control": "no-store"}, media_type="application/json")
-
-
-def describe(*errors: type[GatewayError]) -> dict[int | str, dict[str, Any]]:
-    """Describe errors for the OpenAPI document, each with an example."""
-    described: dict[int | str, dict[str, Any]] = {}
-    for error in errors:
-        entry = described.setdefault(
-            error.status,
-            {"description": error.title, "content": {"application/problem+json": {"schema": _SCHEMA, "examples": {}}}},
-        )
-        example = error((error.__doc__ or error.title).splitlines()[0])
-        entry["content"]["application/problem+json"]["examples"][error.code] = {"value": example.problem()}
-    return described
-
-
-def members(*names: str) -> dict[str, Any]:
-    """Describe a JSON object by the members it always has."""
-    schema = {"type": "object", "required": list(names), "properties": {name: {} for name in names}}
-    return {"description": "Successful Response", "content": {"application/json": {"schema": schema}}}
-
-
-_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "title": "Problem",
-    "description": "RFC 9457 problem document; see the README for every code.",
-    "required": ["type", "title", "status", "code", "detail"],
-    "properties": {
-        **{name: {"type": "string"} for name in ("type", "title", "code", "detail", "exchange", "symbol")},
-        "status": {"type": "integer"},
-        "retry_after": {"type": "integer", "description": "Seconds to wait; also the header Retry-After."},
-    },
-}
 
 
 def _object(members: Mapping[Place, bytes]) -> bytes:

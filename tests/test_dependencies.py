@@ -114,4 +114,4 @@ def test_every_direct_requirement_is_documented() -> None:
     table = (ROOT / "docs" / "dependencies.md").read_text().partition("## Packages\n")[2]
     rows = re.findall(r"^\| `([\w.-]+)` \| [^|]+ \| \d{4}-\d{2} \| (?:any|each) \| [^|]+ \|$", table, re.MULTILINE)
     used = [name for file in FILES for name in direct(file)]
-    assert rows == [name for name in used if name != "pytest-rerunfailures"]  # to be removed
+    assert rows == used

@@ -586,7 +586,7 @@ async def test_browsers_may_call_only_from_configured_origins(start: StartGatewa
 async def test_documents_and_metrics_can_be_switched_off(start: StartGateway) -> None:
     """DOCS_ENABLED and METRICS_ENABLED decide whether those paths exist."""
     live = await start(docs_enabled=False, metrics_enabled=False)
-    for path in ("/docs", "/openapi.json", "/metrics", "/redoc"):
+    for path in ("/docs", "/docs/start.js", "/openapi.json", "/metrics", "/redoc"):
         assert (await live.get(path)).status_code == 404
 
 

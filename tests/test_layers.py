@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Of code. The simulated exchanges, there for tests and the demo, are counted apart; 1,350 of the gateway are streams,
-# some 190 the server's half of the page. What runs in a browser has a bound in bytes: tests/test_dashboard.py.
-MAX_LINES, MAX_SANDBOX_LINES = 5602, 900
+# some 190 the server's half of the page, 245 describe the answers in the OpenAPI document. What runs in a browser has a
+# bound in bytes: tests/test_dashboard.py.
+MAX_LINES, MAX_SANDBOX_LINES = 5847, 900
 # A module may import those of lower levels, and neighbours as long as no circle comes of it. ARCHITECTURE.md holds the
 # same table for people.
 LEVELS = {
@@ -20,9 +21,11 @@ LEVELS = {
     "src.clock": 0,
     "src.errors": 0,
     "src.models": 0,
+    "src.documents": 0,
     "src.markets": 0,
     "src.logs": 0,
     "src.http_client": 0,
+    "src.openapi": 1,
     "src.circuit_breaker": 1,
     "src.metrics": 1,
     "src.ccxt_client": 1,

@@ -20,7 +20,7 @@ from tests.browser import ROOT, axe, browser, find_node, missing, npm_file, open
 
 __all__ = ["browser"]  # a fixture: pytest finds it here by its name
 
-STATIC, OWN = Path("src/static"), Path("tests/page")
+STATIC, DOCS, OWN = Path("src/static"), Path("src/docs"), Path("tests/page")
 SECONDS = 300  # longest that a tool may take, on a starved machine
 STRICT = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -57,7 +57,7 @@ def lint(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
 
 def test_eslint_has_no_complaint() -> None:
     """Neither of the page's code nor of its tests."""
-    linted = lint(str(STATIC), str(OWN))
+    linted = lint(str(STATIC), str(DOCS), str(OWN))
     if linted.returncode:
         pytest.fail(linted.stdout + linted.stderr, pytrace=False)
 
