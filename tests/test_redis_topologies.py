@@ -19,7 +19,6 @@ from redis.exceptions import RedisError
 
 from src.bus import Topic
 from src.clock import SystemClock
-from src.demo import redis_server
 from src.redis_store import BREAKER_MAX_OPEN_SECONDS, PREFIX, RedisAway, RedisStore
 from src.sandbox import Sandbox
 from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, free_port
@@ -72,7 +71,7 @@ class SentinelServer(RedisServer):
         self.start()
 
     def start(self) -> None:
-        command = [str(redis_server()), str(self.file), "--sentinel"]
+        command = [str(self.program), str(self.file), "--sentinel"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         self.client = redis_py.Redis(port=self.port)
         wait_for(self._answers)
