@@ -109,12 +109,19 @@ class Seen:
 
 
 @asynccontextmanager
-async def chromium(*options: str) -> AsyncIterator[Browser]:
-    """Run the system's Chromium, with an empty profile of its own; raises `FileNotFoundError` where there is none."""
+async def chromium(*options: str, scrollbars: bool = False) -> AsyncIterator[Browser]:
+    """Run the system's Chromium with an empty profile; raises `FileNotFoundError` if it is not installed.
+
+    Playwright hides scrollbars by default. With `scrollbars` they take room from the content, as on most desks.
+    """
     if (program := find_chromium()) is None:
         raise FileNotFoundError(f"none of {', '.join(CHROMIUM_NAMES)} is installed (Debian: chromium)")
     async with async_playwright() as playwright:
-        launched = await playwright.chromium.launch(executable_path=program, args=[*CHROMIUM_OPTIONS, *options])
+        launched = await playwright.chromium.launch(
+            executable_path=program,
+            args=[*CHROMIUM_OPTIONS, *options],
+            ignore_default_args=["--hide-scrollbars"] if scrollbars else None,
+        )
         try:
             yield launched
         finally:
@@ -125,7 +132,7 @@ async def chromium(*options: str) -> AsyncIterator[Browser]:
 async def browser() -> AsyncIterator[Browser]:
     """A browser of the test's own. To use it, a module of tests imports this name."""
     try:
-        async with chromium() as launched:
+        async with chromium(scrollbars=True) as launched:
             yield launched
     except FileNotFoundError as error:
         missing(str(error))

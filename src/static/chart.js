@@ -3,6 +3,7 @@
 import { decimalsOf, price, time } from "./format.js";
 
 const [TICKS_APART, RIGHT, BOTTOM, LEAST] = [56, 74, 20, 5]; // pixels: between prices on the axis, room for the axes, a candle
+const BESIDE = 12; // pixels beside a price on the axis
 const VOLUME_SHARE = 0.18; // of the height
 const STEPS = [1, 2, 2.5, 5, 10];
 const ROUNDING = 1e-9; // of a step: what arithmetic may be off
@@ -48,6 +49,9 @@ function theme() {
 	return Object.fromEntries(COLOURS.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 }
 
+const margins = new WeakMap(); // canvas -> pixels of the axis of prices: long prices need more than RIGHT
+const marginOf = (canvas) => margins.get(canvas) ?? RIGHT;
+
 /** Begin a drawing as large as the canvas is on the screen. */
 function begin(canvas) {
 	const { clientWidth: width, clientHeight: height } = canvas;
@@ -61,15 +65,13 @@ function begin(canvas) {
 	pen.clearRect(0, 0, width, height);
 	pen.font = "11px system-ui, sans-serif";
 	pen.textBaseline = "middle";
-	return { pen, width: width - RIGHT, height: height - BOTTOM, colours: theme() };
+	return { pen, right: width, height: height - BOTTOM, colours: theme() };
 }
 
-function drawAxes({ pen, width, height, colours }, { low, high, decimals, y, candles, x, shape }) {
+function drawAxes({ pen, width, height, colours }, { marks, digits, y, candles, x, shape }) {
 	pen.fillStyle = colours.muted;
 	pen.strokeStyle = colours.line;
 	pen.lineWidth = 1;
-	const marks = ticks(low, high, height / TICKS_APART);
-	const digits = Math.max(decimals, ...marks.map(decimalsOf));
 	for (const tick of marks) {
 		pen.beginPath();
 		pen.moveTo(0, Math.round(y(tick)) + 0.5);
@@ -98,9 +100,9 @@ function drawCursor({ pen, width, height, colours }, { at, x, y, close, decimals
 	drawLabel({ pen, width, colours }, y(close), price(close, decimals), colours.text);
 }
 
-function drawLabel({ pen, width, colours }, at, text, colour) {
+function drawLabel({ pen, width, right, colours }, at, text, colour) {
 	pen.fillStyle = colour;
-	pen.fillRect(width, at - 9, RIGHT, 18);
+	pen.fillRect(width, at - 9, right - width, 18);
 	pen.fillStyle = colours.panel;
 	pen.fillText(text, width + 6, at);
 }
@@ -108,14 +110,19 @@ function drawLabel({ pen, width, colours }, at, text, colour) {
 /** Draw candles as [time, open, high, low, close, volume]; rising ones are hollow, so that colour is not alone. */
 export function drawCandles(canvas, candles, { decimals, cursor = null, shape = "minute" }) {
 	const sheet = begin(canvas);
-	const { pen, width, height, colours } = sheet;
+	const { pen, height, colours } = sheet;
 	if (!candles.length) return;
 	const [low, high] = [Math.min(...candles.map((one) => one[3])), Math.max(...candles.map((one) => one[2]))];
+	const marks = ticks(low, high, height / TICKS_APART);
+	const digits = Math.max(decimals, ...marks.map(decimalsOf));
+	margins.set(canvas, Math.max(RIGHT, BESIDE + Math.ceil(pen.measureText(price(high, digits)).width)));
+	const width = sheet.right - marginOf(canvas);
+	sheet.width = width;
 	const most = Math.max(...candles.map((one) => one[5])) || 1;
 	const [top, room, step] = [10, height * (1 - VOLUME_SHARE) - 20, width / candles.length];
 	const y = (value) => top + room - ((value - low) / (high - low || 1)) * room;
 	const x = (at) => (at + 0.5) * step;
-	drawAxes(sheet, { low, high, decimals, y, candles, x, shape });
+	drawAxes(sheet, { marks, digits, y, candles, x, shape });
 	const body = Math.max(1, Math.min(step * 0.7, 12));
 	for (const [at, [, open, upper, lower, close, volume]] of candles.entries()) {
 		const colour = close >= open ? colours.up : colours.down;
@@ -139,12 +146,12 @@ export function drawCandles(canvas, candles, { decimals, cursor = null, shape = 
 
 /** How many candles there is room for. */
 export function roomFor(canvas) {
-	return Math.max(10, Math.floor((canvas.clientWidth - RIGHT) / LEAST));
+	return Math.max(10, Math.floor((canvas.clientWidth - marginOf(canvas)) / LEAST));
 }
 
 export function candleAt(canvas, clientX, count) {
 	const { left, width } = canvas.getBoundingClientRect();
-	return indexAt((clientX - left) / (width - RIGHT), count);
+	return indexAt((clientX - left) / (width - marginOf(canvas)), count);
 }
 
 /** Draw what the sides of a book come to, outwards from the middle. */

@@ -45,10 +45,12 @@ class Rows {
 	#rows = [];
 	#body;
 	#columns;
+	#longest; // characters in the longest text of each column so far
 
 	constructor(body, columns) {
 		this.#body = body;
 		this.#columns = columns;
+		this.#longest = columns.map(() => 0);
 	}
 
 	/** Show lists of texts; `attributes` has a function that gives each row its attributes. */
@@ -61,12 +63,23 @@ class Rows {
 		for (const [at, { row, cells }] of this.#rows.entries()) {
 			row.hidden = at >= lists.length;
 			if (row.hidden) continue;
-			for (const [column, cell] of cells.entries()) write(cell, lists[at][column]);
+			for (const [column, cell] of cells.entries()) {
+				if (write(cell, lists[at][column])) this.#reserve(column, lists[at][column].length);
+			}
 			for (const [name, value] of Object.entries(attributes(at))) {
 				if (name.startsWith("--")) row.style.setProperty(name, value);
 				else mark(row, name, value);
 			}
 		}
+	}
+
+	/** Keep a column as wide as its longest text, in all tables of the panel: a width that follows each text would jump. */
+	#reserve(column, length) {
+		const place = this.#body.closest(".panel");
+		if (length <= this.#longest[column] || !place) return;
+		this.#longest[column] = length;
+		const name = `--digits-${column}`;
+		place.style.setProperty(name, Math.max(length, place.style.getPropertyValue(name)));
 	}
 }
 

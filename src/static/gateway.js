@@ -73,8 +73,8 @@ export function advice({ exchanges, health }) {
 /** The pill of the page's head: [state, words]. */
 export function summary({ exchanges, health }) {
 	const reasons = Object.entries(exchanges).flatMap(([name, { enabled, breaker, streams }]) => {
-		if (enabled && breaker.state !== "closed") return [`${name} ${breaker.state === "open" ? "not asked" : "half-open"}`];
-		return streams?.cause ? [`${name} pushes nothing`] : [];
+		if (enabled && breaker.state !== "closed") return [`${name} circuit ${breaker.state.replace("_", "-")}`];
+		return streams?.cause ? [`${name} stream stale`] : [];
 	});
 	for (const name of ["markets", "redis"]) {
 		if (health.parts[name].status !== "healthy") reasons.push(`${name} ${health.parts[name].reason}`);

@@ -1,6 +1,6 @@
 // The market view: the table of the watch list, search and sort.
 
-import { el, write } from "./dom.js";
+import { el, mark, write } from "./dom.js";
 import { pathOf } from "./links.js";
 import { percent } from "./format.js";
 import { SORTS, Table, linkOf } from "./table.js";
@@ -17,6 +17,8 @@ export class Market {
 	#search = document.querySelector("#search");
 	#found = document.querySelector("#found");
 	#sort = document.querySelector("#sort");
+	#reverse = document.querySelector("#reverse");
+	#reset = document.querySelector("#reset");
 	#markets = null;
 	#sights;
 	#asked = new Map(); // symbol -> when its last day was asked for, and its curve once that is here
@@ -29,10 +31,11 @@ export class Market {
 		this.#table = new Table(document.querySelector("#table"), "Prices by symbol and exchange", hooks);
 		for (const [name, text] of Object.entries(SORTS)) this.#sort.append(el("option", { value: name }, text));
 		this.#sort.addEventListener("change", () => this.#sortBy(this.#sort.value));
+		this.#reverse.addEventListener("click", () => this.#setOrder({ ...this.#order, descending: !this.#order.descending }));
 		this.#search.addEventListener("input", () => this.#find());
 		this.#search.addEventListener("focus", () => this.#load());
 		document.querySelector("#finder").addEventListener("submit", (event) => this.#take(event));
-		document.querySelector("#reset").addEventListener("click", () => page.watchDefault());
+		this.#reset.addEventListener("click", () => page.watchDefault());
 		this.#sights = new IntersectionObserver((entries) => this.#seen(entries), { rootMargin: "200px" });
 	}
 
@@ -48,10 +51,12 @@ export class Market {
 			group.draw(this.#asked.get(group.symbol)?.curve ?? []);
 			this.#sights.observe(group.body);
 		}
-		document.querySelector("#reset").hidden = this.#page.isDefault;
-		const { settings } = this.#page;
+		const { settings, watched, isDefault } = this.#page;
+		this.#reset.hidden = isDefault;
+		document.querySelector("#empty").hidden = watched.length > 0;
+		document.querySelector("#table").hidden = !watched.length;
 		const percentage = percent(settings.outlier_ratio * 100).replace("+", "");
-		const about = symbols.length ? "" : "Nothing is listed: search a symbol to add it. ";
+		const about = symbols.length || !watched.length ? "" : "No watched symbol matches the search. ";
 		write(document.querySelector("#legend"), `${about}Underlined: best bid and ask. “off”: differs by more than ${percentage}.`);
 	}
 
@@ -61,12 +66,12 @@ export class Market {
 		this.#draw();
 	}
 
-	/** The focus goes to the next that can be removed, or it would be lost. */
+	/** Remove a symbol, and focus the next button: the focus would be lost with the row. */
 	#remove(symbol) {
 		const at = [...this.#table.groups.keys()].indexOf(symbol);
 		this.#page.unwatch(symbol);
 		const left = [...this.#table.groups.values()];
-		(left[at] ?? left.at(-1))?.body.querySelector(".remove").focus();
+		((left[at] ?? left.at(-1))?.body.querySelector(".remove") ?? this.#reset).focus();
 	}
 
 	#seen(entries) {
@@ -96,12 +101,22 @@ export class Market {
 	#sortBy(name) {
 		const first = ["change", "volume"].includes(name);
 		const isSame = this.#order.name === name;
-		if (isSame && this.#order.descending !== first) this.#order = { name: "own", descending: false };
-		else this.#order = { name, descending: first !== isSame };
-		this.#sort.value = this.#order.name;
-		this.#table.showOrder(this.#order);
+		if (isSame && this.#order.descending !== first) this.#setOrder({ name: "own", descending: false });
+		else this.#setOrder({ name, descending: first !== isSame });
+	}
+
+	#setOrder(order) {
+		this.#order = order;
+		const { name, descending } = order;
+		const direction = descending ? "Descending" : "Ascending";
+		this.#sort.value = name;
+		this.#reverse.hidden = name === "own";
+		write(this.#reverse, direction);
+		mark(this.#reverse, "aria-label", `${direction}, reverse the order`);
+		mark(this.#reverse, "data-order", direction.toLowerCase());
+		this.#table.showOrder(order);
 		this.list();
-		this.#page.say(`Sorted: ${SORTS[this.#order.name]}, ${this.#order.descending ? "descending" : "ascending"}`);
+		this.#page.say(name === "own" ? "Sorted as listed" : `Sorted by ${SORTS[name]}, ${direction.toLowerCase()}`);
 	}
 
 	#sorted(symbols) {

@@ -37,20 +37,22 @@ function readAddress() {
 	return { view: "symbol", symbol: symbolOf(symbol.slice(0, LONGEST_SYMBOL)), exchange: exchange === "any" ? "" : exchange, frame };
 }
 
-/** Read what the browser keeps, after writing it where a value is given; it may forbid both. */
+/** Read a text that the browser stores, after writing `value` if it is given (null removes it). Return null without one. */
 function kept(store, name, value) {
 	try {
 		if (value === null) window[store].removeItem(name);
 		else if (value !== undefined) window[store].setItem(name, value);
-		return window[store].getItem(name) ?? "";
+		return window[store].getItem(name);
 	} catch {
-		return "";
+		return null; // the browser may forbid both
 	}
 }
 
-/** The watch list of this browser; null where none was made. */
+/** Read the watch list of this browser: empty if its user emptied it, null if there is none. */
 function readWatched() {
-	const symbols = kept("localStorage", WATCH).split(" ").filter((text) => text && text.length <= LONGEST_SYMBOL);
+	const list = kept("localStorage", WATCH);
+	if (!list) return list === null ? null : [];
+	const symbols = list.split(" ").filter((text) => text && text.length <= LONGEST_SYMBOL);
 	return symbols.length ? [...new Set(symbols)].slice(0, MOST_WATCHED) : null;
 }
 
@@ -60,7 +62,7 @@ const timers = {};
 let told = null; // what the gateway said last of itself
 let settings = { order: [], outlier_ratio: 1, ticker_ttl_seconds: 15 };
 let own = readWatched();
-let key = kept("sessionStorage", KEY);
+let key = kept("sessionStorage", KEY) ?? "";
 let state = { name: "connecting" };
 let address = { view: "market" };
 let [tick, failures] = [0, 0];
@@ -196,6 +198,7 @@ async function refresh(symbols) {
 	settings = { ...about, order };
 	feed.streaming = about.streaming;
 	quotes.takeAll(market);
+	quotes.keep(order);
 	if (isFirst) views.market.list();
 	want();
 }

@@ -98,6 +98,13 @@ export class Quotes {
 		}
 	}
 
+	/** Forget all exchanges but these: the others were switched off. */
+	keep(exchanges) {
+		for (const quotes of this.#symbols.values()) {
+			for (const exchange of quotes.keys()) if (!exchanges.includes(exchange)) quotes.delete(exchange);
+		}
+	}
+
 	/** Whether the exchange may have the symbol: it did not say the contrary. */
 	isListed(symbol, exchange) {
 		return !this.#unlisted.has(`${symbol}|${exchange}`);

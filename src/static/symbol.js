@@ -82,7 +82,7 @@ export class SymbolView {
 		this.tradeRows = rows;
 		this.tradesAge = el("small");
 		const scroll = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Trades" }, table);
-		return panel("", ["Trades ", this.tradesAge], scroll);
+		return panel("trades", ["Trades ", this.tradesAge], scroll);
 	}
 
 	#go(changed) {

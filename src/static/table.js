@@ -5,6 +5,7 @@ import { compact, decimalsOf, duration, isNumber, percent, basisPoints, points, 
 import { compare } from "./quotes.js";
 
 const UNSEEN_EVERY = 8; // drawings: what is scrolled out of sight is shown that much more rarely
+const SHORT = 8; // characters of a price: longer ones need a third line on a phone
 const FADES = [5_000, 15_000, 60_000]; // milliseconds past which a price looks one step older
 const COLUMNS = [
 	["symbol", "Symbol"],
@@ -63,11 +64,16 @@ class Line {
 		const { data } = quote;
 		Object.assign(this, { shown: data, digits: this.decimals.most });
 		if (!data) return;
-		for (const [name, place] of Object.entries(this.figures)) write(place, price(data[name], this.decimals.of(data[name])));
+		const change = percent(data.percentage);
+		for (const [name, place] of Object.entries(this.figures)) {
+			const text = price(data[name], this.decimals.of(data[name]));
+			write(place, text);
+			this.decimals.longest = Math.max(this.decimals.longest, text.length, change.length + 1);
+		}
 		write(this.move, ["▼", "", "▲"][quote.direction + 1]);
 		mark(this.row, "data-move", quote.direction);
 		write(this.cells.spread, points(spreadOf(data)));
-		write(this.cells.change, percent(data.percentage));
+		write(this.cells.change, change);
 		mark(this.cells.change, "data-sign", Math.sign(data.percentage));
 		write(this.cells.volume, compact(volumeOf(data)));
 	}
@@ -97,6 +103,7 @@ class Line {
 /** Decimals that all prices of a symbol share, so that they stand one under the other. */
 class Decimals {
 	most = 0;
+	longest = 0; // characters in the longest price, or change and one
 
 	of(value) {
 		this.most = Math.max(this.most, decimalsOf(value));
@@ -124,38 +131,42 @@ class Group {
 			remove.addEventListener("click", () => onRemove(symbol));
 			this.head.append(remove);
 		}
-		this.empty = el("td", { role: "cell", colspan: COLUMNS.length - 1, class: "none" }, "no exchange has told anything yet");
-		this.body.append(el("tr", { role: "row" }, this.head, this.empty));
+		this.empty = el("td", { role: "cell", colspan: COLUMNS.length - 1, class: "none" }, "waiting for prices");
+		this.emptyRow = el("tr", { role: "row" }, this.empty);
+		this.#arrange();
 	}
 
-	#line(exchange) {
-		if (!this.lines.has(exchange)) {
-			const line = new Line(exchange, this.decimals);
-			const isFirst = this.lines.size === 0;
-			this.lines.set(exchange, line);
-			if (isFirst) this.body.replaceChildren();
-			this.body.append(line.row);
-			this.body.firstChild.prepend(this.head);
-			this.head.setAttribute("rowspan", this.lines.size);
-		}
-		return this.lines.get(exchange);
+	/** Put the rows into the table, and the symbol in front of the first. */
+	#arrange() {
+		const rows = this.lines.size ? [...this.lines.values()].map(({ row }) => row) : [this.emptyRow];
+		rows[0].prepend(this.head);
+		this.head.setAttribute("rowspan", rows.length);
+		this.body.replaceChildren(...rows);
+	}
+
+	/** Add the lines of new exchanges, and remove those of exchanges without quotes: they were switched off. */
+	#update(quotes, order) {
+		const exchanges = order.filter((exchange) => quotes.has(exchange));
+		if (exchanges.length === this.lines.size && exchanges.every((exchange) => this.lines.has(exchange))) return;
+		this.lines = new Map(exchanges.map((exchange) => [exchange, this.lines.get(exchange) ?? new Line(exchange, this.decimals)]));
+		this.#arrange();
 	}
 
 	/** Show it as it is now; what did not change costs next to nothing. */
 	show(all, context) {
 		const quotes = all.of(this.symbol);
 		this.found = compare(context.live ? quotes : [], context);
+		this.#update(quotes, context.order);
 		if (!this.lines.size && context.order.every((exchange) => !all.isListed(this.symbol, exchange))) {
 			write(this.empty, "no exchange lists it");
 		}
-		for (const exchange of context.order) {
+		for (const [exchange, line] of this.lines) {
 			const quote = quotes.get(exchange);
-			if (!quote) continue;
-			const line = this.#line(exchange);
 			if (quote.data !== line.shown || this.decimals.most !== line.digits) line.show(quote);
 			line.grow(quote, context);
 			line.weigh(exchange, this.found);
 		}
+		mark(this.body, "data-long", this.decimals.longest > SHORT ? "" : null);
 		const { apart, crossed } = this.found;
 		const told = apart === null ? "" : `exchanges ${points(apart)} bp apart`;
 		write(this.summary, crossed === null ? told : `${told}, crossed by ${points(crossed)} bp`);

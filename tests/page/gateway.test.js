@@ -146,9 +146,14 @@ test("the head names the exchanges whose breaker is not closed", () => {
 	const [state, words] = summary(document);
 	assert.equal(state, "degraded");
 	assert.match(words, /^Degraded/);
-	assert.match(words, /bybit not asked/);
-	assert.match(words, /kraken half-open/);
+	assert.match(words, /bybit circuit open/);
+	assert.match(words, /kraken circuit half-open/);
 	assert.doesNotMatch(words, /binance/);
+});
+
+test("the head names an exchange with a stale stream", () => {
+	const document = told({ bybit: { streams: { watched: 8, stale: 8, cause: "silent" } } }, { status: "degraded" });
+	assert.deepEqual(summary(document), ["degraded", "Degraded: bybit stream stale"]);
 });
 
 test("the head does not name an exchange that is not enabled", () => {

@@ -269,6 +269,14 @@ test("a failure without any price is told, and is no stale price", () => {
 	assert.equal(quoteOf(quotes).isStale(NOW, 15_000), false);
 });
 
+test("exchanges that are switched off are forgotten", () => {
+	const quotes = taken(message("bybit", 100), message("kraken", 101));
+	quotes.keep(["kraken", "binance"]);
+	assert.deepEqual([...quotes.of(SYMBOL).keys()], ["kraken"]);
+	quotes.keep([]);
+	assert.equal(quotes.of(SYMBOL).size, 0);
+});
+
 test("the best bid is the highest, the best ask the lowest", () => {
 	const found = compared({
 		bybit: { last: 100, bid: 99, ask: 101 },
