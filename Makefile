@@ -20,7 +20,7 @@ demo: $(VENV)/.demo ## Run it with sandbox exchanges and an embedded Valkey serv
 # As in the image, which says why.
 SOCKETS := --ws-max-size 65536 --ws-ping-interval 20 --ws-ping-timeout 20 --ws-per-message-deflate false
 run: $(VENV)/.runtime ## Run it against the live exchanges, with the settings of the environment and .env
-	@$(BIN)/uvicorn src.api:app --host $(HOST) --port $(PORT) $(SOCKETS)
+	@$(BIN)/uvicorn src.api:app --host $(HOST) --port $(PORT) --no-proxy-headers $(SOCKETS)
 
 # Half of a test's time is waiting, so there are two workers for each core. Tests marked with the same xdist_group share
 # servers that take long to start, and run in one worker.

@@ -204,6 +204,7 @@ class Settings(BaseModel):
         120, gt=0, le=86400, description="How long a stream is watched after its last use."
     )
     stream_max_clients: int = Field(2000, ge=1, le=100_000, description="Most clients of `/ws` and `/stream` at once.")
+    stream_max_per_client: int = Field(200, ge=1, le=100_000, description="Most clients of one API key or address.")
     stream_max_subscriptions: int = Field(100, ge=1, le=10_000, description="Most streams of one client.")
 
     redis_host: Host = Field("localhost", description="Host of Redis; empty means memory only.")

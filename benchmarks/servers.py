@@ -141,7 +141,16 @@ class Servers:
     def uvicorn(self, app: str, environment: Mapping[str, str]) -> Server:
         """Start an app as the gateway is run, without the access log."""
         port = free_port()
-        options = ["--port", str(port), "--loop", "uvloop", "--http", "httptools", "--no-access-log"]
+        options = [
+            "--port",
+            str(port),
+            "--loop",
+            "uvloop",
+            "--http",
+            "httptools",
+            "--no-access-log",
+            "--no-proxy-headers",
+        ]
         command = [sys.executable, "-m", "uvicorn", *app.split(), *options, "--log-level", "warning"]
         return Server(f"http://127.0.0.1:{port}", self.start(command, {**os.environ, **environment}))
 

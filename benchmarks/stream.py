@@ -247,7 +247,7 @@ def main() -> int:
     plan = Plan(1, 20, 2, 2) if parser.parse_args().quick else Plan()
     with Servers() as servers, noted() as stalls:
         sandbox = servers.sandbox()
-        gateway = servers.gateway(sandbox, {})
+        gateway = servers.gateway(sandbox, {"STREAM_MAX_PER_CLIENT": str(plan.clients)})  # all come from one address
         exchange = sandbox.settings["BINANCE_WS_URL"] + "/stream/ws/0"
         sides = {
             "bare relay": bare(servers, "relay", 426, exchange),  # it asks for an upgrade

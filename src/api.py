@@ -1,15 +1,14 @@
 """The HTTP surface: routes that parse, call and return, the lifespan, and the one error handler.
 
-Run it with `uvicorn src.api:app`.
+Run it with `uvicorn src.api:app --no-proxy-headers`.
 """
 
 import asyncio
-import hmac
 import logging
 import re
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import FrameType
 from typing import Annotated, Any, Literal, TypedDict
@@ -46,6 +45,7 @@ MAX_SYMBOLS = 100
 class State(TypedDict):
     """What the lifespan hands to every request."""
 
+    gate: Gate
     gateway: Gateway
     streams: Streams | None
     dashboard: Dashboard
@@ -57,7 +57,10 @@ Symbol = Annotated[
 Exchange = Annotated[
     str | None,
     Query(
-        max_length=32, description="Ask only this exchange; without it, the first that can answer.", examples=["kraken"]
+        min_length=1,
+        max_length=32,
+        description="Ask only this exchange; without it, the first that can answer.",
+        examples=["kraken"],
     ),
 ]
 MaxAge = Annotated[
@@ -118,7 +121,7 @@ def _create_app(settings: Settings, clock: Clock, gate: Gate, snapshots: Mapping
                 task = asyncio.create_task(work)
                 task.add_done_callback(_report)
                 stack.push_async_callback(_end, task)
-            yield {"gateway": gateway, "streams": streams, "dashboard": dashboard}
+            yield {"gate": gate, "gateway": gateway, "streams": streams, "dashboard": dashboard}
 
     app = openapi.DescribedApp(
         title="Virtuoso",
@@ -197,9 +200,8 @@ def _add_routes(app: FastAPI, settings: Settings, gate: Gate) -> None:
         options |= openapi.describe(operation, needs_key=bool(settings.api_keys))
         app.add_api_route(path, handler, operation_id=operation, tags=[tag], **plain, **options)
 
-    def add_files(paths: Sequence[str], files: Files) -> None:
-        for path in paths:
-            app.add_api_route(path, files.send, include_in_schema=False, **plain)
+    def add_admin(path: str, handler: Any, *parameters: str) -> None:
+        add(path, handler, "admin", methods=["POST"], dependencies=[Depends(_admin_only(parameters))])
 
     add("/ticker/{symbol:path}", get_ticker, "market data")
     add("/tickers", get_tickers, "market data")
@@ -217,13 +219,17 @@ def _add_routes(app: FastAPI, settings: Settings, gate: Gate) -> None:
     if settings.metrics_enabled:
         add("/metrics", get_metrics, "status")
     add("/api/dashboard/data", get_dashboard_data, "status")
-    add_files(["/", "/mobile", "/static/{name}"], Files.of_page())
+    _add_files(app, ["/", "/mobile", "/static/{name}"], Files.of_page())
     if settings.docs_enabled:
-        add_files(["/docs", "/docs/{name}"], Files.of_docs())
-    admin: dict[str, Any] = {"methods": ["POST"], "dependencies": [Depends(_require_admin)]}
-    add("/admin/cache/clear", clear_cache, "admin", **admin)
-    add("/admin/breakers/reset", reset_breakers, "admin", **admin)
-    add("/admin/maintenance/{task}", record_maintenance, "admin", **admin)
+        _add_files(app, ["/docs", "/docs/{name}"], Files.of_docs())
+    add_admin("/admin/cache/clear", clear_cache, "exchange", "symbol")
+    add_admin("/admin/breakers/reset", reset_breakers, "bans")
+    add_admin("/admin/maintenance/{task}", record_maintenance)
+
+
+def _add_files(app: FastAPI, paths: Sequence[str], files: Files) -> None:
+    for path in paths:
+        app.add_api_route(path, files.send, include_in_schema=False, response_class=Response, response_model=None)
 
 
 async def get_ticker(request: Request, symbol: Symbol, exchange: Exchange = None, max_age: MaxAge = None) -> Response:
@@ -309,14 +315,19 @@ async def get_stream(
         raise errors.TooManySubscriptions(f"{count} streams are more than STREAM_MAX_SUBSCRIPTIONS, which is {most}")
     last = request.headers.get("last-event-id", "")
     seen = int(last) if re.fullmatch(r"[0-9]{1,18}", last) and count == 1 else None
-    return EventStream(streams, request.scope.get("virtuoso.server"), wanted, seen)
+    client = request.state.gate.client_of(request.scope)
+    return EventStream(streams, request.scope.get("virtuoso.server"), wanted, seen, client)
 
 
 async def get_markets(
     request: Request,
     exchange: Exchange = None,
-    base: Annotated[str | None, Query(max_length=24, description="As in `BTC`.", examples=["BTC"])] = None,
-    quote: Annotated[str | None, Query(max_length=24, description="As in `USDT`.", examples=["USDT"])] = None,
+    base: Annotated[
+        str | None, Query(min_length=1, max_length=24, description="As in `BTC`.", examples=["BTC"])
+    ] = None,
+    quote: Annotated[
+        str | None, Query(min_length=1, max_length=24, description="As in `USDT`.", examples=["USDT"])
+    ] = None,
 ) -> Response:
     """List the markets that can be asked for, each with the exchanges that list it."""
     gateway = _gateway(request)
@@ -367,31 +378,34 @@ async def get_metrics(request: Request) -> Response:
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _require_admin(request: Request) -> None:
-    """Let in who has the admin token; raises `NotFound` when none is configured, `Unauthorized` otherwise."""
-    token = _gateway(request).settings.admin_token.get_secret_value()
-    if not token:
-        raise errors.NotFound("the admin API is off; set ADMIN_TOKEN to switch it on")
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if not hmac.compare_digest(given.encode(), token.encode()) or scheme.lower() != "bearer":
-        raise errors.AdminTokenMissing("send the header Authorization: Bearer with the admin token")
+def _admin_only(parameters: tuple[str, ...]) -> Callable[[Request], Awaitable[None]]:
+    """Return a check that requires the admin token, and refuses what would be ignored.
+
+    A parameter that is misspelt, given twice, or sent in a body would do more than was meant: clear all, lift all bans.
+    """
+
+    async def check(request: Request) -> None:
+        request.state.gate.check_admin(request.scope, _gateway(request).store)
+        given = [name for name, _ in request.query_params.multi_items()]
+        has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+        if has_body or len(given) > len(set(given)) or set(given) - set(parameters):
+            allowed = f"only {', '.join(parameters)}, each once" if parameters else "nothing"
+            raise errors.InvalidParameter(f"send {allowed} in the query, and no body")
+
+    return check
 
 
 async def clear_cache(
     request: Request,
     exchange: Exchange = None,
     symbol: Annotated[
-        str | None, Query(max_length=64, description="Only of this symbol.", examples=["BTC-USDT"])
+        str | None, Query(min_length=1, max_length=64, description="Only of this symbol.", examples=["BTC-USDT"])
     ] = None,
 ) -> Response:
     """Forget cached answers: all, or of one exchange or symbol. Never touches what is not ours in Redis."""
     gateway = _gateway(request)
-    unknown = set(request.query_params) - {"exchange", "symbol"}
-    has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
-    if unknown or has_body:  # half understood it would clear too much
-        raise errors.InvalidParameter("exchange and symbol go into the query; nothing else, and no body, is read")
-    name = gateway.markets.check_exchange(exchange) if exchange else None
-    canonical = gateway.markets.canonical(symbol) if symbol else None
+    name = None if exchange is None else gateway.markets.check_exchange(exchange)
+    canonical = None if symbol is None else gateway.markets.canonical(symbol)
     try:
         cleared, redis = await gateway.cache.clear(name, canonical), "cleared" if gateway.store.configured else "none"
     except RedisAway:
@@ -434,7 +448,10 @@ def _add_handlers(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Any) -> Response:
         first = error.errors()[0]
-        return responses.problem(errors.InvalidParameter(f"{first['loc'][-1]}: {first['msg']}"))
+        fault = ": " + first["msg"]
+        if first["type"] == "string_too_short":  # each text has a minimum of 1: an empty one could be taken for `all`
+            fault = " is empty: give it a value, or leave it out if it is optional"
+        return responses.problem(errors.InvalidParameter(f"{first['loc'][-1]}{fault}"))
 
     async def framework(request: Request, error: Any) -> Response:
         if error.status_code == 405:

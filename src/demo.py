@@ -60,8 +60,8 @@ def start(parts: list[subprocess.Popen[bytes]], host: str, port: int, sandbox_po
         environment["REDIS_URL"] = f"redis://127.0.0.1:{redis_port}/0"
     python = sys.executable
     parts.append(launch([python, "-m", "src.sandbox", "--host", host, "--port", str(sandbox_port)]))
-    command = [python, "-m", "uvicorn", "src.api:app", "--host", host, "--port", str(port), *SOCKETS]
-    parts.append(launch(command, environment=environment))
+    command = [python, "-m", "uvicorn", "src.api:app", "--host", host, "--port", str(port), "--no-proxy-headers"]
+    parts.append(launch([*command, *SOCKETS], environment=environment))
 
 
 def watch(parts: list[subprocess.Popen[bytes]]) -> None:

@@ -14,7 +14,9 @@ GatewayError
 |   |-- InvalidParameter       422 invalid_parameter
 |   |-- RequestRejected        422 request_rejected
 |   |-- TooManyRequests        429 too_many_requests
+|   |   `-- TooManyFailedLogins 429 too_many_requests
 |   |-- TooManySubscriptions   429 too_many_subscriptions
+|   |-- TooManyConnections     429 too_many_connections
 |   `-- HeadersTooLarge        431 headers_too_large
 `-- UpstreamError          502 upstream_error: the exchange is at fault, or the way to it
     |-- BadUpstreamData        502 bad_upstream_data
@@ -168,10 +170,22 @@ class TooManyRequests(CallerError):
     status, code, title = 429, "too_many_requests", "The client limit is reached"
 
 
+class TooManyFailedLogins(TooManyRequests):
+    """More wrong keys or admin tokens came from this address than are answered with 401."""
+
+    title = "Too many wrong keys or tokens"
+
+
 class TooManySubscriptions(CallerError):
     """One connection wants more streams than it may have."""
 
     status, code, title = 429, "too_many_subscriptions", "This connection has as many streams as it may"
+
+
+class TooManyConnections(CallerError):
+    """One client, by key or address, has as many connections for streams as it may."""
+
+    status, code, title = 429, "too_many_connections", "This client has as many connections as it may"
 
 
 class HeadersTooLarge(CallerError):

@@ -111,10 +111,10 @@ class FastPath:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = perf_counter()
+        # The connection: its address is that of the client, and behind the app's layers `send` does not lead to it.
+        scope["virtuoso.server"] = getattr(send, "__self__", None)
         hit = self._hit(scope) if scope["type"] == "http" and scope["method"] == "GET" else None
         if hit is None:
-            # Behind the app's layers `send` does not tell any more whose it is.
-            scope["virtuoso.server"] = getattr(send, "__self__", None)
             await self._pass_on(scope, receive, send)
             return
         slot, age, status, fields, body = hit

@@ -71,7 +71,8 @@ class Subscriber:
 
     transport = ""
 
-    def __init__(self) -> None:
+    def __init__(self, client: str) -> None:
+        self.client = client  # whose connection it is, as the gate names it
         self.wants: dict[Want, list[Feed]] = {}
         self.stale: set[Topic] = set()  # of what it wants: told to be stale, and not yet to be live again
 

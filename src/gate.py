@@ -1,5 +1,9 @@
 """Who may ask, and how often: keys, addresses behind proxies, and a limit per client that all replicas share.
 
+A wrong key or admin token is counted by address, in this process. Past `MAX_FAILED_LOGINS` in a window the answer is
+429 instead of 401. A right one is accepted all the same: otherwise one client could lock out everybody behind its
+address. Guessing is prevented by the length of keys, not by this limit.
+
 Asking Redis about every request would cost more than answering it. So a replica takes permits in lots of a second's
 worth of the limit and spends them by itself: no more than the limit is given out in a window, but a permit counts from
 when it was taken, and may be spent up to a window later. While Redis is away each replica counts for itself.
@@ -11,22 +15,25 @@ import math
 from collections import OrderedDict
 from functools import lru_cache
 from ipaddress import ip_address, ip_network
+from itertools import takewhile
 
+from starlette.datastructures import Headers, QueryParams
 from starlette.types import Scope
 
 from config import Settings
 from src import metrics
 from src.clock import Clock
-from src.errors import TooManyRequests, Unauthorized
+from src.errors import AdminTokenMissing, NotFound, TooManyFailedLogins, TooManyRequests, Unauthorized
 from src.rate_limiter import SharedWindow, Window
 from src.redis_store import PREFIX, RedisStore
 
 WINDOW_SECONDS = 60
 WINDOW_BUCKETS = 60  # a client waits a second too long at most
 MAX_CLIENTS = 10_000  # clients counted at once; the least recently seen is forgotten first
+MAX_FAILED_LOGINS = 20  # of one address in a window; a person mistypes a key less often, a program should stop
 MAX_FORWARDED = 512  # characters of X-Forwarded-For that are read, from its end: what is nearest is what is trusted
 IPV6_PREFIX = 64  # who has one IPv6 address has all of its network
-LOOPBACK = "127.0.0.1"
+ADMIN = "/admin"  # the client in the metrics that sends an admin token; no key can have this name
 
 Told = dict[str, str]
 
@@ -51,6 +58,7 @@ class Gate:
         self.open = not settings.api_keys and not settings.client_rate_limit
         self.limit = settings.client_rate_limit
         self._keys = {name: key.get_secret_value().encode() for name, key in settings.api_keys.items()}
+        self._admin_token = settings.admin_token.get_secret_value().encode()
         self._trusted = [ip_network(network) for network in settings.trusted_proxies]
         self._clock = clock
         self._clients: OrderedDict[str, Client] = OrderedDict()
@@ -62,7 +70,7 @@ class Gate:
         if (name := self._name(key)) is None:
             return None
         if self.limit:
-            client = self._client(self._whose(name, scope, forwarded), store)
+            client = self._client(self._whose(name, scope, forwarded), store, self.limit)
             if not self._spend_permit(client) and (store.up or not self._spend_alone(client)):
                 return None
             told = self._told(client)
@@ -71,23 +79,55 @@ class Gate:
         metrics.clients[name, "admitted"] += 1
         return told
 
-    async def admit(self, scope: Scope, key: str, forwarded: str, store: RedisStore) -> Told:
-        """Count a request that came with this key and X-Forwarded-For; returns the headers that tell what is left.
+    async def admit(self, scope: Scope, store: RedisStore) -> Told:
+        """Count a request and return the headers that tell what is left of its client's limit.
 
-        A wrong key counts against the limit of its address. Raises `Unauthorized`, or `TooManyRequests`, which counts
-        as nothing.
+        Raises `Unauthorized`, `TooManyFailedLogins`, or `TooManyRequests`, which counts as nothing.
         """
-        name = self._name(key)
+        key, forwarded = credentials(scope)
+        if (name := self._name(key)) is None:
+            error = Unauthorized("send one of the configured keys in the header X-API-Key")
+            raise self._refuse("unknown", key, scope, store, error)
+        client = self._client(self._whose(name, scope, forwarded), store, self.limit) if self.limit else None
         try:
-            told = await self._take(self._client(self._whose(name, scope, forwarded), store)) if self.limit else {}
+            told = await self._take(client) if client else {}
         except TooManyRequests:
-            metrics.clients[name or "unknown", "limited"] += 1
+            metrics.clients[name, "limited"] += 1
             raise
-        if name is None:
-            metrics.clients["unknown", "unauthorized"] += 1
-            raise Unauthorized("send one of the configured keys in the header X-API-Key")
         metrics.clients[name, "admitted"] += 1
         return told
+
+    def check_admin(self, scope: Scope, store: RedisStore) -> None:
+        """Count a request to /admin, which has no limit.
+
+        Raises `NotFound` when no admin token is configured, `AdminTokenMissing` or `TooManyFailedLogins`.
+        """
+        if not self._admin_token:
+            raise NotFound("the admin API is off; set ADMIN_TOKEN to switch it on")
+        given = Headers(scope=scope).get("authorization", "")
+        scheme, _, token = given.partition(" ")
+        if not hmac.compare_digest(token.encode(), self._admin_token) or scheme.lower() != "bearer":
+            error = AdminTokenMissing("send the header Authorization: Bearer with the admin token")
+            raise self._refuse(ADMIN, given, scope, store, error)
+        metrics.clients[ADMIN, "admitted"] += 1
+
+    def client_of(self, scope: Scope) -> str:
+        """Return whose limits a request counts against: those of its key, or of its address."""
+        key, forwarded = credentials(scope)
+        return self._whose(self._name(key), scope, forwarded)
+
+    def _refuse(self, name: str, given: str, scope: Scope, store: RedisStore, error: Unauthorized) -> Exception:
+        """Count a missing or wrong credential; return `error`, or `TooManyFailedLogins` past the limit.
+
+        A missing credential is no attempt, so its answer stays 401: by that a page knows that it has to ask for a key.
+        """
+        address = f"failed:{self._whose(None, scope, credentials(scope)[1])}"
+        wait = self._client(address, store, MAX_FAILED_LOGINS).shared.spend_alone(1).wait_seconds if given else 0.0
+        metrics.clients[name, "limited" if wait else "unauthorized"] += 1
+        if not wait:
+            return error
+        most = f"more than {MAX_FAILED_LOGINS} wrong keys or tokens in {WINDOW_SECONDS} s"
+        return TooManyFailedLogins(f"{most} came from this address; send a right one, or wait", retry_after=wait)
 
     def refused(self, seconds: float) -> Told:
         """Return the headers that tell of a limit that is used up for so many seconds."""
@@ -105,19 +145,20 @@ class Gate:
         """Return whose limit a request counts against: that of its key, or of its address."""
         if self._keys and name is not None:
             return f"key:{name}"
-        return self._address((scope.get("client") or ("unknown",))[0], forwarded[-MAX_FORWARDED:])
+        return self._address(_peer(scope), forwarded[-MAX_FORWARDED:])
 
     def _find_address(self, host: str, forwarded: str) -> str:
-        """Return who asks behind proxies that are trusted; of IPv6 the network."""
-        told = [part.strip() for part in forwarded.split(",")]
-        known = [address for part in told if (address := _bare(part))]
-        if host in told or host in known:
-            # The server took it from there, as uvicorn does on the word of its own machine unless it is told not to.
-            host = host if self._trusts(LOOPBACK) else "forwarded"
-        elif self._trusts(host):
-            strangers = [address for address in known if not self._trusts(address)]
-            # Who is on the proxies' own network is trusted like them: then it is whom the nearest of them has seen.
-            host = (strangers or known or [host])[-1]
+        """Return the address of a client whose connection comes from `host`; of IPv6 the network.
+
+        Only a trusted proxy is asked for another address: the nearest one that is no trusted proxy itself, or the
+        nearest one where all are trusted. What stands before something that is no address is not read: a proxy that
+        does not tell the address it saw would let the client choose its own.
+        """
+        if self._trusts(host):
+            parts = [part.strip() for part in reversed(forwarded.split(",")) if part.strip()]
+            nearest = list(takewhile(bool, map(_bare, parts)))
+            strangers = (address for address in nearest if not self._trusts(address))
+            host = next(strangers, nearest[0] if nearest else host)
         bare = _bare(host)
         return str(ip_network((bare, IPV6_PREFIX), strict=False)) if ":" in bare else bare or host
 
@@ -125,10 +166,10 @@ class Gate:
         bare = _bare(host)
         return bool(bare) and any(ip_address(bare) in network for network in self._trusted)
 
-    def _client(self, whose: str, store: RedisStore) -> Client:
+    def _client(self, whose: str, store: RedisStore, limit: int) -> Client:
         client = self._clients.pop(whose, None)
         if client is None:
-            window = Window(self.limit, WINDOW_SECONDS, self._clock, WINDOW_BUCKETS)
+            window = Window(limit, WINDOW_SECONDS, self._clock, WINDOW_BUCKETS)
             client = Client(SharedWindow(f"{PREFIX}client:{{{whose}}}", window, store, "limit"))
             if len(self._clients) >= MAX_CLIENTS:
                 self._clients.popitem(last=False)
@@ -186,6 +227,28 @@ class Gate:
             "RateLimit-Policy": f'"client";q={self.limit};w={WINDOW_SECONDS}',
             "RateLimit": f'"client";r={max(left, 0)};t={math.ceil(max(seconds, 0))}',
         }
+
+
+def credentials(scope: Scope) -> tuple[str, str]:
+    """Return the API key and the X-Forwarded-For of a request.
+
+    Browsers cannot send a header with `/ws` and `/stream`: there the key may be in the query as `token`.
+    """
+    headers = Headers(scope=scope)
+    key = headers.get("x-api-key", "")
+    if not key and (scope["type"] == "websocket" or scope["path"].startswith("/stream/")):
+        key = QueryParams(scope["query_string"]).get("token", "")
+    return key, ",".join(headers.getlist("x-forwarded-for"))
+
+
+def _peer(scope: Scope) -> str:
+    """Return the address at the other end of the connection.
+
+    The transport knows it. `scope["client"]` may be from X-Forwarded-For: by default uvicorn trusts its own machine.
+    """
+    transport = getattr(scope.get("virtuoso.server"), "transport", None)
+    peer = scope.get("client") if transport is None else transport.get_extra_info("peername")
+    return peer[0] if isinstance(peer, tuple | list) else "unknown"
 
 
 def _bare(text: str) -> str:

@@ -1,15 +1,20 @@
 """Which symbols each exchange lists: the allow-list every symbol from outside is held against."""
 
-import difflib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from src.errors import MalformedRequest, UnknownExchange
 
 MAX_SYMBOL_LENGTH = 40
+MAX_QUOTE_LENGTH = 6  # where `BTCUSDT` is taken apart: no exchange has a longer quote
 MAX_SUGGESTIONS = 3
+MAX_COMPARED = 64  # listings of similar bases looked at for one unknown symbol; a request may have 100 of these
+MAX_CACHED_SUGGESTIONS = 1024  # unknown symbols; one request has up to 100, and asks once per exchange
 _SHAPE = re.compile(r"[\w.$]{1,24}/[\w.$]{1,24}(:[\w.$]{1,24})?")
 
 
@@ -35,6 +40,8 @@ class Markets:
         self._types = frozenset(types)
         self._listed: dict[str, dict[str, Market]] = {}  # exchange -> symbol in capitals -> market
         self._by_base: dict[str, dict[str, list[str]]] = {}  # exchange -> base in capitals -> symbols
+        self._by_variant: dict[str, dict[str, list[str]]] = {}  # exchange -> variant of a base -> bases
+        self._suggestions = lru_cache(MAX_CACHED_SUGGESTIONS)(self._find_suggestions)
 
     def __len__(self) -> int:
         return sum(len(listed) for listed in self._listed.values())
@@ -49,7 +56,12 @@ class Markets:
         by_base: dict[str, list[str]] = {}
         for symbol, market in self._listed[exchange].items():
             by_base.setdefault(market.base.upper(), []).append(symbol)
-        self._by_base[exchange] = by_base  # of this exchange alone: all of them took 10 ms
+        by_variant: dict[str, list[str]] = {}
+        for base in by_base:
+            for variant in _variants(base):
+                by_variant.setdefault(variant, []).append(base)
+        self._by_base[exchange], self._by_variant[exchange] = by_base, by_variant
+        self._suggestions.cache_clear()
         self.loaded_at[exchange] = loaded_at
         self.version += 1
 
@@ -95,27 +107,48 @@ class Markets:
         return len(self._listed.get(exchange, {}))
 
     def suggestions(self, symbol: str) -> list[str]:
-        """Symbols close to one that nobody lists; cheap enough to be asked for by a flood of wrong symbols."""
-        base = symbol.split("/")[0]
-        if not self._of_base(base):
-            known = dict.fromkeys(each for own in self._by_base.values() for each in own)
-            similar = [each for each in known if each[0] == base[0] and abs(len(each) - len(base)) <= 1]
-            close = difflib.get_close_matches(base, similar[:200], n=1, cutoff=0.6)
-            if not close:
-                return []
-            symbol, base = symbol.replace(base, close[0], 1), close[0]
-        return difflib.get_close_matches(symbol, self._of_base(base), n=MAX_SUGGESTIONS, cutoff=0.0)
+        """Return up to `MAX_SUGGESTIONS` listed symbols that are spelled like an unlisted one, best first.
+
+        The result is cached until a market list changes. The work does not grow with the number of markets, so a
+        request or message with many unknown symbols does not delay others.
+        """
+        return list(self._suggestions(symbol))
+
+    def _find_suggestions(self, symbol: str) -> list[str]:
+        base, _, quote = symbol.partition("/")
+        found = self._symbols_of(base)
+        if not found:
+            groups = (own.get(variant, ()) for variant in _variants(base) for own in self._by_variant.values())
+            bases = dict.fromkeys(islice(chain.from_iterable(groups), MAX_COMPARED))
+            same_quote = (f"{name}/{quote}" for name in bases)
+            found = Counter(name for name in same_quote for listed in self._listed.values() if name in listed)
+            found = found or self._symbols_of(next(iter(bases), ""))
+        del found[symbol]  # another exchange lists it
+        variants = frozenset(_variants(quote))
+
+        def difference(listed: str) -> tuple[bool, int, str]:
+            return variants.isdisjoint(_variants(listed.partition("/")[2])), -found[listed], listed
+
+        return sorted(found, key=difference)[:MAX_SUGGESTIONS]
+
+    def _symbols_of(self, base: str) -> Counter[str]:
+        """Return the symbols with this base, each with the number of exchanges that list it."""
+        return Counter(symbol for own in self._by_base.values() for symbol in own.get(base, ()))
 
     def _unjoined(self, text: str) -> str | None:
         """Find `BTC-USDT` for `BTCUSDT`, if it is listed."""
-        for cut in range(2, min(len(text), MAX_SYMBOL_LENGTH) - 1):
-            if f"{text[:cut]}/{text[cut:]}" in self._of_base(text[:cut]):
+        end = len(text.partition(":")[0])
+        for cut in range(max(2, end - MAX_QUOTE_LENGTH), end - 1):
+            if any(f"{text[:cut]}/{text[cut:]}" in listed for listed in self._listed.values()):
                 return f"{text[:cut]}-{text[cut:]}"
         return None
 
-    def _of_base(self, base: str) -> list[str]:
-        """Symbols with this base, of all exchanges."""
-        return sorted({symbol for own in self._by_base.values() for symbol in own.get(base, ())})
+
+@lru_cache(4096)  # about as many bases and quotes as all exchanges list
+def _variants(text: str) -> tuple[str, ...]:
+    """Return a text, and the text without any one of its characters: texts that differ by one character share one."""
+    shorter = (text[:at] + text[at + 1 :] for at in range(len(text)))
+    return (text, *dict.fromkeys(shorter)) if len(text) > 2 else (text,)  # two letters with one in common are not alike
 
 
 def _shown(text: str) -> str:

@@ -30,6 +30,7 @@ TIERS = ("memory", "redis")
 EVICTIONS = ("size", "expired", "cleared")
 STREAM_CAUSES = ("closed", "junk", "lost", "refused", "silent", "timeout")  # why a socket was lost, or not had
 STREAM_DROPS = ("slow_client", "implausible", "bus")
+STREAM_REFUSALS = ("max_clients", "max_per_client")  # the settings whose bound was reached
 LEASE_CHANGES = ("taken", "lost")
 REFRESHES = ("success", "error", "skipped")
 DATA_ROUTES = ("/ticker/{symbol}", "/tickers", "/orderbook/{symbol}", "/ohlcv/{symbol}", "/trades/{symbol}")
@@ -181,6 +182,9 @@ stream_reconnects_total = Counter(
 stream_watched = Gauge("virtuoso_stream_watched", "Streams that are watched.", ["exchange", "channel"])
 stream_stale = Gauge("virtuoso_stream_stale", "Watched streams whose exchange pushes nothing.", ["exchange"])
 stream_subscribers = Gauge("virtuoso_stream_subscribers", "Clients connected for streams.", ["transport"])
+stream_refused_total = Counter(
+    "virtuoso_stream_refused_total", "Connections of clients refused because a bound was reached.", ["reason"]
+)
 stream_messages_received_total = Counter(
     "virtuoso_stream_messages_received_total", "Messages an exchange pushed.", ["exchange", "channel"]
 )
@@ -212,6 +216,7 @@ def initialise(exchanges: tuple[str, ...]) -> None:
     for counter, values in (
         (cache_requests_total, CACHE_RESULTS), (cache_refreshes_total, REFRESHES), (cache_evictions_total, EVICTIONS),
         (stream_dropped_total, STREAM_DROPS), (stream_lease_changes_total, LEASE_CHANGES),
+        (stream_refused_total, STREAM_REFUSALS),
     ):  # fmt: skip
         for value in values:
             counter.labels(value)

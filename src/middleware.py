@@ -6,11 +6,10 @@ import time
 from functools import lru_cache
 
 from prometheus_client import Counter, Histogram
-from starlette.datastructures import Headers, MutableHeaders, QueryParams
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from src import metrics
-from src.errors import GatewayError, HeadersTooLarge, MalformedRequest, TooManyRequests, Unauthorized, UriTooLong
+from src import errors, metrics
 from src.gate import Gate
 from src.logs import new_request_id, request_id
 from src.responses import problem
@@ -78,15 +77,15 @@ def identify(given: str) -> str:
     return given if given and _REQUEST_ID.fullmatch(given) else new_request_id()
 
 
-def _refusal(scope: Scope, headers: Headers) -> GatewayError | None:
+def _refusal(scope: Scope, headers: Headers) -> errors.GatewayError | None:
     if len(scope.get("raw_path", b"")) + len(scope["query_string"]) > MAX_URL_BYTES:
-        return UriTooLong(f"path and query are longer than {MAX_URL_BYTES} bytes; ask for fewer symbols at once")
+        return errors.UriTooLong(f"path and query are longer than {MAX_URL_BYTES} bytes; ask for fewer symbols at once")
     if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
-        return HeadersTooLarge(f"the headers are longer than {MAX_HEADER_BYTES} bytes")
+        return errors.HeadersTooLarge(f"the headers are longer than {MAX_HEADER_BYTES} bytes")
     if not scope["path"].isprintable():  # also because the router would overlook a line feed at the end
-        return MalformedRequest("the path has control characters in it")
+        return errors.MalformedRequest("the path has control characters in it")
     if "host" not in headers and scope["http_version"] == "1.1":
-        return MalformedRequest("HTTP/1.1 asks for a Host header (RFC 9112 section 3.2)")
+        return errors.MalformedRequest("HTTP/1.1 asks for a Host header (RFC 9112 section 3.2)")
     return None
 
 
@@ -102,16 +101,13 @@ class Access:
         if self._gate.open or scope["type"] != "http" or path == "/" or path.startswith(OPEN_PATHS):
             await self.app(scope, receive, send)
             return
-        headers, gateway = Headers(scope=scope), scope["state"]["gateway"]
-        forwarded = ",".join(headers.getlist("x-forwarded-for"))
         try:
-            key = headers.get("x-api-key", "")
-            if not key and path.startswith("/stream/"):  # a browser's EventSource cannot send a header
-                key = QueryParams(scope["query_string"]).get("token", "")
-            limits = await self._gate.admit(scope, key, forwarded, gateway.store)
-        except (Unauthorized, TooManyRequests) as error:
-            told = self._gate.refused(error.retry_after or 0) if isinstance(error, TooManyRequests) else None
-            await problem(error, told)(scope, receive, send)
+            limits = await self._gate.admit(scope, scope["state"]["gateway"].store)
+        except (errors.Unauthorized, errors.TooManyFailedLogins) as error:
+            await problem(error)(scope, receive, send)
+            return
+        except errors.TooManyRequests as error:
+            await problem(error, self._gate.refused(error.retry_after or 0))(scope, receive, send)
             return
 
         async def limited(message: Message) -> None:

@@ -32,7 +32,7 @@ MARKET_DATA: Errors = (
 )  # fmt: skip
 STREAMS: Errors = (
     *GUARDED, errors.UnknownSymbol, errors.UnknownExchange, errors.InvalidParameter, errors.MarketsLoading,
-    errors.TooManyStreams, errors.TooManySubscriptions,
+    errors.TooManyStreams, errors.TooManySubscriptions, errors.TooManyConnections,
 )  # fmt: skip
 ADMIN: Errors = (*OPEN, errors.AdminTokenMissing, errors.NotFound, errors.InvalidParameter)
 

@@ -24,8 +24,8 @@ class Events(Subscriber):
 
     transport = "sse"
 
-    def __init__(self, streams: Streams, transport: asyncio.Transport) -> None:
-        super().__init__()
+    def __init__(self, streams: Streams, transport: asyncio.Transport, client: str) -> None:
+        super().__init__(client)
         self._streams, self._transport = streams, transport
         self._pending: dict[Feed, str] = {}
         self._notes: deque[bytes] = deque(maxlen=MAX_NOTES)
@@ -87,13 +87,15 @@ class Events(Subscriber):
 class EventStream(StreamingResponse):
     """The answer: it subscribes when it begins, or is refused as any other, and leaves however it ends."""
 
-    def __init__(self, streams: Streams, server: Any, wanted: Mapping[Want, Sequence[Topic]], seen: int | None) -> None:
+    def __init__(
+        self, streams: Streams, server: Any, wanted: Mapping[Want, Sequence[Topic]], seen: int | None, client: str
+    ) -> None:
         self._streams, self._wanted, self._seen = streams, wanted, seen
-        self._events = Events(streams, way_to(server, SEND_BUFFER_BYTES))
+        self._events = Events(streams, way_to(server, SEND_BUFFER_BYTES), client)
         super().__init__(self._events.run(), headers={"Cache-Control": "no-store"}, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send events until the client leaves or the gateway stops; raises `TooManyStreams` before the first."""
+        """Send events until the client leaves or the gateway stops; raises as `Streams.join` before the first."""
         try:
             self._streams.join(self._events)
             for want, topics in self._wanted.items():

@@ -19,7 +19,7 @@ from src import metrics
 from src.bus import LISTEN_SECONDS, Bus, MarketDataEvent, Topic
 from src.clock import Clock
 from src.entry import Key, encode
-from src.errors import BadUpstreamData, GatewayError, NoPrice, TooManyStreams
+from src.errors import BadUpstreamData, GatewayError, NoPrice, TooManyConnections, TooManyStreams
 from src.exchanges import is_swap, weight_of
 from src.feeds import CHANNELS, LEVELS, NAMES, Feed, Subscriber, Want, about, bodies
 from src.gateway import ALL, Gateway, Served
@@ -263,8 +263,18 @@ class Streams:
                 watched.feeds.pop(feed.levels, None)
 
     def join(self, subscriber: Subscriber) -> None:
-        """Know a subscriber; raises `TooManyStreams` when no more may connect."""
+        """Add a subscriber.
+
+        Raises `TooManyConnections` when its client has all it may have: one address must not take every place there is.
+        Raises `TooManyStreams` when all places are taken.
+        """
+        most = self.settings.stream_max_per_client
+        if sum(other.client == subscriber.client for other in self.subscribers) >= most:
+            metrics.stream_refused_total.labels("max_per_client").inc()
+            have = f"this client has {most} connections to /ws and /stream (STREAM_MAX_PER_CLIENT)"
+            raise TooManyConnections(f"{have}; close one, or subscribe on one that is open")
         if len(self.subscribers) >= self.settings.stream_max_clients:
+            metrics.stream_refused_total.labels("max_clients").inc()
             raise TooManyStreams(f"{len(self.subscribers)} clients are connected, as many as are allowed; try later")
         self.subscribers.add(subscriber)
 

@@ -70,8 +70,8 @@ class Socket(Subscriber):
 
     transport = "ws"
 
-    def __init__(self, websocket: WebSocket, transport: asyncio.Transport, streams: Streams) -> None:
-        super().__init__()
+    def __init__(self, websocket: WebSocket, transport: asyncio.Transport, streams: Streams, client: str) -> None:
+        super().__init__(client)
         self._websocket, self._transport, self._streams = websocket, transport, streams
         self._behind: dict[Feed, None] = {}
         self._sizes: dict[Want, int] = {}  # streams each want came down to
@@ -242,7 +242,7 @@ async def serve(websocket: WebSocket, gate: Gate, streams: Streams) -> None:
     try:
         if refusal is not None:
             raise refusal
-        client = Socket(websocket, _bound(server), streams)
+        client = Socket(websocket, _bound(server), streams, gate.client_of(websocket.scope))
         streams.join(client)
     except GatewayError as error:
         code = {Unauthorized: POLICY, OriginRefused: POLICY, InternalError: FAILED}.get(type(error), TRY_AGAIN)
@@ -265,11 +265,9 @@ async def _refusal(websocket: WebSocket, gate: Gate, gateway: Gateway) -> Gatewa
     origin, allowed = headers.get("origin"), gateway.settings.cors_origins
     if origin is not None and not _is_own(origin, headers.get("host", "")) and not {origin, "*"} & set(allowed):
         return OriginRefused("the gateway lets pages of its own origin connect, and those in CORS_ORIGINS")
-    key = headers.get("x-api-key") or websocket.query_params.get("token", "")
     try:
         if not gate.open:
-            forwarded = ",".join(headers.getlist("x-forwarded-for"))
-            await gate.admit(websocket.scope, key, forwarded, gateway.store)
+            await gate.admit(websocket.scope, gateway.store)
     except GatewayError as error:
         return error
     return None

@@ -245,10 +245,16 @@ async def start(sandbox: Sandbox, clock: FakeClock) -> AsyncIterator[StartGatewa
     async with AsyncExitStack() as stack:
 
         async def start_gateway(
-            *, clock: Any = clock, wait: bool = True, load_markets: bool = False, **overrides: object
+            *,
+            clock: Any = clock,
+            wait: bool = True,
+            load_markets: bool = False,
+            proxy_headers: bool = False,
+            **overrides: object,
         ) -> Live:
             settings = make_settings(sandbox, **overrides)
-            live = await stack.enter_async_context(serve(settings, clock, load_markets=load_markets or not wait))
+            gateway = serve(settings, clock, load_markets=load_markets or not wait, proxy_headers=proxy_headers)
+            live = await stack.enter_async_context(gateway)
             if wait:
                 await eventually(lambda: len(live.gateway.markets.loaded_at) == len(live.gateway.manager.names))
                 sandbox.clear_counts()
@@ -285,15 +291,24 @@ async def _read_market_lists(types: tuple[str, ...]) -> dict[str, bytes]:
 
 @asynccontextmanager
 async def serve(
-    settings: Settings, clock: Any, *, shortcut: bool = True, port: int = 0, load_markets: bool = False
+    settings: Settings,
+    clock: Any,
+    *,
+    shortcut: bool = True,
+    port: int = 0,
+    load_markets: bool = False,
+    proxy_headers: bool = False,
 ) -> AsyncIterator[Live]:
     """Run the app under a real uvicorn in this event loop; without `shortcut` nothing stands before the app.
 
     The gateway starts from prepared market lists. With `load_markets` it reads them from the exchanges, in a child
-    process, as it does in production. A `port` is for a gateway that takes the place of another that has stopped.
+    process, as it does in production. A `port` is for a gateway that takes the place of another that has stopped. With
+    `proxy_headers` uvicorn replaces the address of a client by X-Forwarded-For where it trusts the connection, as it
+    does by default.
     """
     front = create_app(settings, clock, None if load_markets else await prepared_markets(settings, clock.time()))
-    config = uvicorn.Config(front if shortcut else front.app, log_config=None, lifespan="on", timeout_keep_alive=75)
+    app = front if shortcut else front.app
+    config = uvicorn.Config(app, log_config=None, lifespan="on", timeout_keep_alive=75, proxy_headers=proxy_headers)
     server = uvicorn.Server(config)
     # With its protocol named: asyncio sets TCP_NODELAY on such only, and without it each answer takes 40 ms.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)

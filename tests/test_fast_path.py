@@ -106,6 +106,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "open": {},
     "keys and limits": {"api_keys": f"desk:{KEY}", "client_rate_limit": 25},
     "browsers": {"cors_origins": ORIGIN},
+    "behind a proxy": {"client_rate_limit": 25, "trusted_proxies": "127.0.0.1"},
 }
 
 
@@ -130,6 +131,7 @@ fields = st.sampled_from([
     ("If-None-Match", "TAG"), ("If-None-Match", "TAG"), ("If-None-Match", "W/TAG, \"other\""), ("If-None-Match", "*"),
     ("If-None-Match", '"other"'), ("X-Request-ID", "plain-1.2_3"), ("X-Request-ID", "not plain"), ("X-API-Key", KEY),
     ("X-API-Key", KEY), ("X-API-Key", KEY), ("X-API-Key", "wrong"), ("Origin", ORIGIN), ("Origin", "https://else.example"),
+    ("X-Forwarded-For", "203.0.113.1"), ("X-Forwarded-For", "9.9.9.9, 203.0.113.1"), ("X-Forwarded-For", "unknown"),
     ("Accept-Encoding", "br"), ("Content-Length", "0"), ("Range", "bytes=0-1"), ("Cache-Control", "no-cache"),
 ])  # fmt: skip
 requests = st.tuples(

@@ -2,7 +2,10 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from ipaddress import IPv4Address, ip_network
+from pathlib import Path
 
 import httpx
 import pytest
@@ -12,10 +15,11 @@ from prometheus_client import generate_latest
 
 from config import ConfigError
 from src.clock import SystemClock
-from src.gate import LOOPBACK, MAX_CLIENTS, MAX_FORWARDED, Gate
+from src.gate import MAX_CLIENTS, MAX_FORWARDED, Gate
 from src.redis_store import RedisStore
 from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, make_settings, sample
 
+ROOT = Path(__file__).parents[1]
 PATH = "/ticker/BTC/USDT"
 Ask = Callable[[list[Live]], Awaitable[list[httpx.Response]]]
 
@@ -132,13 +136,10 @@ async def test_without_redis_each_replica_counts_alone_and_tells_it_later(
     assert await statuses(live, 4) == {200: 2, 429: 2}
 
 
-async def test_wrong_keys_are_counted_by_address(start: StartGateway) -> None:
-    """Who guesses is stopped as soon as who knows; right keys go on, each with a count of its own."""
+async def test_right_keys_have_a_count_of_their_own(start: StartGateway) -> None:
+    """What others send from the same address, wrong keys too, takes nothing from the limit of a key."""
     live = await start(api_keys="alice:first-secret,bob:second-secret", client_rate_limit=3)
-    before = {pair: counted(*pair) for pair in (("unknown", "unauthorized"), ("unknown", "limited"))}
-    assert await statuses(live, 5, **{"X-API-Key": "wrong-secret"}) == {401: 3, 429: 2}
-    assert counted("unknown", "unauthorized") == before["unknown", "unauthorized"] + 3
-    assert counted("unknown", "limited") == before["unknown", "limited"] + 2
+    assert await statuses(live, 5, **{"X-API-Key": "wrong-secret"}) == {401: 5}
     for name, key in (("alice", "first-secret"), ("bob", "second-secret")):
         admitted, limited = counted(name, "admitted"), counted(name, "limited")
         assert await statuses(live, 4, **{"X-API-Key": key}) == {200: 3, 429: 1}
@@ -153,13 +154,49 @@ async def test_nobody_is_counted_where_nothing_is_held_against_anybody(start: St
     assert counted("anonymous", "admitted") == before
 
 
-async def test_a_header_moves_nobody_out_of_his_limit(start: StartGateway) -> None:
-    """X-Forwarded-For is ignored unless TRUSTED_PROXIES says so, although uvicorn believes its own machine."""
-    live = await start(client_rate_limit=4)
-    spellings = ["203.0.113.{}", "203.0.113.{}:443", "junk-{}", "10.0.0.1, 203.0.113.{}", "[2001:db8::{}]:80"]
-    got = [(await live.get(PATH, headers={"X-Forwarded-For": one.format(9)})).status_code for one in spellings * 2]
-    assert Counter(got) == {200: 4, 429: 6}
-    assert await statuses(live, 5) == {200: 4, 429: 1}  # who sends no such header has a limit of his own
+@asynccontextmanager
+async def coming_from(address: str) -> AsyncIterator[httpx.AsyncClient]:
+    """Ask from another address of this machine."""
+    async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(local_address=address), timeout=90) as client:
+        yield client
+
+
+SPELLINGS = [
+    "", "127.0.0.1", "127.0.0.1:80", "::ffff:127.0.0.1", "[::1]:80", "203.0.113.{}", "203.0.113.{}:443", "junk-{}",
+    "10.0.0.1, 203.0.113.{}", "203.0.113.{}, 127.0.0.1", "[2001:db8::{}]:80", "unknown", ",",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("proxy_headers", [False, True], ids=["as we start it", "uvicorn reads the header"])
+@pytest.mark.parametrize("limit", [4, 120], ids=["one by one", "in lots"])
+async def test_a_header_does_not_change_whose_limit_counts(
+    start: StartGateway, proxy_headers: bool, limit: int
+) -> None:
+    """Without TRUSTED_PROXIES a client has one limit, whatever it writes; another address has another."""
+    live = await start(client_rate_limit=limit, proxy_headers=proxy_headers)
+    count = max(2 * limit // len(SPELLINGS), 1)
+    for number in range(count):
+        for spelling in SPELLINGS:
+            answer = await live.get(PATH, headers={"X-Forwarded-For": spelling.format(number)})
+            asked = number * len(SPELLINGS) + SPELLINGS.index(spelling) + 1
+            assert answer.status_code == (200 if asked <= limit else 429), (asked, spelling)
+    assert await statuses(live, 2) == {429: 2}
+    async with coming_from("127.0.0.2") as other:
+        assert (await other.get(live.url + PATH)).status_code == 200
+
+
+@pytest.mark.parametrize("proxy_headers", [False, True], ids=["as we start it", "uvicorn reads the header"])
+async def test_only_the_trusted_are_asked_for_another_address(start: StartGateway, proxy_headers: bool) -> None:
+    """A proxy is known by its connection: the header says nothing about who sent it."""
+    live = await start(client_rate_limit=2, trusted_proxies="127.0.0.3", proxy_headers=proxy_headers)
+    async with coming_from("127.0.0.3") as proxy, coming_from("127.0.0.2") as other:
+        for client, header in ((live.client, "127.0.0.3, 198.51.100.1"), (other, "127.0.0.3"), (proxy, "198.51.100.2")):
+            got = [await client.get(live.url + PATH, headers={"X-Forwarded-For": header}) for _ in range(3)]
+            assert [answer.status_code for answer in got] == [200, 200, 429]
+        for client, header in ((live.client, "198.51.100.9"), (other, ""), (proxy, "9.9.9.9, 198.51.100.2")):
+            answer = await client.get(live.url + PATH, headers={"X-Forwarded-For": header})
+            assert answer.status_code == 429
+        assert (await proxy.get(live.url + PATH, headers={"X-Forwarded-For": "127.0.0.9"})).status_code == 200
 
 
 async def test_behind_a_trusted_proxy_each_address_has_its_limit(start: StartGateway) -> None:
@@ -195,8 +232,20 @@ def address(host: str, forwarded: str, trusted: str = "") -> str:
         ("fe80::1%eth0", "", "", "fe80::/64"),
         ("::ffff:203.0.113.5", "", "", "203.0.113.5"),
         ("::ffff:10.0.0.2", "198.51.100.1:9", "10.0.0.0/8", "198.51.100.1"),
-        ("203.0.113.5", "203.0.113.5", "", "forwarded"),
-        ("203.0.113.5", "6.6.6.6, 203.0.113.5:1", LOOPBACK, "203.0.113.5"),
+        ("203.0.113.5", "203.0.113.5", "", "203.0.113.5"),
+        ("203.0.113.5", "6.6.6.6, 203.0.113.5:1", "127.0.0.1", "203.0.113.5"),
+        ("127.0.0.1", "127.0.0.1", "", "127.0.0.1"),
+        ("127.0.0.1", "::1", "", "127.0.0.1"),
+        ("::1", "127.0.0.1", "", "::/64"),
+        ("2001:db8::1", "2001:db8::1, 6.6.6.6", "", "2001:db8::/64"),
+        ("::ffff:203.0.113.5", "203.0.113.5", "", "203.0.113.5"),
+        ("::ffff:10.0.0.2", "::ffff:198.51.100.1", "10.0.0.0/8", "198.51.100.1"),
+        ("10.0.0.2", "198.51.100.1, ::ffff:10.0.0.3", "10.0.0.0/8", "198.51.100.1"),
+        ("10.0.0.2", "6.6.6.6, 198.51.100.1, 10.0.0.3, 10.0.0.4", "10.0.0.0/8", "198.51.100.1"),
+        ("10.0.0.2", "6.6.6.6, unknown", "10.0.0.0/8", "10.0.0.2"),
+        ("10.0.0.2", "6.6.6.6, unknown, 10.0.0.3", "10.0.0.0/8", "10.0.0.3"),
+        ("10.0.0.2", "198.51.100.1,, ", "10.0.0.0/8", "198.51.100.1"),
+        ("fd00::1", "2001:db8::7, fd00::2", "fd00::/8", "2001:db8::/64"),
         ("unknown", "", "", "unknown"),
     ],
 )
@@ -208,8 +257,30 @@ def test_whose_address_it_is(host: str, forwarded: str, trusted: str, expected: 
 @settings(deadline=None)
 @given(st.lists(st.one_of(st.ip_addresses().map(str), st.text(max_size=20))))
 def test_a_stranger_cannot_choose_another_address(parts: list[str]) -> None:
-    """Whatever somebody who is no proxy writes, it is his own address, or the one that all who try have together."""
-    assert address("203.0.113.5", ",".join(parts), "10.0.0.0/8") in ("203.0.113.5", "forwarded")
+    """Whatever a client that is no proxy writes, its own address counts."""
+    assert address("203.0.113.5", ",".join(parts), "10.0.0.0/8") == "203.0.113.5"
+
+
+chains = st.lists(st.one_of(st.ip_addresses().map(str), st.text(max_size=20), st.sampled_from(["unknown", "10.0.0.7"])))
+
+
+@settings(deadline=None)
+@given(chains, st.ip_addresses(v=4).filter(lambda found: found not in ip_network("10.0.0.0/8")), st.booleans())
+def test_what_a_client_sends_to_a_proxy_does_not_count(parts: list[str], client: IPv4Address, is_chain: bool) -> None:
+    """Proxies append the address they see: nothing before the nearest one that is no proxy counts, nor before junk."""
+    seen = f"{client},10.0.0.8" if is_chain else str(client)
+    assert address("10.0.0.2", ",".join([*parts, seen]), "10.0.0.0/8") == str(client)
+    assert address("10.0.0.2", ",".join([*parts, "unknown"]), "10.0.0.0/8") == "10.0.0.2"
+
+
+def test_every_command_turns_off_what_uvicorn_reads_from_proxies() -> None:
+    """However the gateway is started, TRUSTED_PROXIES decides, and not a default of the server."""
+    files = [ROOT / name for name in ("Makefile", "Dockerfile", "deploy/virtuoso.service", "src/demo.py")]
+    files += [ROOT / "src/api.py", ROOT / "benchmarks/servers.py"]
+    for file in files:
+        text = file.read_text()
+        assert text.count("--no-proxy-headers") == 1, file
+        assert "uvicorn" in text
 
 
 async def test_what_is_kept_of_clients_is_bounded(clock: FakeClock) -> None:

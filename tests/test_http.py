@@ -547,6 +547,64 @@ async def test_admin_clears_and_resets(start: StartGateway, sandbox: Sandbox, re
     assert (await live.get("/ticker/BTC-USDT?exchange=kraken")).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "request_line",
+    [
+        "cache/clear?exchange=", "cache/clear?symbol=", "cache/clear?exchange=&symbol=BTC-USDT",
+        "cache/clear?exchange=bybit&symbol=", "cache/clear?exchange=bybit&exchange=kraken", "cache/clear?exchange",
+        "cache/clear?symbols=BTC-USDT", "cache/clear?exchange=bybit&exchange=", "breakers/reset?ban=keep",
+        "breakers/reset?bans=", "breakers/reset?bans=keep&bans=forget", "breakers/reset?exchange=kraken",
+        "maintenance/daily?dry_run=1",
+    ],
+)  # fmt: skip
+async def test_admin_does_nothing_half_understood(start: StartGateway, sandbox: Sandbox, request_line: str) -> None:
+    """An empty, unknown or repeated parameter is a 422 that says what is allowed; nothing is cleared or reset."""
+    live = await start(admin_token="open-sesame", cb_threshold=1)
+    await live.get("/ticker/BTC-USDT")
+    await sandbox.set("kraken", status=429, headers={"Retry-After": "1000"}, rate_limit=-1)
+    await live.get("/ticker/BTC-USDT?exchange=kraken")
+    admin = {"Authorization": "Bearer open-sesame"}
+    answer = await live.client.post(f"{live.url}/admin/{request_line}", headers=admin)
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_parameter")
+    words = ("give it a value, or leave it out", "'forget' or 'keep'", "in the query, and no body")
+    assert any(word in answer.json()["detail"] for word in words)
+    assert len(live.gateway.cache) == 1
+    assert live.gateway.manager["kraken"].breaker.state == "open"
+    assert not live.gateway.maintenance
+    refused = await live.client.post(f"{live.url}/admin/{request_line}")
+    assert refused.status_code == 401, "who has no token learns nothing about parameters"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/ticker/BTC-USDT?exchange=", "/tickers?symbols=BTC-USDT&exchange=", "/tickers?symbols=", "/markets?exchange=",
+        "/orderbook/BTC-USDT?exchange=", "/ohlcv/BTC-USDT?exchange=", "/trades/BTC-USDT?exchange=", "/markets?base=",
+        "/markets?quote=", "/stream/BTC-USDT?exchange=", "/ticker/BTC-USDT?max_age=", "/orderbook/BTC-USDT?limit=",
+        "/ohlcv/BTC-USDT?timeframe=", "/ohlcv/BTC-USDT?since=", "/stream/BTC-USDT?channel=", "/stream/BTC-USDT?levels=",
+        "/ticker/BTC-USDT?exchange=kraken&exchange=",
+    ],
+)  # fmt: skip
+async def test_an_empty_parameter_never_means_all(start: StartGateway, sandbox: Sandbox, path: str) -> None:
+    """It is a 422 that names it, and no exchange is asked; leaving it out is how to ask for all."""
+    live = await start()
+    async with live.client.stream("GET", live.url + path) as answer:  # a stream that is let in would not end
+        assert answer.status_code == 422
+        problem = orjson.loads(await answer.aread())
+    name = path.rpartition("?")[2].rpartition("&")[2].rstrip("=")
+    assert problem["code"] == "invalid_parameter"
+    assert problem["detail"].startswith(name)
+    assert sum(sandbox.count(exchange) for exchange in sandbox.urls) == 0
+
+
+async def test_no_symbols_on_the_page_means_none(start: StartGateway, sandbox: Sandbox) -> None:
+    """The watch list of a page may be empty: that is not the list of DASHBOARD_SYMBOLS."""
+    live = await start()
+    market = (await live.get("/api/dashboard/data?symbols=")).json()["market"]
+    assert market == {"tickers": {}, "errors": {}}
+    assert sum(sandbox.count(exchange) for exchange in sandbox.urls) == 0
+
+
 async def test_client_keys_and_limits(start: StartGateway, clock: FakeClock) -> None:
     """With keys only those who send one are let in; each has its own count, told in headers, and 429 says how long."""
     live = await start(api_keys="alice:first-secret,bob:second-secret", client_rate_limit=3)

@@ -270,7 +270,7 @@ async def test_what_is_told_of_streams_has_its_turn_behind_busy_ones(start: Star
     """A client that never catches up with prices learns all the same that one of them is stale."""
     live = await start()
     transport: Any = None  # it is asked for only when a client takes nothing
-    client, feed = Events(inside(live), transport), Feed(Topic("kraken", "ticker", BTC), 0)
+    client, feed = Events(inside(live), transport, "127.0.0.1"), Feed(Topic("kraken", "ticker", BTC), 0)
     told = client.run()
     assert await anext(told) == RETRY
     client.offer(feed, "update")

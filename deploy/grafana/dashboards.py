@@ -274,7 +274,7 @@ def service() -> Parts:
         dashboard.Row("Clients"),
         graph(
             "Requests by client", units.RequestsPerSecond,
-            "Who asks, by the name of the API key; `anonymous` where no keys are configured.",
+            "By the name of the API key; `anonymous` where no keys are configured, `/admin` for the admin API.",
             {
                 "{{client}}":
                 'sum by (client) (rate(virtuoso_client_requests_total{outcome="admitted"}[$__rate_interval]))',
@@ -283,7 +283,7 @@ def service() -> Parts:
         ).stacking(STACKED),
         graph(
             "Clients sent away", units.RequestsPerSecond,
-            "Requests over the limit of a client, and those without a right key, whose client is `unknown`.",
+            "Requests over the limit of a client, and those without a right key (`unknown`) or admin token (`/admin`).",
             {
                 "{{client}}, {{outcome}}":
                 "sum by (client, outcome)"

@@ -1014,17 +1014,19 @@ test("questions beside a connection end when there is room for all", async () =>
 	assert.equal(world.polls.length, before);
 });
 
-test("where there is no room for another client, it asks", async () => {
-	const world = new World({ events: refuses });
-	world.ws = (socket) => {
-		socket.opens();
-		socket.says({ type: "error", id: null, code: "too_many_streams", retry_after: 1 });
-		socket.ends();
-	};
-	await world.start(BTC);
-	await world.pass(MINUTE);
-	assert.equal(world.state, "live poll");
-});
+for (const problem of [{ code: "too_many_streams", retry_after: 1 }, { code: "too_many_connections" }]) {
+	test(`where there is no room for another client (${problem.code}), it asks`, async () => {
+		const world = new World({ events: refuses });
+		world.ws = (socket) => {
+			socket.opens();
+			socket.says({ type: "error", id: null, ...problem });
+			socket.ends();
+		};
+		await world.start(BTC);
+		await world.pass(MINUTE);
+		assert.equal(world.state, "live poll");
+	});
+}
 
 test("events of which some are refused do not come and go for ever", async () => {
 	const world = new World({ ws: refuses });
