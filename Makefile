@@ -29,18 +29,19 @@ PYTEST := $(BIN)/pytest -r fEs --durations 10
 PARALLEL := --numprocesses $(WORKERS) --dist loadgroup
 
 # The tests of the page need packages of npm; where these cannot be had, all others run, and those say what they miss.
+# COVERAGE=1, as in CI, measures which lines are tested; it takes a quarter more time.
 test: $(VENV)/.dev ## Check formatting, lint and types, and run all tests but the long ones
 	@$(MAKE) --silent $(VENV)/.page >/dev/null 2>&1 || echo "npm ci --prefix tests/page did not work: its tests are skipped"
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST) $(PARALLEL) -m "not full" --cov --cov-report=term
+	$(PYTEST) $(PARALLEL) -m "not full" $(if $(COVERAGE),--cov --cov-report=term)
 
 # Soaks, measured benchmarks, deployments, browsers, generated clients. Tools that are missing are named; with
 # VIRTUOSO_ALL_TOOLS=1 they are failures. `make ci-deps` installs them.
 test-all: $(VENV)/.dev ## Run the tests that `make test` leaves out, which need more time and more tools
 	@$(MAKE) --silent $(VENV)/.page >/dev/null 2>&1 || echo "npm ci --prefix tests/page did not work: its tests are skipped"
-	$(PYTEST) $(PARALLEL) --numprocesses 2 -m full
+	$(PYTEST) --numprocesses 2 --dist loadgroup -m full
 
 # Of the committed code. PYTHONS_ARGS: releases of Debian, --tests="arguments for pytest"; --help explains them.
 test-pythons: ## Run demo and tests on fresh Debian systems with newer Pythons (as root, 1 GB of disk)
@@ -78,7 +79,7 @@ screenshots: $(VENV)/.dev ## Take the pictures of the page in docs/images, from 
 # Debian starts some of them as services where its policy allows that; what is here needs only the programs.
 ci-deps: chromium ## Install the optional system tools (Debian, as root) that benchmarks and tests use
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends \
-		wrk nginx-light shellcheck systemd prometheus prometheus-alertmanager prometheus-redis-exporter openssl
+		wrk nginx-light shellcheck systemd prometheus prometheus-alertmanager prometheus-redis-exporter openssl redis-server
 
 # Chrome does as well: where that is, as on Ubuntu, which has no such package, nothing is installed.
 chromium:
@@ -93,14 +94,19 @@ $(BIN)/python:
 	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# Install the pinned packages of a requirements file and of the files that it includes, which are the prerequisites.
-# --no-deps: the files pin everything, so nothing has to be resolved. --no-compile: Python compiles a module when it is
-# first imported, and compiling all of ccxt takes longer than installing all packages.
+# Install the packages that a requirements file and the files it includes pin; the prerequisites are these files.
+# Wheels are kept in $(WHEELS), so that the next installation needs no network and takes seconds: looking up every package
+# in the index takes most of the time. --no-deps: the files pin everything. --no-compile: Python compiles a module when
+# it is first imported, and compiling all of ccxt takes longer than installing all packages.
+WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/virtuoso/wheels
 COMPILE := --no-compile
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP_INSTALL = $(PIP) install --no-index --find-links "$(WHEELS)" --no-deps $(COMPILE) -r $<
 define install
-	@echo "Installing $$(cat $^ | grep -c '^[a-z].*==') packages into $(VENV)"; begin=$$(date +%s); \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(COMPILE) -r $< && \
-	echo "Installed in $$(($$(date +%s) - begin)) s"
+	@echo "Installing the packages of $< into $(VENV)"; begin=$$(date +%s); \
+	$(PIP_INSTALL) 2>/dev/null \
+		|| { echo "Downloading them into $(WHEELS)" && $(PIP) download --no-deps --dest "$(WHEELS)" -r $< && $(PIP_INSTALL); } \
+		&& echo "Installed in $$(($$(date +%s) - begin)) s"
 endef
 
 $(VENV)/.runtime: COMPILE := --compile # a service may not be allowed to write into the installation

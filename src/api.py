@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from types import FrameType
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -23,8 +24,10 @@ from starlette.websockets import WebSocket
 
 from config import ConfigError, Settings, load_settings
 from src import errors, metrics, openapi, responses, status, websocket
+from src.background import repeat, report_error
 from src.clock import Clock, SystemClock
 from src.dashboard import Dashboard, Files
+from src.exchanges import PROBE_TICK_SECONDS
 from src.fast_path import FastPath
 from src.gate import Gate
 from src.gateway import Gateway
@@ -38,6 +41,7 @@ from src.streams import Streams
 log = logging.getLogger(__name__)
 
 END_SECONDS = 3.0  # for background work to end
+FOLLOW_SECONDS = 0.1  # before listening to Redis, and before listening again after it was lost
 
 MAX_SYMBOLS = 100
 
@@ -108,13 +112,19 @@ def _create_app(settings: Settings, clock: Clock, gate: Gate, snapshots: Mapping
             gateway = Gateway(settings, clock, snapshots)
             stack.push_async_callback(gateway.close)
             await gateway.start()
-            endless = [metrics.measure_loop_lag(clock), gateway.store.keep_asking()]
+            endless = [repeat("loop_lag", partial(metrics.measure_loop_lag, clock)), gateway.store.keep_asking()]
+            endless += [
+                repeat("breaker_probe", partial(gateway.manager.probe, name), PROBE_TICK_SECONDS)
+                for name in gateway.manager.names
+            ]
+            if gateway.store.configured:
+                endless.append(repeat("cache_clears", gateway.cache.follow_clears, FOLLOW_SECONDS))
             if settings.refresh_ahead:
                 endless.append(RefreshAhead(gateway).run())
             streams = Streams(gateway) if settings.streaming else None
             if streams is not None:
                 endless.append(streams.run())
-                stack.callback(_before_stop(streams.goodbye))
+                stack.callback(_before_stop(partial(_say_goodbye, streams)))
             dashboard = Dashboard(gateway, streams)
             endless.append(dashboard.recent.run())
             for work in endless:
@@ -160,9 +170,11 @@ def _before_stop(say: Callable[[], None]) -> Callable[[], None]:
     kept: dict[int, Any] = {}
 
     def stop(number: int) -> None:
-        say()
-        if callable(then := kept[number]):
-            then(number, None)  # only now: the server looks several times a second whether it was called
+        try:
+            say()
+        finally:
+            if callable(then := kept[number]):
+                then(number, None)  # only now: the server looks several times a second whether it was called
 
     def on_signal(number: int, _: FrameType | None) -> None:
         loop.call_soon_threadsafe(stop, number)
@@ -177,6 +189,13 @@ def _before_stop(say: Callable[[], None]) -> Callable[[], None]:
     return undo
 
 
+def _say_goodbye(streams: Streams) -> None:
+    try:
+        streams.goodbye()
+    except Exception as error:  # noqa: BLE001 - reported; nothing may keep the gateway from stopping
+        report_error("shutdown", error)
+
+
 async def _end(background: asyncio.Task[None]) -> None:
     """End background work, and wait for it: it has something to put in order."""
     background.cancel()
@@ -186,7 +205,7 @@ async def _end(background: asyncio.Task[None]) -> None:
 def _report(background: asyncio.Task[None]) -> None:
     """Say that background work has ended: the gateway goes on answering without it, and nobody would notice."""
     if not background.cancelled() and (error := background.exception()) is not None:
-        log.error("background work ended", exc_info=error)
+        report_error("streams", error)
 
 
 def _add_routes(app: FastAPI, settings: Settings, gate: Gate) -> None:
@@ -402,14 +421,14 @@ async def clear_cache(
         str | None, Query(min_length=1, max_length=64, description="Only of this symbol.", examples=["BTC-USDT"])
     ] = None,
 ) -> Response:
-    """Forget cached answers: all, or of one exchange or symbol. Never touches what is not ours in Redis."""
+    """Forget cached answers of all replicas: all, or of one exchange or symbol. Leaves foreign keys in Redis alone."""
     gateway = _gateway(request)
     name = None if exchange is None else gateway.markets.check_exchange(exchange)
     canonical = None if symbol is None else gateway.markets.canonical(symbol)
     try:
         cleared, redis = await gateway.cache.clear(name, canonical), "cleared" if gateway.store.configured else "none"
     except RedisAway:
-        cleared, redis = None, "does not answer: its entries stay until they expire"
+        cleared, redis = None, "does not answer: its entries and those of other replicas stay until they expire"
     return responses.json({"cleared": cleared, "redis": redis})
 
 

@@ -4,7 +4,6 @@ Without Redis, and while it is away, each watches for itself. A holder that dies
 """
 
 import asyncio
-import logging
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,12 +13,10 @@ from typing import Any, NamedTuple, Self
 
 import orjson
 from redis.asyncio import RedisCluster
-from redis.exceptions import RedisError
 
 from src import metrics
+from src.background import report_error
 from src.redis_store import PREFIX, Client, RedisAway, RedisStore
-
-log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 3.0  # what a dead holder costs at most; renewed three times as often
 LISTEN_SECONDS = 0.1  # longest wait for a message before it is looked what to listen to
@@ -140,11 +137,8 @@ class Bus:
 
     async def listen(self) -> None:
         """Hear what other replicas tell of the topics they hold, as long as Redis is there."""
-        if self._store.client is not None:
-            try:
-                await self._listen(self._store.client)
-            except (RedisError, OSError, TimeoutError) as error:
-                log.debug("not listening", extra={"error": type(error).__name__})
+        with suppress(RedisAway):
+            await self._listen()
 
     async def close(self) -> None:
         """Give up all leases, so that others need not wait for their end."""
@@ -183,9 +177,9 @@ class Bus:
             except RedisAway:
                 metrics.stream_dropped_total.labels("bus").inc(len(together))
 
-    async def _listen(self, client: Client) -> None:
+    async def _listen(self) -> None:
         heard: set[str] = set()
-        async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
+        async with self._store.pubsub() as pubsub:
             while True:
                 if self._to_hear is None:
                     self._to_hear = {topic.redis("events") for topic, held in self._wanted.items() if not held}
@@ -195,7 +189,7 @@ class Bus:
                 if heard - wanted:
                     await pubsub.unsubscribe(*(heard - wanted))
                 if heard := wanted:
-                    message = await pubsub.get_message(timeout=LISTEN_SECONDS)
+                    message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=LISTEN_SECONDS)
                     self._understand(message["data"] if message else None)
                 else:
                     await asyncio.sleep(LISTEN_SECONDS)
@@ -205,8 +199,8 @@ class Bus:
         if event is not None and self._wanted.get(event.topic) is False:
             try:
                 self._take(event)
-            except Exception:  # noqa: BLE001 - whatever a replica of another version says, the others are heard
-                metrics.stream_dropped_total.labels("implausible").inc()
+            except Exception as error:  # noqa: BLE001 - reported; the next events are heard all the same
+                report_error("delivery", error)
 
 
 def _lease(me: str, topics: Sequence[Topic], seconds: Sequence[float]) -> Callable[[Client], Awaitable[list[Any]]]:

@@ -7,18 +7,19 @@ one key share one flight: a task nobody owns, so a caller who leaves takes nothi
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 from cachetools import TTLCache
 
 from config import Settings
 from src import metrics
+from src.background import report_error
 from src.clock import Clock
 from src.entry import Entry, Key
 from src.errors import CallerError, DeadlineExceeded, GatewayError, NoPrice, Overloaded, TooOld
 from src.memory import Memory
-from src.redis_store import RedisStore
+from src.redis_store import RedisAway, RedisStore
 from src.redis_tier import RedisTier
 
 log = logging.getLogger(__name__)
@@ -157,6 +158,16 @@ class Cache:
         finally:
             self._forget(exchange, symbol)  # what came back from Redis before it was gone there
 
+    async def start(self) -> None:
+        """Learn which clears are over before the first entry is kept."""
+        with suppress(RedisAway):
+            await self._redis.learn_last_clear()
+
+    async def follow_clears(self) -> None:
+        """Forget what other replicas clear, until Redis is lost."""
+        with suppress(RedisAway):
+            await self._redis.follow_clears(self._forget)
+
     async def close(self) -> None:
         """End every flight, and let the writes under way finish."""
         for task in self._tasks:
@@ -212,8 +223,12 @@ class Cache:
         self._tasks.discard(flight)
         for key in [key for key, other in self._flights.items() if other is flight]:
             del self._flights[key]
-        if not flight.cancelled() and (error := flight.exception()) is not None:
-            log.debug("load failed", extra={"error": type(error).__name__, "code": getattr(error, "code", None)})
+        if flight.cancelled() or (error := flight.exception()) is None:
+            return
+        if isinstance(error, GatewayError):
+            log.debug("load failed", extra={"error": type(error).__name__, "code": error.code})
+        else:
+            report_error("loads", error)
 
     async def _land(self, keys: Sequence[Key], joined: set[Key], deadline: float) -> dict[Key, Outcome]:
         """Wait for the flights of the keys until the deadline; leaving early disturbs none of them."""

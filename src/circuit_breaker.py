@@ -80,6 +80,11 @@ class CircuitBreaker:
         """Seconds until a call may be let through; 0 when one may be now, infinite when forced open."""
         return max(0.0, self._open_until - self._clock.monotonic()) if self.state == OPEN else 0.0
 
+    def is_idle(self, seconds: float) -> bool:
+        """True if it has been half-open for `seconds` and no call is trying the other side."""
+        waited = self._clock.monotonic() - self._open_until
+        return self.state == HALF_OPEN and not self._probing and waited >= seconds
+
     async def call(self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call the function if the breaker admits it, and learn from the outcome.
 

@@ -5,6 +5,7 @@ plausibility gate.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import aiohttp
 
 from config import Settings
 from src import metrics
+from src.background import report_error
 from src.ccxt_client import Client, check_answer, make_client, reason_of, translate
 from src.circuit_breaker import CircuitBreaker
 from src.clock import Clock
@@ -42,6 +44,13 @@ T = TypeVar("T")
 
 MAX_TRADES = {"bybit": 60}  # bybit refuses more for spot
 HOLDS = ("rate_limited", "banned")  # causes of an open breaker that are an exchange's own word
+# A breaker that is half-open for so long without a call is probed. Requests come first: they show whether the data is
+# right, and the probe only asks for the time.
+PROBE_DELAY_SECONDS = 2.0
+PROBE_TICK_SECONDS = 0.5  # how often a breaker is checked for that
+# Calls at once beside the loads that MAX_CONCURRENT bounds: order book snapshots for streams (50 at a time) and probes.
+# Without connections of their own they would wait for loads that hang, and be counted as timeouts of their exchange.
+OTHER_CALLS = 64
 MAX_BATCH = 100  # tickers in one call: kraken's list of pairs goes into the URL
 
 # Documented request weights of binance; the others count calls.
@@ -96,11 +105,12 @@ class ExchangeManager:
         self._settings = settings
         self._clock = clock
         self._exchanges: dict[str, Exchange] = {}
+        self._probe_at = dict.fromkeys(self.names, 0.0)  # earliest time of the next probe, monotonic seconds
         self._session: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
         """Make the clients; nothing connects yet."""
-        self._session = open_session(self._settings.max_concurrent)
+        self._session = open_session(self._settings.max_concurrent + OTHER_CALLS)
         for name in self.names:
             client = make_client(name, self._settings, self._session)
             self._exchanges[name] = Exchange(client, self._make_breaker(name))
@@ -166,6 +176,18 @@ class ExchangeManager:
         fetched = await self.call(call)
         return fetched.value / 1000 - (before + self._clock.time()) / 2
 
+    async def probe(self, name: str) -> None:
+        """Ask an exchange for its time if its breaker is half-open and no request tries it.
+
+        The breaker decides what follows: a success closes it, a failure opens it for longer. A probe without a verdict,
+        such as one without budget, is repeated after CB_RESET_SECONDS at the earliest.
+        """
+        now = self._clock.monotonic()
+        if now >= self._probe_at[name] and self._exchanges[name].breaker.is_idle(PROBE_DELAY_SECONDS):
+            self._probe_at[name] = now + self._settings.cb_reset_seconds
+            with contextlib.suppress(GatewayError):
+                await self.clock_skew(name)
+
     async def reset_breakers(self, *, keep_holds: bool = False) -> list[str]:
         """Close every breaker and forget every hold; returns the exchanges whose breaker was not closed.
 
@@ -212,7 +234,7 @@ class ExchangeManager:
             async with asyncio.timeout(call.seconds or self._settings.exchange_timeout_seconds):
                 raw = await call.ask(exchange.client)
             check_answer(name, got)
-            result = Fetched(call.build(raw, fetched_at=self._now_ms()), started, self._clock.monotonic())
+            result = Fetched(self._build(call, raw), started, self._clock.monotonic())
         except Exception as error:  # noqa: BLE001 - every one is translated and raised again
             ours, reason = translate(name, error, got), reason_of(error, got) or type(error).__name__
             outcome = "rejected" if isinstance(ours, CallerError | NoPrice) else getattr(ours, "cause", "error")
@@ -230,8 +252,15 @@ class ExchangeManager:
             self._observe(call, outcome, reason, self._clock.monotonic() - started)
             await self._correct_budget(name, got)
 
-    def _now_ms(self) -> int:
-        return int(self._clock.time() * 1000)
+    def _build(self, call: Call[T], raw: object) -> T:
+        """Convert ccxt's result. Report an unexpected exception before it is translated: it may be our own fault."""
+        try:
+            return call.build(raw, fetched_at=int(self._clock.time() * 1000))
+        except GatewayError:
+            raise
+        except Exception as error:
+            report_error("loads", error)
+            raise
 
     @staticmethod
     def _observe(call: Call[Any], outcome: str, reason: str, seconds: float) -> None:
@@ -259,7 +288,7 @@ class ExchangeManager:
             metrics.circuit_transitions_total.labels(name, new).inc()
             wait = round(self._exchanges[name].breaker.retry_after, 1) or None
             fields = {"exchange": name, "from": old, "to": new, "cause": cause, "retry_in": wait}
-            log.warning("circuit breaker changed", extra=fields)
+            log.log(logging.WARNING if new == "open" else logging.INFO, "circuit breaker changed", extra=fields)
 
         return CircuitBreaker(
             name,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from src.background import report_error
 from src.bus import MarketDataEvent, Topic
 from src.errors import InternalError
 
@@ -41,11 +42,13 @@ class Feed:
         self._body = b""
         self._texts: dict[Form, bytes] = {}
 
-    def push(self, event: MarketDataEvent, body: bytes, what: str) -> None:
-        """Offer something new to every subscriber; `body` is the event's data with the feed's levels."""
+    def push(self, event: MarketDataEvent, body: bytes, what: str) -> bool:
+        """Offer something new to every subscriber; `body` is the event's data with the feed's levels.
+
+        An error of one subscriber is reported and does not affect the others. Returns True if there was none.
+        """
         self.event, self._body, self._texts = event, body, {}
-        for subscriber in list(self.subscribers):
-            subscriber.offer(self, what)
+        return for_each(self.subscribers, lambda subscriber: subscriber.offer(self, what))
 
     def text(self, what: str, form: Form) -> bytes:
         """Return the message of the newest event, a `snapshot` or an `update`, in the form of a transport.
@@ -95,6 +98,18 @@ class Subscriber:
     def goodbye(self) -> None:
         """Learn that the gateway stops."""
         raise NotImplementedError
+
+
+def for_each(subscribers: Iterable[Subscriber], action: Callable[[Subscriber], object]) -> bool:
+    """Run `action` for every subscriber. Errors are reported and do not affect the others; True if there was none."""
+    failures = 0
+    for subscriber in list(subscribers):
+        try:
+            action(subscriber)
+        except Exception as error:  # noqa: BLE001 - reported
+            report_error("delivery", error)
+            failures += 1
+    return not failures
 
 
 def way_to(server: Any, buffer_bytes: int) -> asyncio.Transport:

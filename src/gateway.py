@@ -321,6 +321,7 @@ class Gateway:
         nothing has to be reachable: after `START_SECONDS` some are enough, after `FIRST_LIST_SECONDS` none is needed.
         """
         await self.manager.start()
+        await self.cache.start()
         self.loader.start()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_SECONDS):

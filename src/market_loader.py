@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 
 from config import Settings
+from src.background import report_error
 from src.ccxt_client import MARKETS_TIMEOUT_SECONDS, Client, MarketList, adopt_markets, restore_markets
 from src.clock import Clock
 from src.errors import BadUpstreamData, GatewayError
@@ -95,9 +96,11 @@ class MarketLoader:
         while True:
             try:
                 await self.load(name)
-            except GatewayError as error:
-                self.errors[name] = error.code
-                log.warning("market list not loaded", extra={"exchange": name, "code": error.code, "retry_in": pause})
+            except Exception as error:  # noqa: BLE001 - reported, and tried again
+                if not isinstance(error, GatewayError):
+                    report_error("markets", error)
+                self.errors[name] = code = getattr(error, "code", GatewayError.code)
+                log.warning("market list not loaded", extra={"exchange": name, "code": code, "retry_in": pause})
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, longest)
             else:
@@ -110,7 +113,7 @@ class MarketLoader:
         markets = self._manager.markets
         adopt_markets(self._manager[name].client, loaded.markets)
         markets.replace(name, loaded.markets.values(), loaded.loaded_at)
-        log.warning("market list loaded", extra={"exchange": name, "markets": markets.count(name)})
+        log.info("market list loaded", extra={"exchange": name, "markets": markets.count(name)})
 
     async def _restore(self, name: str) -> MarketList | None:
         key = self._key(name)

@@ -36,6 +36,10 @@ REFRESHES = ("success", "error", "skipped")
 DATA_ROUTES = ("/ticker/{symbol}", "/tickers", "/orderbook/{symbol}", "/ohlcv/{symbol}", "/trades/{symbol}")
 CODES = ("200", "500", "502", "503", "504")  # a code first seen with a burst would be no increase
 TASKS = ("daily", "check", "warm")
+COMPONENTS = (  # what runs beside requests, for the count of unexpected errors
+    "breaker_probe", "cache_clears", "dashboard", "delivery", "loads", "loop_lag", "markets", "redis",
+    "refresh_ahead", "shutdown", "streams",
+)  # fmt: skip
 LAG_INTERVAL_SECONDS = 0.025  # how often the loop is asked to wake up; a stall shorter than this may hide
 
 FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -205,6 +209,11 @@ event_loop_lag_seconds = Histogram(
     "virtuoso_event_loop_lag_seconds", "How late the event loop woke up.",
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1),
 )  # fmt: skip
+internal_errors_total = Counter(
+    "virtuoso_internal_errors_total",
+    "Unexpected errors of the gateway's own code in work beside requests.",
+    ["component"],
+)
 maintenance_last_success_timestamp_seconds = Gauge(
     "virtuoso_maintenance_last_success_timestamp_seconds", "When a maintenance task last succeeded.", ["task"]
 )
@@ -216,7 +225,7 @@ def initialise(exchanges: tuple[str, ...]) -> None:
     for counter, values in (
         (cache_requests_total, CACHE_RESULTS), (cache_refreshes_total, REFRESHES), (cache_evictions_total, EVICTIONS),
         (stream_dropped_total, STREAM_DROPS), (stream_lease_changes_total, LEASE_CHANGES),
-        (stream_refused_total, STREAM_REFUSALS),
+        (stream_refused_total, STREAM_REFUSALS), (internal_errors_total, COMPONENTS),
     ):  # fmt: skip
         for value in values:
             counter.labels(value)
@@ -234,8 +243,7 @@ def initialise(exchanges: tuple[str, ...]) -> None:
 
 
 async def measure_loop_lag(clock: Clock) -> None:
-    """Record, for ever, how late this task is woken: that is how long every other task waits too."""
-    while True:
-        before = clock.monotonic()
-        await asyncio.sleep(LAG_INTERVAL_SECONDS)
-        event_loop_lag_seconds.observe(max(0.0, clock.monotonic() - before - LAG_INTERVAL_SECONDS))
+    """Record once how late this task is woken: every other task waits as long."""
+    before = clock.monotonic()
+    await asyncio.sleep(LAG_INTERVAL_SECONDS)
+    event_loop_lag_seconds.observe(max(0.0, clock.monotonic() - before - LAG_INTERVAL_SECONDS))

@@ -1,10 +1,10 @@
 """What the counters have gained of late: the page shows rates, and has no Prometheus to ask."""
 
-import asyncio
 from collections import deque
 from typing import NamedTuple
 
 from src import metrics
+from src.background import repeat
 from src.clock import Clock
 
 SAMPLE_SECONDS, KEEP_SECONDS = 5.0, 600.0
@@ -38,9 +38,10 @@ class Recent:
 
     async def run(self) -> None:
         """Take samples, for ever."""
-        while True:
-            await asyncio.sleep(SAMPLE_SECONDS)
-            self._samples.append((self._clock.monotonic(), _read()))
+        await repeat("dashboard", self._take_sample, SAMPLE_SECONDS)
+
+    async def _take_sample(self) -> None:
+        self._samples.append((self._clock.monotonic(), _read()))
 
     def gained(self, seconds: float) -> Gained:
         """Tell what was gained in the last `seconds`, or a sample's time more; less after a start, when it may be 0."""

@@ -11,15 +11,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from redis.asyncio import ConnectionPool, Redis, RedisCluster, Sentinel
+from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
 from config import split_hosts
 from src import metrics
+from src.background import repeat
 from src.circuit_breaker import CircuitBreaker
 from src.clock import Clock
 
@@ -29,8 +31,9 @@ Client = Redis | RedisCluster
 
 PREFIX = "virtuoso:1:"  # the number is the version of what the keys hold; raise it when that changes
 NODE_SHARE = 0.5  # of a command's time, for one of several servers: it leaves time to ask another
-MAX_CONNECTIONS = 50  # to each server
-SLOT_WAIT_SECONDS = 0.1  # longest wait for one of them; a burst of our own making is no fault of Redis
+MAX_COMMANDS = 50  # at once
+SLOT_WAIT_SECONDS = 0.1  # longest wait for one of them to end; a burst of our own making is no fault of Redis
+MAX_CONNECTIONS = 60  # to each server; more than commands, because a pool without a free one fails as Redis would
 # One timeout is enough: a cold request uses Redis three times, and three waits would be three times as long.
 BREAKER_THRESHOLD = 1
 BREAKER_RESET_SECONDS = 1.0
@@ -49,9 +52,10 @@ class RedisStore:
 
     def __init__(self, address: str, clock: Clock, timeout: float = 0.15) -> None:
         """Prepare a client for the URL `address` (empty: no Redis), whose commands take `timeout` seconds at most."""
+        self._address = address
         self._clock = clock
         self._timeout = timeout
-        self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._slots = asyncio.Semaphore(MAX_COMMANDS)
         self.client = _client(address, timeout) if address else None
         self.breaker = CircuitBreaker(
             "redis",
@@ -100,7 +104,7 @@ class RedisStore:
 
     @contextlib.asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
-        """Hold one of the connections' places; raises `TimeoutError` when none comes free, outside the breaker."""
+        """Hold one of `MAX_COMMANDS` places; raises `TimeoutError`, outside the breaker, when none becomes free."""
         async with asyncio.timeout(SLOT_WAIT_SECONDS if self._slots.locked() else None):
             await self._slots.acquire()
         try:
@@ -124,20 +128,47 @@ class RedisStore:
 
     async def keep_asking(self) -> None:
         """Ask Redis for a sign of life, for ever: or memory hits alone would never learn that it went or came back."""
-        while self.configured:
-            with contextlib.suppress(RedisAway):
-                await self.run("ping", _sign_of_life, PING_TIMEOUT_SECONDS)
-            await asyncio.sleep(PING_SECONDS)
+        if self.configured:
+            await repeat("redis", self._ask)
+
+    async def _ask(self) -> None:
+        with contextlib.suppress(RedisAway):
+            await self.run("ping", _sign_of_life, PING_TIMEOUT_SECONDS)
+        await asyncio.sleep(PING_SECONDS)
+
+    @contextlib.asynccontextmanager
+    async def pubsub(self) -> AsyncIterator[PubSub]:
+        """Open a pub/sub connection outside the pool of the commands.
+
+        Raises `RedisAway` if Redis is not configured or its breaker is not closed, and when the connection is lost.
+        """
+        if not self.up:
+            raise RedisAway("not configured, or its breaker is not closed")
+        client = _client(self._address, self._timeout)  # a new client knows the current servers of a cluster
+        try:
+            if isinstance(client, RedisCluster):
+                await client.initialize()
+            async with client.pubsub() as pubsub:
+                yield pubsub
+        except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
+            log.debug("redis pub/sub ended", extra={"error": type(error).__name__})
+            raise RedisAway(type(error).__name__) from None
+        finally:
+            await _close(client)
 
     async def close(self) -> None:
         """Close the connections."""
-        if isinstance(self.client, RedisCluster):  # its own close does nothing once it has lost sight of a node
-            await self.client.nodes_manager.aclose()
-            await self.client.nodes_manager.aclose("startup_nodes")
-        elif self.client is not None and isinstance(self.client.connection_pool, SentinelConnectionPool):
-            await self.client.connection_pool.sentinel_manager.aclose()
         if self.client is not None:
-            await self.client.aclose()
+            await _close(self.client)
+
+
+async def _close(client: Client) -> None:
+    if isinstance(client, RedisCluster):  # its own close does nothing once it has lost sight of a node
+        await client.nodes_manager.aclose()
+        await client.nodes_manager.aclose("startup_nodes")
+    elif isinstance(client.connection_pool, SentinelConnectionPool):
+        await client.connection_pool.sentinel_manager.aclose()
+    await client.aclose()
 
 
 def _client(address: str, timeout: float) -> Client:
@@ -241,5 +272,5 @@ def _unlink(keys: list[bytes]) -> Callable[[Client], Awaitable[Any]]:
 
 
 def _log_change(old: str, new: str, cause: str | None) -> None:
-    level = logging.INFO if new == "half_open" else logging.WARNING
+    level = logging.WARNING if new == "open" else logging.INFO
     log.log(level, "redis breaker changed", extra={"from": old, "to": new, "cause": cause})

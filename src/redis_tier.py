@@ -5,14 +5,17 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import orjson
 from redis.asyncio import RedisCluster
 
 from src.clock import Clock
 from src.entry import Entry, Key
-from src.redis_store import Client, RedisAway, RedisStore
+from src.redis_store import PREFIX, Client, RedisAway, RedisStore
 
 MAX_PENDING_WRITES = 1000  # writes under way beside the answers; past that they are dropped, not queued
 LOCK_POLL_SECONDS = 0.025
+CLEARED = f"{PREFIX}cleared"  # the key that holds the id of the last clear, and the channel that announces clears
+CHECK_SECONDS = 5.0  # without an announcement, before the id is read again: one may have been lost
 
 # Stores a value unless a newer one is there, and gives up the lock if it is ours. Any broken old value is overwritten.
 # KEYS: value, lock. ARGV: lock token, milliseconds to keep the value, payload (empty: none).
@@ -31,6 +34,9 @@ local value = redis.pcall('GET', KEYS[1])
 return {redis.call('GET', KEYS[2]) == ARGV[1] and 1 or 0, type(value) == 'string' and value}
 """
 
+# Announces a clear. KEYS: its key and channel. ARGV: id, announcement.
+ANNOUNCE = "redis.call('SET', KEYS[1], ARGV[1]) redis.call('PUBLISH', KEYS[1], ARGV[2])"
+
 
 class RedisTier:
     """Reads, writes and locks entries. Nothing here raises for Redis' sake: what it cannot do is a miss."""
@@ -45,6 +51,7 @@ class RedisTier:
         self._keep_seconds = keep_seconds
         self._lock_seconds = lock_seconds
         self._token = os.urandom(8).hex()
+        self._last_clear: str | bytes | None = None  # id of the newest clear that this process knows
         self._writes: set[asyncio.Task[None]] = set()
 
     async def read(self, keys: Sequence[Key], ttl: float) -> dict[Key, Entry]:
@@ -92,11 +99,53 @@ class RedisTier:
         task.add_done_callback(self._writes.discard)
 
     async def clear(self, exchange: str | None, symbol: str | None) -> int:
-        """Remove the entries of one exchange or symbol, or all; returns how many. Raises `RedisAway`."""
+        """Remove the entries of one exchange or symbol, or all; returns how many. Raises `RedisAway`.
+
+        Other replicas are told twice: first, so that they do not keep what their loads under way bring; then, so that
+        they drop what they have read from Redis meanwhile.
+        """
         await self.drain()  # or a write that began before would come after
         if not self._store.configured:
             return 0
-        return await self._store.delete_matching(f"data:{{{exchange or '*'}|*|{_literal(symbol)}|*}}")
+        await self._announce(exchange, symbol)
+        removed = await self._store.delete_matching(f"data:{{{exchange or '*'}|*|{_literal(symbol)}|*}}")
+        await self._announce(exchange, symbol)
+        return removed
+
+    async def _announce(self, exchange: str | None, symbol: str | None) -> None:
+        clear_id = os.urandom(8).hex()
+        message = orjson.dumps([clear_id, self._token, exchange, symbol])
+        await self._store.run("clear", lambda redis: redis.eval(ANNOUNCE, 1, CLEARED, clear_id, message), 1.0)
+        self._last_clear = clear_id.encode()
+
+    async def learn_last_clear(self) -> bool:
+        """Read the id of the last clear; returns True if this process did not know it. Raises `RedisAway`.
+
+        A Redis without an id was started anew. That is no reason to drop what memory has: the exchanges would be asked
+        for all of it at once.
+        """
+        last = await self._store.run("clear", lambda redis: redis.get(CLEARED), 1.0)  # no request waits for it
+        is_new = last not in (None, self._last_clear)
+        self._last_clear = last or self._last_clear
+        return is_new
+
+    async def follow_clears(self, forget: Callable[[str | None, str | None], object]) -> None:
+        """Call `forget` for each clear by another replica, and for everything if one may have been missed.
+
+        Raises `RedisAway` when Redis is lost; nothing is missed if it is called again.
+        """
+        async with self._store.pubsub() as pubsub:
+            await pubsub.subscribe(CLEARED)
+            while True:
+                message = await pubsub.get_message(timeout=CHECK_SECONDS)
+                if message is None or message["type"] != "message":  # nothing for a while, or connected (again)
+                    if await self.learn_last_clear():
+                        forget(None, None)
+                    continue
+                clear_id, token, exchange, symbol = orjson.loads(message["data"])
+                if token != self._token:
+                    self._last_clear = clear_id.encode()
+                    forget(exchange, symbol)
 
     async def drain(self) -> None:
         """Wait for the writes under way; each is bounded by the timeout of a command."""

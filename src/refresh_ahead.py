@@ -5,16 +5,14 @@ refreshed together, and the second half of a budget is left to what callers wait
 """
 
 import asyncio
-import logging
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
 from src import metrics
+from src.background import repeat, report_error
 from src.entry import Entry, Key
 from src.exchanges import batch_size, is_swap, weight_of
 from src.gateway import Gateway
-
-log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.1  # how often it is looked whether anything is due; the shortest usual TTL is 2 s
 LEAD_RATIO = 0.2  # of its TTL: what is left of an entry that is due
@@ -45,14 +43,12 @@ class RefreshAhead:
     async def run(self) -> None:
         """Look for what is due, for ever."""
         try:
-            while True:
-                await asyncio.sleep(TICK_SECONDS)
-                self.look()
+            await repeat("refresh_ahead", self.look, TICK_SECONDS)
         finally:
             for task in self._tasks:
                 task.cancel()
 
-    def look(self) -> None:
+    async def look(self) -> None:
         """Begin to refresh what is due now. A key that was tried is hot no more, unless its next entry makes it so."""
         for keys in self._due():
             size = batch_size(keys[0].exchange)
@@ -96,16 +92,17 @@ class RefreshAhead:
 
     async def _refresh(self, keys: list[Key], max_age: float, cost: int) -> None:
         exchange, refreshed = keys[0].exchange, 0
-        if not await self._may_spend(exchange, cost):
-            metrics.cache_refreshes_total.labels("skipped").inc(len(keys))
-            return
-        self._pending[exchange] += cost
         try:
-            refreshed = await self._gateway.refresh(keys, max_age)
-        except Exception:  # the next look must come all the same
-            log.exception("refresh failed")
-        finally:
-            self._pending[exchange] -= cost
+            if not await self._may_spend(exchange, cost):
+                metrics.cache_refreshes_total.labels("skipped").inc(len(keys))
+                return
+            self._pending[exchange] += cost
+            try:
+                refreshed = await self._gateway.refresh(keys, max_age)
+            finally:
+                self._pending[exchange] -= cost
+        except Exception as error:  # noqa: BLE001 - reported
+            report_error("refresh_ahead", error)
         metrics.cache_refreshes_total.labels("success").inc(refreshed)
         metrics.cache_refreshes_total.labels("error").inc(len(keys) - refreshed)
 

@@ -153,10 +153,11 @@ class Listener:
         """Count the request, then do what the knobs say."""
         self.calls[request.path] += 1
         self.requests.append((request.path_qs, dict(request.headers)))
-        knobs = request[KNOBS] = self.take(request.path)
+        knobs, changed = self.take(request.path), self.changed  # together: the knobs may change during the latency
+        request[KNOBS] = knobs
         await asyncio.sleep(knobs.latency_ms / 1000)
         if knobs.hang:
-            await self.changed.wait()
+            await changed.wait()
         if knobs.reset and request.transport is not None:
             request.transport.abort()
         response = self.canned(knobs, "Upgrade" in request.headers) or await handler(request)

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -16,12 +16,13 @@ import aiohttp
 import orjson
 
 from src import metrics
+from src.background import repeat, report_error
 from src.bus import LISTEN_SECONDS, Bus, MarketDataEvent, Topic
 from src.clock import Clock
 from src.entry import Key, encode
 from src.errors import BadUpstreamData, GatewayError, NoPrice, TooManyConnections, TooManyStreams
 from src.exchanges import is_swap, weight_of
-from src.feeds import CHANNELS, LEVELS, NAMES, Feed, Subscriber, Want, about, bodies
+from src.feeds import CHANNELS, LEVELS, NAMES, Feed, Subscriber, Want, about, bodies, for_each
 from src.gateway import ALL, Gateway, Served
 from src.http_client import open_socket_session
 from src.models import OrderBook, Ticker, Trades
@@ -38,7 +39,6 @@ HOT_REQUESTS = 100  # a minute: a ticker asked for so often is watched without a
 HOT_SECONDS = 60.0
 SLOW_LOOK_SECONDS = 0.05  # how often it is looked whether slow clients can take more
 HEARTBEAT_SECONDS = 15.0
-ERROR_SECONDS = 1.0  # of pause after what should not have happened
 
 
 class Place(NamedTuple):
@@ -71,6 +71,7 @@ class Watched:
         self.watch = Watch(self.used_at)
         self.times = 0  # how often it had been subscribed to when the newest event came
         self.event: MarketDataEvent | None = None
+        self.has_gap = False  # the newest event did not reach every subscriber
 
     @property
     def is_wanted(self) -> bool:
@@ -102,11 +103,11 @@ class Streams:
             self._session = await stack.enter_async_context(open_socket_session())
             stack.push_async_callback(self._bus.close)
             stack.push_async_callback(self._close)
-            self._spawn(_keep_going(self._bus.keep_leases))
-            self._spawn(_keep_going(self._bus.listen, LISTEN_SECONDS))
-            self._spawn(_keep_going(self._tick, TICK_SECONDS))
-            self._spawn(_keep_going(self._look_after_the_slow, SLOW_LOOK_SECONDS))
-            self._spawn(_keep_going(self._beat, HEARTBEAT_SECONDS))
+            self._spawn(repeat("streams", self._bus.keep_leases))
+            self._spawn(repeat("streams", self._bus.listen, LISTEN_SECONDS))
+            self._spawn(repeat("streams", self._tick, TICK_SECONDS))
+            self._spawn(repeat("streams", self._look_after_the_slow, SLOW_LOOK_SECONDS))
+            self._spawn(repeat("streams", self._beat, HEARTBEAT_SECONDS))
             await asyncio.Event().wait()
 
     async def _close(self) -> None:
@@ -126,13 +127,12 @@ class Streams:
             upstream = self.upstreams[place] = Upstream(
                 place.exchange, place.kind, self._gateway.manager, self._session, self.settings, self.clock, self._hear
             )
-            self._spawn(_keep_going(upstream.look, LOOK_SECONDS))
+            self._spawn(repeat("streams", upstream.look, LOOK_SECONDS))
         return self.upstreams[place]
 
     def goodbye(self) -> None:
         """Tell everybody that the gateway stops."""
-        for subscriber in list(self.subscribers):
-            subscriber.goodbye()
+        for_each(self.subscribers, lambda subscriber: subscriber.goodbye())
 
     # Who wants what.
 
@@ -359,15 +359,21 @@ class Streams:
         return MarketDataEvent(exchange, symbol, kind, watched.sequence + 1, timestamp, fetched_at, body, steady)
 
     def _deliver(self, watched: Watched, event: MarketDataEvent, born: float, *, keep: bool) -> None:
-        """Put an event before everybody who wants it, and `keep` it in the cache that REST answers from."""
+        """Put an event before everybody who wants it, and `keep` it in the cache that REST answers from.
+
+        If anything fails, the next event is a snapshot.
+        """
         made = bodies(event, {LEVELS, *watched.feeds} if event.kind == "orderbook" else (0,))  # raises on nonsense
-        follows = watched.event is not None and event.sequence == watched.event.sequence + 1
-        watched.sequence, watched.event, watched.born = event.sequence, event, born
+        is_next = watched.event is not None and event.sequence == watched.event.sequence + 1
+        what = "update" if is_next and not watched.has_gap else "snapshot"
+        watched.sequence, watched.event, watched.born, watched.has_gap = event.sequence, event, born, True
         if keep and event.kind != "trades":
             self._keep(watched, made, born)
+        taken = []
         for levels, feed in list(watched.feeds.items()):
             metrics.stream_event_age_seconds.observe(max(0.0, self.clock.time() - event.receive_time / 1000))
-            feed.push(event, made[levels], "update" if follows else "snapshot")
+            taken.append(feed.push(event, made[levels], what))
+        watched.has_gap = not all(taken)
 
     def _keep(self, watched: Watched, made: dict[int, bytes], born: float) -> None:
         now, topic = self.clock.monotonic(), watched.topic
@@ -379,12 +385,15 @@ class Streams:
     # What does not come.
 
     async def _look_after_the_slow(self) -> None:
-        self.slow -= {subscriber for subscriber in list(self.slow) if subscriber.catch_up()}
+        for_each(self.slow, self._catch_up)
+
+    def _catch_up(self, subscriber: Subscriber) -> None:
+        if subscriber.catch_up():
+            self.slow.discard(subscriber)
 
     async def _beat(self) -> None:
         message = orjson.dumps({"type": "heartbeat", "sent_at": time.time_ns() // 1_000_000})
-        for subscriber in list(self.subscribers):
-            subscriber.beat(message)
+        for_each(self.subscribers, lambda subscriber: subscriber.beat(message))
 
     async def _tick(self) -> None:
         now = self.clock.monotonic()
@@ -490,18 +499,7 @@ class Streams:
     def _finished(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("stream work failed", exc_info=error)
-
-
-async def _keep_going(work: Callable[[], Awaitable[None]], pause: float = 0) -> None:
-    """Do it again and again. What goes wrong is logged and ends nothing: not for others, and not for good."""
-    while True:
-        await asyncio.sleep(pause)
-        try:
-            await work()
-        except Exception:
-            log.exception("stream work failed")
-            await asyncio.sleep(ERROR_SECONDS)
+            report_error("streams", error)
 
 
 def _build(exchange: str, kind: str, symbol: str, raw: Any, now: int) -> Ticker | OrderBook | Trades:

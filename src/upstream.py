@@ -14,6 +14,7 @@ import aiohttp
 
 from config import Settings
 from src import metrics
+from src.background import report_error
 from src.ccxt_stream import Sockets
 from src.clock import Clock
 from src.errors import ExchangeRateLimited, GatewayError, GeoBlocked
@@ -216,8 +217,14 @@ class Upstream:
     def heard(self, symbol: str, value: Any, *, steady: bool) -> None:
         """Take what came of one symbol; what is not `steady` is no sign that the rest of it still comes."""
         watch = self.watched.get(symbol)
-        if watch is None or watch.asked_at is None or not self._hear(self.exchange, self.kind, symbol, value, steady):
+        if watch is None or watch.asked_at is None:
             return
+        try:
+            if not self._hear(self.exchange, self.kind, symbol, value, steady):
+                return
+        except Exception as error:  # noqa: BLE001 - reported
+            report_error("delivery", error)
+            steady = False  # the exchange pushes, so the socket stays; subscribers get nothing, so the symbol is stale
         self._heard_at = now = self._clock.monotonic()
         if steady:
             watch.came(now)
@@ -240,7 +247,7 @@ class Upstream:
         self.reconnects += 1
         metrics.stream_reconnects_total.labels(self.exchange, cause).inc()
         fields = {"exchange": self.exchange, "channel": NAMES[self.kind], "cause": cause, "retry_in": round(pause, 1)}
-        log.warning("stream lost", extra=fields)
+        log.log(logging.INFO if cause == "closed" else logging.WARNING, "stream lost", extra=fields)
         if isinstance(refusal, GeoBlocked | ExchangeRateLimited):
             self._manager.keep_away(self.exchange, refusal)
 

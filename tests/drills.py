@@ -395,7 +395,7 @@ async def everything(drill: Drill) -> None:
         for name in EXCHANGES:
             await drill.deployment.spoil(drill.session, name, {})
 
-        # Not all breakers closed: those of exchanges nobody asks are half-open until somebody does.
+        # Not all breakers closed: those of exchanges that nobody asks wait for the gateway's own probe.
         async def fresh() -> bool:
             last = load.seen[-3 * CLIENTS :]
             return not any(seen.failed or seen.stale for seen in last)
@@ -427,7 +427,7 @@ become {minutes} s), and the gateways ran with {settings}.
 - *Detected* is from the end of the command that broke something to its sign in Prometheus: Redis down on all gateways,
   a gateway gone, a breaker open. For slow clients it is when the edge closed them.
 - *Alert* is from there to its firing; *recovered* from the end of the command that mended it until all are as before;
-  after all exchanges were down, until all answers are fresh: breakers of exchanges nobody asks stay half-open.
+  after all exchanges were down, until all answers are fresh: breakers of exchanges that nobody asks close later.
 """
 
 

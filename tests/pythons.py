@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 CHROOTS = CACHE / "virtuoso" / "chroots"
-PIP_CACHE = Path(os.environ.get("PIP_CACHE_DIR", CACHE / "pip"))
+PACKAGE_CACHES = ("pip", "virtuoso/wheels")  # folders of the cache that the systems share with the host
 SUITES = ["trixie", "forky"]  # Python 3.13, and the newest that Debian has
 PACKAGES = "python3,python3-venv,make,git,ca-certificates"
 SCRIPTS = Path("/usr/share/debootstrap/scripts")
@@ -54,8 +54,8 @@ def main() -> int:
     for suite in options.suites:
         system = install(suite, options.mirror)
         prepare(system)
-        if enter(system, options.tests) != 0:
-            failed.append(suite)
+        if (code := enter(system, options.tests)) != 0:
+            failed.append(f"{suite} (exit code {code})")
     print(f"failed on: {', '.join(failed)}" if failed else "passed on all systems")
     return int(bool(failed))
 
@@ -100,22 +100,23 @@ def prepare(system: Path) -> None:
 
 def enter(system: Path, tests: str) -> int:
     """Run this script inside a system, with namespaces of its own for mounts and processes. Return the exit code."""
-    cache = system / "root" / ".cache" / "pip"
-    for folder in (cache, PIP_CACHE):
+    caches = {CACHE / name: system / "root" / ".cache" / name for name in PACKAGE_CACHES}
+    for folder in (*caches, *caches.values()):
         folder.mkdir(parents=True, exist_ok=True)
-    script = f"""
-        mount -t proc proc {system}/proc
-        mount --rbind /dev {system}/dev
-        mount --bind {PIP_CACHE} {cache}
-        chroot {system} sh -c 'cd {CLONE} && python3 -m tests.pythons --inside "$0"' "$1"
-    """
-    command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec", script, "sh", f"--tests={tests}"]
+    script = [
+        f"mount -t proc proc {system}/proc",
+        f"mount --rbind /dev {system}/dev",
+        *(f"mount --bind {source} {target}" for source, target in caches.items()),
+        f'chroot {system} sh -c \'cd {CLONE} && python3 -m tests.pythons --inside "$0"\' "$1"',
+    ]
+    command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec"]
+    command += ["\n".join(script), "sh", f"--tests={tests}"]
     network = {
         name: value
         for name, value in os.environ.items()
         if name.startswith("PIP_") or name.upper() in NETWORK_VARIABLES
     }
-    environment = {"HOME": "/root", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+    environment = {"HOME": "/root", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
     return subprocess.run(command, env=environment | network, check=False).returncode
 
 

@@ -21,12 +21,14 @@ from config import setting_names
 from src import bus
 from src.bus import MarketDataEvent, Topic
 from src.entry import Key
+from src.redis_store import RedisAway
 from src.sandbox import Sandbox
 from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, free_port, sample
 from tests.test_streams import BTC, Client, Join, inside, join, slow_client, sockets, time_passes
 
 __all__ = ["join"]  # a fixture
 TOPIC = Topic("kraken", "ticker", BTC)
+PATIENCE = 180  # seconds after which a process is considered hung; a busy machine starts one slowly
 
 
 def lease(redis: RedisServer) -> bytes | None:
@@ -92,7 +94,7 @@ async def process(sandbox: Sandbox, redis_url: str) -> AsyncIterator[tuple[str, 
     part = subprocess.Popen(command, env=environment)  # noqa: ASYNC220 - it returns at once
     url = f"http://127.0.0.1:{port}"
     try:
-        async with httpx.AsyncClient() as client, asyncio.timeout(60):
+        async with httpx.AsyncClient() as client, asyncio.timeout(PATIENCE):
             while True:
                 try:
                     if (await client.get(f"{url}/health/ready")).status_code == 200:
@@ -261,6 +263,31 @@ async def test_without_redis_each_watches_for_itself(
         numbers = [(message["type"], message["seq"]) for message in client.got if "seq" in message]
         for (_, one), (kind, other) in pairwise(numbers):
             assert kind == "snapshot" or other == one + 1
+
+
+async def test_commands_at_once_leave_pubsub_its_connection(
+    start: StartGateway, join: Join, sandbox: Sandbox, redis: RedisServer
+) -> None:
+    """As many commands as may run at once, and some that have to wait, are no failure of Redis beside pub/sub."""
+    await sandbox.set("kraken", push_ms=50)
+    lives, _ = await both_watch(start, join, redis)
+    store = next(live for live in lives if not inside(live).topics[TOPIC].held).gateway.store
+
+    def block(client: Any) -> Any:
+        return client.blpop(["a-list"], timeout=30)
+
+    def blocked() -> int:
+        clients: dict[str, int] = redis.client.info("clients")
+        return clients["blocked_clients"]
+
+    waiting = [asyncio.create_task(store.run("test", block, 30)) for _ in range(55)]
+    await eventually(lambda: blocked() >= 45 or not store.up)  # a lease is renewed by a command, too
+    redis.client.rpush("a-list", *range(55))
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert store.up
+    assert {type(outcome) for outcome in outcomes} <= {tuple, list, RedisAway}
+    assert {str(outcome) for outcome in outcomes if isinstance(outcome, RedisAway)} <= {"TimeoutError"}
+    assert sum(not isinstance(outcome, RedisAway) for outcome in outcomes) >= 45
 
 
 def test_an_event_is_read_as_it_was_written() -> None:

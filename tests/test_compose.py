@@ -275,7 +275,7 @@ async def test_a_stop_lets_answers_finish(sandbox: Sandbox) -> None:
 
 
 async def until_ready(client: httpx.AsyncClient, url: str) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(180):
         while True:
             with contextlib.suppress(httpx.TransportError):
                 if (await client.get(f"{url}/health/ready")).status_code == 200:

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -80,6 +81,34 @@ def test_the_demo_finds_no_server_where_none_is_installed(monkeypatch: pytest.Mo
     assert os.access(server, os.X_OK)
     monkeypatch.setattr(sys, "path", [])
     assert demo.redis_server() is None
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_notice_that_fails_does_not_stop_the_stop(signals: int) -> None:
+    """When clients of streams cannot be told that the gateway stops, it stops all the same, at the first signal."""
+    port = free_port()
+    dead = {f"{name}_REST_URL": "http://127.0.0.1:9" for name in ("BYBIT", "BINANCE", "KRAKEN")}
+    environment = os.environ | dead | {"REDIS_HOST": "", "LOG_FORMAT": "json"}
+    code = (
+        "import uvicorn; from src.streams import Streams; Streams.goodbye = lambda _: 1 / 0;"
+        f"uvicorn.run('src.api:app', port={port})"
+    )
+    command = [sys.executable, "-c", code]
+    lines = []
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        watchdog = threading.Timer(PATIENCE, server.kill)
+        watchdog.start()
+        assert server.stderr is not None
+        for line in server.stderr:
+            lines.append(json.loads(line))
+            if lines[-1]["event"].startswith("Uvicorn running"):
+                for _ in range(signals):
+                    server.send_signal(signal.SIGTERM)
+        watchdog.cancel()
+    assert server.returncode in (0, -signal.SIGTERM)
+    reports = [line for line in lines if line.get("component") == "shutdown"]
+    assert "ZeroDivisionError" in reports[0]["exception"]
+    assert lines[-1]["event"].startswith("Finished server process")
 
 
 def test_the_app_starts_without_anything_reachable_and_stops_on_a_signal() -> None:

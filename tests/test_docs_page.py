@@ -1,5 +1,6 @@
 """`/docs`: its files and their policy, and Swagger UI in a real browser."""
 
+import pytest
 from playwright.async_api import Browser, expect
 
 from src import dashboard
@@ -10,6 +11,7 @@ from tests.test_openapi import DOCUMENTED
 from tests.test_page import gateway
 
 __all__ = ["browser"]  # a fixture
+PATIENCE_MS = 240_000  # Swagger UI needs several seconds of CPU, which a busy machine takes long to give
 
 
 async def test_docs_files_have_the_policy_of_the_page(start: StartGateway) -> None:
@@ -33,24 +35,27 @@ async def test_docs_files_have_the_policy_of_the_page(start: StartGateway) -> No
         assert (await live.get(path)).status_code == 404, path
 
 
+@pytest.mark.full
 async def test_docs_show_every_operation_and_try_one(browser: Browser, lively: Sandbox) -> None:
     """All operations are listed, `getTicker` answers its example, and nothing is fetched from elsewhere or refused."""
     async with gateway(lively) as live:
         page, seen = await open_page(browser, "about:blank", 1280, 900)
+        page.set_default_timeout(PATIENCE_MS)
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         await page.goto(f"{live.url}/docs")
-        await expect(page.locator(".opblock")).to_have_count(len(DOCUMENTED))
+        await expect(page.locator(".opblock")).to_have_count(len(DOCUMENTED), timeout=PATIENCE_MS)
         ticker = page.locator("[id$=-getTicker]")
         await ticker.locator(".opblock-summary-control").click()
-        await expect(ticker.locator(".parameters code").first).to_have_text("BTC-USDT")
+        await expect(ticker.locator(".parameters code").first).to_have_text("BTC-USDT", timeout=PATIENCE_MS)
         await ticker.locator(".try-out__btn").click()
+        await expect(ticker.locator("[data-param-name=symbol] input")).to_have_value("BTC-USDT", timeout=PATIENCE_MS)
         await ticker.locator(".execute").click()
         answer = ticker.locator(".live-responses-table")
-        await expect(answer.locator("tbody .response-col_status").first).to_have_text("200")
-        await expect(answer.locator("code").first).to_contain_text('"symbol": "BTC/USDT"')
+        await expect(answer.locator("tbody .response-col_status").first).to_have_text("200", timeout=PATIENCE_MS)
+        await expect(answer.locator("code").first).to_contain_text('"symbol": "BTC/USDT"', timeout=PATIENCE_MS)
         await page.locator("[id$=-recordMaintenance] .opblock-summary-control").click()
-        await expect(page.locator("[id$=-recordMaintenance] .responses-inner")).to_be_visible()
+        await expect(page.locator("[id$=-recordMaintenance] .responses-inner")).to_be_visible(timeout=PATIENCE_MS)
         assert f"{live.url}/ticker/BTC-USDT" in asked
         assert not [url for url in asked if not url.startswith((live.url, "data:"))]
         seen.clean()

@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import json
+import logging
 import os
 import resource
 import signal
@@ -18,21 +19,22 @@ import ccxt
 import orjson
 import pytest
 
-from src import gateway
+from src import background, gateway, market_loader
 from src.ccxt_client import SNAPSHOT_FORMAT, TRANSLATION, load_snapshot, make_client, restore_markets, translate
 from src.clock import SystemClock
 from src.errors import BadUpstreamData, GatewayError, InternalError, UpstreamError
-from src.exchanges import ExchangeManager, weight_of
+from src.exchanges import PROBE_DELAY_SECONDS, ExchangeManager, weight_of
 from src.http_client import MAX_MARKETS_BYTES, Answer
 from src.market_reader import MarketReader
 from src.markets import Markets
 from src.redis_store import RedisStore
 from src.sandbox import Sandbox
-from tests.conftest import FakeClock, StartGateway, eventually, make_settings, recordings, sample
+from tests.conftest import FakeClock, Live, StartGateway, eventually, make_settings, recordings, sample
 from tests.processes import children
 
 ROOT = Path(__file__).parents[1]
 EXCHANGES = ["bybit", "binance", "kraken"]
+REJECTED = '{"error":["EGeneral:Invalid arguments"]}'
 CCXT_ERRORS = [error for _, error in inspect.getmembers(ccxt, inspect.isclass) if issubclass(error, ccxt.BaseError)]
 
 
@@ -264,6 +266,142 @@ async def test_an_exchange_that_cannot_be_loaded_stops_nobody(
     assert (only_there.status_code, only_there.json()["code"]) == (503, "markets_loading")
     await sandbox.set("bybit", rate_limit=-1)
     await eventually(lambda: "bybit" in live.gateway.markets.loaded_at)
+
+
+async def test_a_market_list_is_read_again_after_an_error_of_ours(
+    start: StartGateway, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An unexpected error while a list is read is logged, counted and shown, and the list is read again."""
+    monkeypatch.setattr(background, "_logged_at", {})
+    before = sample("internal_errors_total", component="markets")
+    with monkeypatch.context() as broken:
+        broken.setattr(market_loader, "adopt_markets", None)
+        live = await start(wait=False)
+        shown = (await live.get("/exchanges")).json()
+        assert {shown[name]["markets"]["error"] for name in EXCHANGES} == {"internal_error"}
+    assert sample("internal_errors_total", component="markets") >= before + 3
+    assert "TypeError" in next(record.exc_text or "" for record in caplog.records if hasattr(record, "component"))
+    await eventually(lambda: len(live.gateway.markets.loaded_at) == 3)
+    assert not live.gateway.loader.errors
+
+
+async def test_a_list_that_loads_is_no_warning(start: StartGateway, caplog: pytest.LogCaptureFixture) -> None:
+    """A start at which all goes well logs nothing from warnings on."""
+    caplog.set_level(logging.INFO)
+    await start()
+    events = {record.levelname: record.message for record in caplog.records if record.name.startswith("src.")}
+    assert events == {"INFO": "market list loaded"}
+
+
+async def test_loads_that_hang_leave_connections_to_other_calls(start: StartGateway, sandbox: Sandbox) -> None:
+    """Calls beside the loads, such as snapshots for streams and probes, do not wait for MAX_CONCURRENT loads."""
+    live = await start(max_concurrent=1)
+    await sandbox.set("bybit", hang=True)
+    hanging = asyncio.create_task(live.get("/ticker/BTC/USDT?exchange=bybit"))
+    await eventually(lambda: sandbox.count("bybit") == 1)
+    assert abs(await live.gateway.manager.clock_skew("binance")) < 1.1
+    assert not hanging.done()
+    await sandbox.set("bybit", rate_limit=-1)
+    assert (await hanging).status_code == 200
+
+
+# Breakers that nobody tries.
+
+
+async def tripped(start: StartGateway, sandbox: Sandbox, knobs: dict[str, Any], **settings: object) -> Live:
+    """A gateway whose breaker of kraken was opened by one request; no request follows."""
+    live = await start(cb_threshold=1, **settings)
+    await sandbox.set("kraken", **({"rate_limit": -1} | knobs))
+    assert not (await live.get("/ticker/BTC/USDT?exchange=kraken")).is_success
+    assert live.gateway.manager["kraken"].breaker.state == "open"
+    sandbox.clear_counts()
+    return live
+
+
+@pytest.mark.parametrize(
+    ("knobs", "seconds"),
+    [
+        ({"status": 500}, 60),
+        ({"body": "junk"}, 60),
+        ({"status": 429, "headers": {"Retry-After": "7"}}, 60),
+        ({"status": 418, "headers": {"Retry-After": "300"}}, 300),
+        ({"geo_block": True}, 900),
+    ],
+    ids=str,
+)
+async def test_a_breaker_closes_without_a_request(
+    start: StartGateway, sandbox: Sandbox, clock: FakeClock, knobs: dict[str, Any], seconds: int
+) -> None:
+    """When its open time is over one cheap call closes it and /health is healthy; before that there is no call."""
+    live = await tripped(start, sandbox, knobs)
+    breaker, manager = live.gateway.manager["kraken"].breaker, live.gateway.manager
+    await sandbox.set("kraken", rate_limit=-1)
+    clock.advance(seconds - 0.1)
+    await manager.probe("kraken")
+    assert (breaker.state, sandbox.count("kraken")) == ("open", 0)
+    clock.advance(PROBE_DELAY_SECONDS)
+    await manager.probe("kraken")
+    assert (breaker.state, sandbox.count("kraken")) == ("half_open", 0), "requests come first"
+    assert (await live.get("/health")).json()["status"] == "degraded"
+    clock.advance(0.2)
+    await eventually(lambda: breaker.state == "closed")
+    assert (sandbox.count("kraken"), sandbox.count("kraken", "/0/public/Time")) == (1, 1)
+    assert (await live.get("/health")).json()["status"] == "healthy"
+
+
+async def test_probes_back_off_by_the_rule_of_the_breaker(
+    start: StartGateway, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """A probe that fails opens the breaker for twice as long, up to the cap; meanwhile the exchange is not asked."""
+    live = await tripped(start, sandbox, {"status": 500}, cb_max_open_seconds=240)
+    breaker = live.gateway.manager["kraken"].breaker
+    for calls, (seconds, then) in enumerate(((60, 120), (120, 240), (240, 240)), start=1):
+        clock.advance(seconds - 1)
+        await live.gateway.manager.probe("kraken")
+        assert sandbox.count("kraken") == calls - 1
+        clock.advance(1 + PROBE_DELAY_SECONDS)
+        await eventually(lambda: breaker.retry_after == then)  # noqa: B023 - awaited at once
+        assert sandbox.count("kraken") == calls
+
+
+@pytest.mark.parametrize("why", ["no budget", "no verdict"])
+async def test_a_probe_without_a_verdict_is_not_repeated_soon(
+    start: StartGateway, sandbox: Sandbox, clock: FakeClock, why: str
+) -> None:
+    """Without budget the exchange is not asked, and a probe that decided nothing waits for CB_RESET_SECONDS."""
+    live = await tripped(start, sandbox, {"status": 500}, kraken_budget="10/60")
+    manager = live.gateway.manager
+    await sandbox.set("kraken", rate_limit=-1, **({} if why == "no budget" else {"body": REJECTED}))
+    clock.advance(60)
+    if why == "no budget":
+        await manager.limiter.correct("kraken", 20)
+    clock.advance(PROBE_DELAY_SECONDS)
+    made = 0 if why == "no budget" else 1
+    await eventually(lambda: manager._probe_at["kraken"] > clock.monotonic() and not manager["kraken"].in_flight)
+    clock.advance(59)
+    await manager.probe("kraken")
+    assert (manager["kraken"].breaker.state, sandbox.count("kraken")) == ("half_open", made)
+    await sandbox.set("kraken", rate_limit=-1)
+    clock.advance(20)
+    await eventually(lambda: manager["kraken"].breaker.state == "closed")
+    assert sandbox.count("kraken") == made + 1
+
+
+async def test_a_hold_of_another_replica_is_kept(
+    start: StartGateway, sandbox: Sandbox, clock: FakeClock, redis: Any
+) -> None:
+    """A probe does not ask an exchange that banned another replica meanwhile."""
+    live = await tripped(start, sandbox, {"status": 500}, redis_url=redis.url)
+    other = await start(redis_url=redis.url)
+    await sandbox.set("kraken", status=418, headers={"Retry-After": "300"})
+    await other.get("/ticker/BTC/USDT?exchange=kraken")
+    await sandbox.set("kraken", rate_limit=-1)
+    sandbox.clear_counts()
+    breaker = live.gateway.manager["kraken"].breaker
+    clock.advance(60 + PROBE_DELAY_SECONDS)
+    await eventually(lambda: breaker.cause == "banned")
+    assert 290 < breaker.retry_after <= 300
+    assert sandbox.count("kraken") == 0
 
 
 async def test_the_port_opens_with_the_first_list(

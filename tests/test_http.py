@@ -8,6 +8,7 @@ import httpx
 import orjson
 import pytest
 
+from src import gateway
 from src.clock import SystemClock
 from src.sandbox import Sandbox
 from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, make_settings, sample, serve
@@ -415,8 +416,12 @@ async def test_health_tells_three_states_with_reasons(
     assert sum(sandbox.count(name) for name in ("bybit", "binance", "kraken")) == 0
 
 
-async def test_ready_means_a_market_list_is_loaded(start: StartGateway, sandbox: Sandbox) -> None:
+async def test_ready_means_a_market_list_is_loaded(
+    start: StartGateway, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Until one list is there /health/ready is 503 and symbols are 503; live is 200 all the time."""
+    monkeypatch.setattr(gateway, "START_SECONDS", 0.1)
+    monkeypatch.setattr(gateway, "FIRST_LIST_SECONDS", 0.1)
     for name in ("bybit", "binance", "kraken"):
         await sandbox.set(name, hang=True)
     live = await start(wait=False)
@@ -648,10 +653,12 @@ async def test_documents_and_metrics_can_be_switched_off(start: StartGateway) ->
         assert (await live.get(path)).status_code == 404
 
 
-async def test_a_stopped_gateway_leaves_nothing_running(sandbox: Sandbox) -> None:
+async def test_a_stopped_gateway_leaves_nothing_running(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopping with a load and a market list under way ends both; no task of the gateway stays behind."""
+    monkeypatch.setattr(gateway, "START_SECONDS", 0.1)
     await sandbox.set("kraken", hang=True)
-    async with serve(make_settings(sandbox), SystemClock(), load_markets=True) as live:
+    settings = make_settings(sandbox, request_timeout=1)  # how long the server waits for the request at its stop
+    async with serve(settings, SystemClock(), load_markets=True) as live:
         await eventually(lambda: "bybit" in live.gateway.markets.loaded_at)
         await sandbox.set("bybit", hang=True)
         leaving = asyncio.create_task(live.get("/ticker/BTC/USDT?exchange=bybit"))

@@ -11,7 +11,7 @@ from src.sandbox import Sandbox
 from tests.conftest import FakeClock, RedisServer, StartGateway, eventually, sample, tool
 
 FIXED_LABELS = {"route", "method", "code", "exchange", "operation", "outcome", "state", "to", "result", "tier"} | {
-    "reason", "task", "version", "python", "le", "client", "channel", "cause", "transport",
+    "reason", "task", "version", "python", "le", "client", "channel", "cause", "transport", "component",
 }  # fmt: skip
 
 

@@ -222,7 +222,7 @@ async def ask_while_all_fail(answers: Answers, live: Live, sandbox: Sandbox, clo
 
 async def ask_while_busy(answers: Answers, start: StartGateway, sandbox: Sandbox) -> None:
     """Reach every bound of the gateway."""
-    poor = await start(**KRAKEN_ONLY, kraken_budget="1/5")  # spent by the market list
+    poor = await start(**KRAKEN_ONLY, kraken_budget="1/5", load_markets=True)  # spent by the market list
     for name in MARKET_DATA:
         assert await answers.ask(poor, name) == "budget_spent", name
     late = await start(**KRAKEN_ONLY, clock=SystemClock(), request_timeout=1.5)
@@ -231,6 +231,10 @@ async def ask_while_busy(answers: Answers, start: StartGateway, sandbox: Sandbox
     async with full.client.stream("GET", f"{full.url}/stream/BTC-USDT") as first:
         await anext(first.aiter_text())
         assert await answers.ask(full, "getStream", "/stream/BTC-USDT") == "too_many_streams"
+    greedy = await start(**KRAKEN_ONLY, stream_max_per_client=1)
+    async with greedy.client.stream("GET", f"{greedy.url}/stream/BTC-USDT") as first:
+        await anext(first.aiter_text())
+        assert await answers.ask(greedy, "getStream", "/stream/BTC-USDT") == "too_many_connections"
     await sandbox.set("kraken", hang=True)
     codes = await asyncio.gather(*(answers.ask(late, name) for name in MARKET_DATA))
     assert set(codes) == {"deadline_exceeded"}

@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
+from src import redis_tier
 from src.clock import SystemClock
 from src.entry import Entry, Key
 from src.errors import ExchangeUnavailable
 from src.redis_store import PREFIX, RedisAway, RedisStore
-from src.redis_tier import MAX_PENDING_WRITES
+from src.redis_tier import CLEARED, MAX_PENDING_WRITES
 from src.sandbox import Sandbox
 from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, sample
 from tests.test_cache import FAILURE, KEY, TTL, Bench, key, number
@@ -36,9 +37,16 @@ def full_redis() -> Iterator[RedisServer]:
 
 
 def commands(redis: RedisServer) -> int:
-    """How many commands Redis has run for others than the test."""
+    """How many commands Redis has run for requests: not those of the test, nor the checks that run beside requests."""
     stats: dict[str, dict[str, int]] = redis.client.info("commandstats")
-    return sum(stat["calls"] for name, stat in stats.items() if name not in {"cmdstat_info", "cmdstat_ping"})
+    others = {"cmdstat_info", "cmdstat_ping", "cmdstat_get", "cmdstat_pubsub"}
+    return sum(stat["calls"] for name, stat in stats.items() if name not in others)
+
+
+def followers(redis: RedisServer) -> int:
+    """How many replicas hear of clears."""
+    ((_, count),) = redis.client.pubsub_numsub(CLEARED)
+    return int(count)
 
 
 def failures(outcome: str) -> float:
@@ -51,7 +59,8 @@ def failures(outcome: str) -> float:
 
 
 def names(redis: RedisServer) -> set[str]:
-    return {name.decode() for name in redis.client.keys("*") if isinstance(name, bytes)}
+    """Every key but that of the last clear."""
+    return {name.decode() for name in redis.client.keys("*") if isinstance(name, bytes)} - {CLEARED}
 
 
 async def settled(bench: Bench) -> None:
@@ -77,6 +86,7 @@ async def test_a_memory_hit_asks_redis_nothing(start: StartGateway, redis: Redis
     live = await start(redis_url=redis.url)
     await live.get("/ticker/BTC/USDT")
     await eventually(lambda: redis.client.exists(DATA))
+    await eventually(lambda: followers(redis) == 1)
     before = commands(redis)
     for _ in range(20):
         assert (await live.get("/ticker/BTC/USDT")).headers["Cache-Status"].startswith("virtuoso; hit; detail=memory")
@@ -454,6 +464,82 @@ async def test_a_clear_is_not_undone_by_a_load(bench: Bench, redis: RedisServer)
     assert await task == ("miss", 2)
     await settled(bench)
     assert (names(redis), len(cache)) == (set(), 0)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_a_clear_reaches_every_replica(start: StartGateway, redis: RedisServer, streaming: bool) -> None:
+    """What one replica is told to forget the others forget, too: what was named, and nothing else."""
+    admin = {"Authorization": "Bearer open-sesame"}
+    lives = [await start(redis_url=redis.url, admin_token="open-sesame", streaming=streaming) for _ in range(2)]
+    await eventually(lambda: followers(redis) == 2)
+    kept = [Key("binance", "ticker", "BTC/USDT", ""), Key("bybit", "ticker", "ETH/USDT", "")]
+    for live in lives:
+        for one in (KEY, *kept):
+            await live.get(f"/ticker/{one.symbol}?exchange={one.exchange}")
+    memories = [live.gateway.cache.memory for live in lives]
+    assert all(set(memory.keys()) == {KEY, *kept} for memory in memories)
+    path = f"{lives[0].url}/admin/cache/clear"
+    await lives[0].client.post(path, params={"exchange": KEY.exchange, "symbol": KEY.symbol}, headers=admin)
+    await eventually(lambda: all(set(memory.keys()) == set(kept) for memory in memories))
+    await lives[1].get(f"/ticker/{KEY.symbol}?exchange={KEY.exchange}")
+    await lives[0].client.post(path, headers=admin)
+    await eventually(lambda: not any(memory.keys() for memory in memories))
+
+
+async def test_a_replica_that_did_not_listen_forgets_when_it_does(start: StartGateway, redis: RedisServer) -> None:
+    """A clear that was announced while the connection was lost is noticed as soon as there is a new one."""
+    live = await start(redis_url=redis.url)
+    await eventually(lambda: followers(redis) == 1)
+    await live.get("/ticker/BTC/USDT?exchange=bybit")
+    assert live.gateway.cache.memory.keys()
+    redis.client.set(CLEARED, "another")
+    redis.client.client_kill_filter(_type="pubsub")
+    await eventually(lambda: not live.gateway.cache.memory.keys())
+    await eventually(lambda: followers(redis) == 1)
+
+
+async def test_an_announcement_that_was_lost_is_noticed(
+    start: StartGateway, redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica whose connection delivers nothing reads the id of the last clear from time to time."""
+    monkeypatch.setattr(redis_tier, "CHECK_SECONDS", 0.01)
+    live = await start(redis_url=redis.url)
+    await live.get("/ticker/BTC/USDT?exchange=bybit")
+    redis.client.set(CLEARED, "another")
+    await eventually(lambda: not live.gateway.cache.memory.keys())
+
+
+async def test_only_a_clear_that_was_missed_clears(bench: Bench, redis: RedisServer) -> None:
+    """A clear before the start is over, and a Redis that lost its data does not know of one."""
+    cache = bench.make(redis_url=redis.url)
+    redis.client.set(CLEARED, "before")
+    await cache.start()
+    assert not await cache._redis.learn_last_clear()
+    redis.client.flushall()
+    assert not await cache._redis.learn_last_clear()
+    redis.client.set(CLEARED, "before")
+    assert not await cache._redis.learn_last_clear()
+    redis.client.set(CLEARED, "another")
+    assert await cache._redis.learn_last_clear()
+    assert not await cache._redis.learn_last_clear()
+
+
+async def test_a_clear_elsewhere_is_not_undone_by_a_load(bench: Bench, redis: RedisServer) -> None:
+    """What a replica began to load before another one's clear answers its callers, and is not kept in either tier."""
+    ours, other = bench.make(redis_url=redis.url), bench.make(redis_url=redis.url)
+    following = asyncio.create_task(ours.follow_clears())
+    await eventually(lambda: followers(redis) == 1)
+    gate, load = bench.close_gate(), bench.task(cache=ours)
+    await bench.called(1)
+    generation = ours._generation
+    await other.clear()
+    await eventually(lambda: ours._generation > generation)
+    gate.set()
+    assert await load == ("miss", 1)
+    await settled(bench)
+    assert (names(redis), len(ours)) == (set(), 0)
+    following.cancel()
+    await asyncio.wait([following])
 
 
 async def test_a_cancellation_is_never_lost(redis: RedisServer, clock: FakeClock) -> None:

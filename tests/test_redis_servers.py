@@ -39,8 +39,13 @@ async def test_every_command_works_on_both_servers(
     """Two replicas use every operation; each succeeds, and the server rejects no command."""
     succeeded = operations("success")
     failed = operations("error")
-    settings = {"redis_url": server.url, "client_rate_limit": 1000, "admin_token": "open-sesame"}
-    first = await start(**settings)
+    settings = {
+        "redis_url": server.url,
+        "client_rate_limit": 1000,
+        "admin_token": "open-sesame",
+        "stream_idle_seconds": 1,
+    }
+    first = await start(**settings, load_markets=True)
     await eventually(lambda: len(server.client.keys("virtuoso:1:markets:*")) == 3)
     second = await start(**settings)
     for live in (first, second):

@@ -20,6 +20,7 @@ from redis.exceptions import RedisError
 from src.bus import Topic
 from src.clock import SystemClock
 from src.redis_store import BREAKER_MAX_OPEN_SECONDS, PREFIX, RedisAway, RedisStore
+from src.redis_tier import CLEARED
 from src.sandbox import Sandbox
 from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, free_port
 from tests.test_streams import Join, inside, join, time_passes
@@ -219,6 +220,7 @@ async def ask(live: Live, wanted: list[str]) -> float:
         answer = await live.get(path)
         assert answer.status_code == 200, answer.text
         assert not answer.json().get("errors")
+        assert not answer.json().get("stale")
         return time.perf_counter() - began
 
     paths = [f"/ticker/{symbol}?exchange=bybit" for symbol in wanted]
@@ -354,7 +356,7 @@ async def test_a_clear_takes_all_of_ours_and_nothing_else(begin: StartGateway, g
             for place in range(30):
                 with suppress(redis_py.ResponseError):  # it lies on another node
                     server.client.set(f"{name}{place}", "1")
-    kept = group.keys() - group.keys(f"{PREFIX}data:*")
+    kept = group.keys() - group.keys(f"{PREFIX}data:*") | {CLEARED}
     assert len(kept) > 60
 
     async def clear(query: str) -> Any:
@@ -365,6 +367,23 @@ async def test_a_clear_takes_all_of_ours_and_nothing_else(begin: StartGateway, g
     assert len(group.keys(f"{PREFIX}data:*")) == 11
     assert await clear("") == {"cleared": 11, "redis": "cleared"}
     assert group.keys() == kept
+
+
+async def test_a_clear_reaches_the_other_replicas(begin: StartGateway, group: Group, clock: FakeClock) -> None:
+    """What one gateway clears another one forgets."""
+    lives = [await begin(redis_url=group.url) for _ in range(2)]
+    wanted = symbols(lives[0], 3)
+    for live in lives:
+        await ask(live, wanted)
+    memory = lives[1].gateway.cache.memory
+    assert len(memory.keys()) == 3
+    async with time_passes(clock):  # a busy machine may take Redis for lost for a while
+        while True:
+            with suppress(RedisAway):
+                await lives[0].gateway.cache.clear("bybit", wanted[0])
+                break
+            await asyncio.sleep(0.1)
+        await eventually(lambda: wanted[0] not in {key.symbol for key in memory.keys()})  # noqa: SIM118 - a method
 
 
 async def test_a_restart_begins_with_what_is_there(begin: StartGateway, group: Group, sandbox: Sandbox) -> None:
@@ -385,7 +404,9 @@ async def test_a_cluster_that_lost_a_part_loses_no_answer(
     begin: StartGateway, own_cluster: Group, clock: FakeClock, blow: str
 ) -> None:
     """Without one of its parts a cluster answers nothing; the gateway does, soon, and uses it once it is whole."""
-    live = await begin(redis_url=own_cluster.url, ticker_ttl_seconds=10, stale_seconds=0, redis_timeout_seconds=TIMEOUT)
+    live = await begin(
+        redis_url=own_cluster.url, ticker_ttl_seconds=10, stale_seconds=600, redis_timeout_seconds=TIMEOUT
+    )
     wanted = symbols(live, 12)
     await ask(live, wanted)
     lost = own_cluster.servers[2]
@@ -412,7 +433,7 @@ async def test_after_a_failover_the_new_primary_is_used(
 ) -> None:
     """When a replica takes over, the gateway finds it without a restart, and no answer is lost meanwhile."""
     group: Group = request.getfixturevalue(kind)
-    live = await begin(redis_url=group.url, ticker_ttl_seconds=10, stale_seconds=0, redis_timeout_seconds=TIMEOUT)
+    live = await begin(redis_url=group.url, ticker_ttl_seconds=10, stale_seconds=600, redis_timeout_seconds=TIMEOUT)
     wanted = symbols(live, 12)
     await ask(live, wanted)
     lost, heir = group.servers if kind == "own_sentinel" else group.servers[1::2]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import random
 import socket
 import time
@@ -15,7 +16,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from src import streams, upstream, websocket
+from src import background, streams, upstream, websocket
 from src.bus import Topic
 from src.sandbox import Sandbox
 from src.upstream import Upstream
@@ -1263,6 +1264,69 @@ async def test_streaming_can_be_switched_off(start: StartGateway) -> None:
             pass
     assert (await live.get("/exchanges")).json()["kraken"].get("streams") is None
     assert (await live.get("/health")).json()["parts"]["streams"]["reason"] == "off"
+
+
+async def test_an_error_of_ours_is_not_the_exchanges(
+    start: StartGateway,
+    join: Join,
+    sandbox: Sandbox,
+    clock: FakeClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What we fail to deliver is our own error, with a traceback; the socket stays, and subscribers are told."""
+    monkeypatch.setattr(background, "_logged_at", {})
+    live = await start()
+    client = await watched(live, join, sandbox, clock)
+    upstream, before = tickers(live, "binance"), sample("internal_errors_total", component="delivery")
+    opened = sandbox.count("binance", "/stream")
+    with monkeypatch.context() as broken:
+        broken.setattr(live.gateway, "adopt", None)
+        for _ in range(7):
+            clock.advance(1)
+            await eventually(lambda: upstream._heard_at == clock.monotonic() or upstream.cause)
+        (status,) = await client.take("status")
+        assert status["state"] == "stale"
+    assert (upstream.reconnects, sandbox.count("binance", "/stream"), sockets(sandbox)["binance"]) == (0, opened, 1)
+    assert sample("internal_errors_total", component="delivery") >= before + 7
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert ["TypeError" in (record.exc_text or "") for record in errors] == [True], "once in a while is enough"
+    client.got.clear()
+    async with time_passes(clock):
+        await client.take("status", state="live")
+        await client.take("update", 2)
+    assert upstream.reconnects == 0
+    messages = [(message["type"], message["seq"]) for message in client.got if "seq" in message]
+    assert all(kind == "snapshot" or number == last + 1 for (_, last), (kind, number) in pairwise(messages))
+
+
+async def test_a_subscriber_that_fails_disturbs_no_other(
+    start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error in what is done for one client is no matter of the others; what it missed is announced."""
+    monkeypatch.setattr(streams, "HEARTBEAT_SECONDS", 0.05)
+    live = await start()
+    first = await watched(live, join, sandbox, clock)
+    (failing,) = inside(live).subscribers
+    second = await join(live)
+    await second.subscribe(exchange="binance")
+    await second.take("update", 2)
+    with monkeypatch.context() as broken:
+        for name in ("offer", "beat", "catch_up"):
+            broken.setattr(failing, name, None)
+        inside(live).slow |= inside(live).subscribers
+        await second.take("snapshot", 2)
+        await second.take("heartbeat", 2)
+        await eventually(lambda: inside(live).slow == {failing})
+    inside(live).slow.clear()
+    first.got.clear()
+    await first.take("snapshot")
+    await first.take("update", 2)
+    assert tickers(live, "binance").reconnects == 0
+    with monkeypatch.context() as broken:
+        broken.setattr(failing, "goodbye", None)
+        inside(live).goodbye()
+    assert await second.closed() == (1001, "the gateway stops")
 
 
 async def test_stopping_is_said(start: StartGateway, join: Join) -> None:

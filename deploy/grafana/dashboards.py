@@ -233,6 +233,13 @@ def service() -> Parts:
             "Open files", units.Short, "File descriptors a replica holds, connections included.",
             {"{{instance}}": 'process_open_fds{job="virtuoso"}'},
         ),
+        graph(
+            "Unexpected errors", units.OpsPerSecond,
+            "Errors of the gateway's own code in work beside requests, by component. The log has their tracebacks."
+            " An alert fires for any.",
+            {"{{component}}": "sum by (component) (rate(virtuoso_internal_errors_total[$__rate_interval]))"},
+            width=FULL,
+        ).stacking(STACKED).no_value("no errors"),
 
         dashboard.Row("Streams"),
         graph(
@@ -241,6 +248,11 @@ def service() -> Parts:
             " STREAM_MAX_CLIENTS.",
             {"{{transport}}": "sum by (transport) (virtuoso_stream_subscribers)"},
         ).stacking(STACKED),
+        graph(
+            "Refused connections of clients", units.RequestsPerSecond,
+            "By the setting whose bound was reached: STREAM_MAX_CLIENTS or STREAM_MAX_PER_CLIENT.",
+            {"{{reason}}": "sum by (reason) (rate(virtuoso_stream_refused_total[$__rate_interval]))"},
+        ).stacking(STACKED).no_value("none refused"),
         graph(
             "Updates for clients", units.MessagesPerSecond, "Snapshots and updates given to clients, each counted.",
             {"{{channel}}": "sum by (channel) (rate(virtuoso_stream_messages_sent_total[$__rate_interval]))"},

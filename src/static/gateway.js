@@ -35,7 +35,7 @@ function adviceOnBreaker(name, { state, cause }) {
 		forced: `The breaker of ${name} was opened by hand, and stays so until POST /admin/breakers/reset.`,
 	};
 	const text = `${name} fails: ${causeOf(cause)}. It is tried again by itself.`;
-	const next = `${name} failed: ${causeOf(cause)}. The next request for it tries it again.`;
+	const next = `${name} failed: ${causeOf(cause)}. A request, or the gateway itself, is about to try it again.`;
 	return [state === "half_open" ? next : (words[cause] ?? text), "virtuosocircuitopen"];
 }
 

@@ -1014,12 +1014,12 @@ test("questions beside a connection end when there is room for all", async () =>
 	assert.equal(world.polls.length, before);
 });
 
-for (const problem of [{ code: "too_many_streams", retry_after: 1 }, { code: "too_many_connections" }]) {
-	test(`where there is no room for another client (${problem.code}), it asks`, async () => {
+for (const refusal of [{ code: "too_many_streams", retry_after: 1 }, { code: "too_many_connections" }]) {
+	test(`where there is no room for another client (${refusal.code}), it asks`, async () => {
 		const world = new World({ events: refuses });
 		world.ws = (socket) => {
 			socket.opens();
-			socket.says({ type: "error", id: null, ...problem });
+			socket.says({ type: "error", id: null, ...refusal });
 			socket.ends();
 		};
 		await world.start(BTC);
