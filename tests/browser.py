@@ -35,7 +35,7 @@ CHROMIUM_OPTIONS = [
     "--disable-sync",
 ]
 WCAG = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice")
-PATIENCE_MS = 60_000  # for what is about to be seen, on a starved machine
+PATIENCE_MS = 120_000  # for what is about to be seen, on a starved machine
 expect.set_options(timeout=PATIENCE_MS)
 # Before any code of the page. An init script is the browser's own: the page's Content-Security-Policy does not count.
 WATCH = """

@@ -1,5 +1,6 @@
 """Processes of the machine, read from /proc: the program `ps` need not be installed."""
 
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,3 +21,9 @@ def children(parent: int) -> dict[int, str]:
                 command = (folder / "cmdline").read_bytes().decode(errors="replace")
                 found[int(folder.name)] = command.replace("\0", " ")
     return found
+
+
+def heed_signals() -> None:
+    """Undo what a shell does to its background jobs: they ignore these signals, and so do all processes they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)

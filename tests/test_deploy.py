@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import StartGateway, tool
+from tests.processes import heed_signals
 
 ROOT = Path(__file__).parents[1]
 SECRETS = ["canary-of-redis", "canary-of-grafana", "canary-of-a-client"]
@@ -562,9 +563,10 @@ def test_a_signal_leaves_a_state_that_is_named(bench: Bench, at: str, left: int,
     bench.fail(**{at: f"hang {bench.tags[1]}"})
     (bench.home / "log").write_text("")
     command = [str(bench.tree / "deploy.sh")]
-    # A session of its own, so that the signal goes to all of it, as from a terminal.
+    # A session of its own, so that the signal goes to all of it, as from a terminal. A shell cannot trap a signal that
+    # was ignored when it started, as it is in the background jobs of a script.
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env=bench.environment(), start_new_session=True)  # fmt: skip
+                               env=bench.environment(), start_new_session=True, preexec_fn=heed_signals)  # fmt: skip
     deadline = time.monotonic() + 30
     while at not in (bench.home / "log").read_text():
         assert time.monotonic() < deadline, "it did not get there"

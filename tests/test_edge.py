@@ -28,6 +28,7 @@ from src.clock import SystemClock
 from src.middleware import MAX_URL_BYTES
 from src.sandbox import Sandbox
 from tests.conftest import Live, StartGateway, eventually, free_port, make_settings, sample, serve, tool
+from tests.processes import heed_signals
 
 ROOT = Path(__file__).parents[1]
 EDGE = ROOT / "deploy" / "edge"
@@ -88,12 +89,6 @@ def configure(folder: Path, *gateways: str) -> int:
     replaced("upstream.conf", {**ours, line: servers})
     (folder / "tls").mkdir(exist_ok=True)
     return port
-
-
-def heed_signals() -> None:
-    """Undo what a shell does to what it runs in the background: it ignores these, and so would all of its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 class Script:
@@ -1102,6 +1097,21 @@ async def test_what_dies_is_noticed(script: Script, peer: Peer) -> None:
     (script.folder / "nginx.conf").write_text("this is no configuration")
     async with script.run(port) as front:
         assert await asyncio.to_thread(front.process.wait, 60) == 1
+
+
+def test_a_server_that_fails_at_once_ends_the_script(script: Script) -> None:
+    """The script ends with the code of the outer nginx, also when that ends before the other half handles signals."""
+    nginx = script.folder / "bin" / "nginx"
+    nginx.write_text("#!/bin/sh\nexit 1\n")
+    nginx.chmod(0o755)
+    script.resolve("192.0.2.1")
+    started = [script.start() for _ in range(30)]
+    try:
+        assert {process.wait(60) for process in started} == {1}
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.full

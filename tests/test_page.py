@@ -29,7 +29,7 @@ SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 EXCHANGES = ["bybit", "binance", "kraken"]
 DEFAULTS = ["SOL/USDT", "BTC/USDT", "ETH/USDT"]  # few: each one costs the sandbox and the gateway 25 messages a second
 VIEWS = ["/", "/#BTC-USDT", "/#gateway"]
-SECONDS = 60.0  # for what is about to be seen, on a starved machine
+SECONDS = 120.0  # for what is about to be seen, on a starved machine
 LEAST_TARGET, THUMB = 24, 44  # CSS pixels: WCAG 2.2 for any pointer, and what the style gives to thumbs
 REFUSED = r"status of 40[0-9]"  # an answer that the test is about is an error on the console, too
 LEFT = "ERR_ABORTED"  # what was asked for when the page was left
@@ -181,14 +181,18 @@ def lasts(prices: Prices) -> dict[tuple[str, str], float]:
 
 
 async def has_moved(page: Page, *symbols: str) -> None:
-    """Wait until every price of these symbols is another one."""
+    """Wait until the page shows prices of these symbols, and then until every one of them is another one."""
+
+    async def are_shown() -> bool:
+        return {symbol for symbol, _ in lasts(await read(page))} >= set(symbols)
+
+    await until(are_shown)
     before = lasts(await read(page))
 
     async def moved() -> bool:
         now = lasts(await read(page))
         return all(now.get(place, last) != last for place, last in before.items() if place[0] in symbols)
 
-    assert {symbol for symbol, _ in before} >= set(symbols)
     await until(moved)
 
 

@@ -14,13 +14,15 @@ config=${EDGE_CONFIG:-/etc/nginx}
 
 say() { printf 'edge: %s\n' "$*" >&2; }
 addresses() { getent ahostsv4 "$upstream" | awk '{print $1}' | sort -u | tr '\n' ' '; }
+stop_inner() { [ -z "$inner" ] || { kill -QUIT "$inner" && wait "$inner"; }; }
 run() { exec nginx -c "$config/$1" -g 'daemon off;'; }
 
 # Starts the inner half once there is an address, and again should it ever end; until then the outer one answers 502.
+# Ends on TERM. It also ends when the outer half is gone: a TERM that arrives before the trap is set is lost.
 follow() {
   inner='' known=''
-  trap '[ -z "$inner" ] || { kill -QUIT "$inner" && wait "$inner"; }; exit 0' TERM
-  while :; do
+  trap 'stop_inner; exit 0' TERM
+  while kill -0 "$outer" 2>/dev/null; do
     found=$(addresses)
     if [ -n "$inner" ] && ! kill -0 "$inner" 2>/dev/null; then
       say "the inner nginx has ended"
@@ -40,6 +42,7 @@ follow() {
     sleep "$interval" &
     wait $! # a signal ends it at once, as it would not end a sleep
   done
+  stop_inner
 }
 
 run nginx.conf &
@@ -51,7 +54,8 @@ follow &
 follower=$!
 
 # A signal ends the wait before nginx ends. The inner half goes last: requests that are being answered need it.
-code=129
+wait "$outer"
+code=$?
 while [ "$code" -gt 128 ] && kill -0 "$outer" 2>/dev/null; do
   wait "$outer"
   code=$?
