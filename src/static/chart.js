@@ -87,7 +87,8 @@ function drawAxes({ pen, width, height, colours }, { marks, digits, y, candles, 
 	pen.textAlign = "left";
 }
 
-function drawCursor({ pen, width, height, colours }, { at, x, y, close, decimals }) {
+function drawCursor(sheet, { at, x, y, close, decimals }) {
+	const { pen, width, height, colours } = sheet;
 	pen.strokeStyle = colours.muted;
 	pen.setLineDash([3, 3]);
 	pen.beginPath();
@@ -97,7 +98,7 @@ function drawCursor({ pen, width, height, colours }, { at, x, y, close, decimals
 	pen.lineTo(width, Math.round(y(close)) + 0.5);
 	pen.stroke();
 	pen.setLineDash([]);
-	drawLabel({ pen, width, colours }, y(close), price(close, decimals), colours.text);
+	drawLabel(sheet, y(close), price(close, decimals), colours.text);
 }
 
 function drawLabel({ pen, width, right, colours }, at, text, colour) {
