@@ -1,4 +1,4 @@
-# `make` alone lists what there is. Everything is installed into .venv; only ci-deps and chromium need root.
+# `make` alone lists what there is. Everything is installed into .venv; only ci-deps, chromium and npm need root.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ MINUTES ?= 10
 
 .DEFAULT_GOAL := help
 .PHONY: help demo run test test-all format bench scale soak bench-stream bench-page stream-soak drill
-.PHONY: screenshots ci-deps chromium clean test-pythons
+.PHONY: screenshots ci-deps chromium npm clean test-pythons
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -77,7 +77,7 @@ screenshots: $(VENV)/.dev ## Take the pictures of the page in docs/images, from 
 	@$(BIN)/python -m tests.screenshots
 
 # Debian starts some of them as services where its policy allows that; what is here needs only the programs.
-ci-deps: chromium ## Install the optional system tools (Debian, as root) that benchmarks and tests use
+ci-deps: chromium npm ## Install the optional system tools (Debian, as root) that benchmarks and tests use
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends \
 		wrk nginx-light shellcheck systemd prometheus prometheus-alertmanager prometheus-redis-exporter openssl redis-server
 
@@ -85,6 +85,9 @@ ci-deps: chromium ## Install the optional system tools (Debian, as root) that be
 chromium:
 	@command -v chromium || command -v google-chrome || command -v chromium-browser \
 		|| (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium)
+
+npm:
+	@command -v npm || (apt-get update -qq && apt-get install -y -qq --no-install-recommends npm)
 
 clean: ## Remove what was installed and cached
 	rm -rf $(VENV) tests/page/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
@@ -96,31 +99,33 @@ $(BIN)/python:
 
 # Install the packages that a requirements file and the files it includes pin; the prerequisites are these files.
 # Wheels are kept in $(WHEELS), so that the next installation needs no network and takes seconds: looking up every package
-# in the index takes most of the time. --no-deps: the files pin everything. --no-compile: Python compiles a module when
-# it is first imported, and compiling all of ccxt takes longer than installing all packages.
+# in the index takes most of the time. --no-deps: the files pin everything. --only-binary: nothing is compiled, on no
+# machine. --no-compile: Python compiles a module when it is first imported, and compiling all of ccxt takes longer than
+# installing all packages.
 WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/virtuoso/wheels
-COMPILE := --no-compile
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-PIP_INSTALL = $(PIP) install --no-index --find-links "$(WHEELS)" --no-deps $(COMPILE) -r $<
+PACKAGES := --no-deps --only-binary :all:
+PIP_INSTALL = $(PIP) install --no-index --find-links "$(WHEELS)" $(PACKAGES) --no-compile -r $<
 define install
 	@echo "Installing the packages of $< into $(VENV)"; begin=$$(date +%s); \
 	$(PIP_INSTALL) 2>/dev/null \
-		|| { echo "Downloading them into $(WHEELS)" && $(PIP) download --no-deps --dest "$(WHEELS)" -r $< && $(PIP_INSTALL); } \
+		|| { echo "Downloading them into $(WHEELS)" && $(PIP) download $(PACKAGES) --dest "$(WHEELS)" -r $< && $(PIP_INSTALL); } \
 		&& echo "Installed in $$(($$(date +%s) - begin)) s"
 endef
 
-$(VENV)/.runtime: COMPILE := --compile # a service may not be allowed to write into the installation
+# A service may not be allowed to write compiled modules into the installation. Files that are no code do not compile.
 $(VENV)/.runtime: requirements.txt | $(BIN)/python
 	$(install)
+	@echo "Compiling them"; $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	@touch $@
 
 $(VENV)/.demo: requirements-demo.txt requirements.txt | $(BIN)/python
 	$(install)
-	@touch $@ $(VENV)/.runtime
+	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt requirements-demo.txt requirements.txt | $(BIN)/python
 	$(install)
-	@touch $@ $(VENV)/.demo $(VENV)/.runtime
+	@touch $@ $(VENV)/.demo
 
 # Nothing of them is run on installing; what cannot be fetched is not waited for long.
 $(VENV)/.page: tests/page/package-lock.json | $(BIN)/python

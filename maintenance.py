@@ -146,7 +146,8 @@ def ask(settings: Settings, path: str, method: str = "GET", accept: Sequence[int
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:  # noqa: S310
             code, body = response.status, response.read()
     except urllib.error.HTTPError as error:
-        code, body = error.code, error.read()
+        with error:
+            code, body = error.code, error.read()
     except (urllib.error.URLError, OSError) as error:
         raise GatewayAway(f"the gateway does not answer at {settings.gateway_url}: {error}") from None
     try:

@@ -161,7 +161,7 @@ class Cache:
     async def start(self) -> None:
         """Learn which clears are over before the first entry is kept."""
         with suppress(RedisAway):
-            await self._redis.learn_last_clear()
+            await self._redis.start()
 
     async def follow_clears(self) -> None:
         """Forget what other replicas clear, until Redis is lost."""

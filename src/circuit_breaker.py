@@ -48,7 +48,6 @@ class CircuitBreaker:
         self.name = name
         self.cause: str | None = None
         self.opened_at: float | None = None  # UTC seconds, for people
-        self.rejected = 0
         self._clock = clock
         self._threshold = threshold
         self._reset_seconds = reset_seconds
@@ -59,7 +58,7 @@ class CircuitBreaker:
         self._state = CLOSED
         self._generation = 0
         self._failures: deque[float] = deque(maxlen=threshold)
-        self._trips = 0
+        self.trips = 0  # in a row; the open time doubles with each
         self._open_until = 0.0
         self._probing = False
 
@@ -77,7 +76,7 @@ class CircuitBreaker:
 
     @property
     def retry_after(self) -> float:
-        """Seconds until a call may be let through; 0 when one may be now, infinite when forced open."""
+        """Seconds until a call may be let through; 0 when one may be now."""
         return max(0.0, self._open_until - self._clock.monotonic()) if self.state == OPEN else 0.0
 
     def is_idle(self, seconds: float) -> bool:
@@ -113,20 +112,15 @@ class CircuitBreaker:
         elif until > self._open_until:
             self._open_until, self.cause = until, cause
 
-    def force_open(self) -> None:
-        """Open it until `reset`, whatever time passes."""
-        self.open_until(math.inf, "forced")
-
     def reset(self) -> None:
         """Close it with a full failure budget."""
         self._failures.clear()
-        self._trips = 0
+        self.trips = 0
         if self._state != CLOSED:
             self._change(CLOSED)
 
     def _admit(self) -> int:
         if not self.admits:
-            self.rejected += 1
             wait = self.retry_after
             raise CircuitOpen(
                 f"the circuit breaker of {self.name} is {self._state} ({self.cause}); wait, or ask another exchange",
@@ -148,11 +142,11 @@ class CircuitBreaker:
         self._failures.append(now)  # holds the last `threshold` failures, so only the oldest needs a look
         recent = self._failures[0] > now - self._window_seconds
         if self._state == HALF_OPEN or (len(self._failures) == self._threshold and recent):
-            self._trips += 1
+            self.trips += 1
             self.open_until(now + self._open_seconds(), cause)
 
     def _open_seconds(self) -> float:
-        growth = 2.0 ** min(self._trips - 1, 32)  # a longer exponent only risks overflow: the cap decides
+        growth = 2.0 ** min(self.trips - 1, 32)  # a longer exponent only risks overflow: the cap decides
         return min(self._reset_seconds * growth, self._max_open_seconds)
 
     def _no_verdict(self, generation: int) -> None:

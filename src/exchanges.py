@@ -183,10 +183,13 @@ class ExchangeManager:
         such as one without budget, is repeated after CB_RESET_SECONDS at the earliest.
         """
         now = self._clock.monotonic()
-        if now >= self._probe_at[name] and self._exchanges[name].breaker.is_idle(PROBE_DELAY_SECONDS):
+        breaker = self._exchanges[name].breaker
+        if now >= self._probe_at[name] and breaker.is_idle(PROBE_DELAY_SECONDS):
             self._probe_at[name] = now + self._settings.cb_reset_seconds
+            trips = breaker.trips
             with contextlib.suppress(GatewayError):
                 await self.clock_skew(name)
+                breaker.trips = trips  # if the data still fails, the open time goes on to double
 
     async def reset_breakers(self, *, keep_holds: bool = False) -> list[str]:
         """Close every breaker and forget every hold; returns the exchanges whose breaker was not closed.

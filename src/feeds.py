@@ -133,6 +133,4 @@ def bodies(event: MarketDataEvent, levels: Iterable[int]) -> dict[int, bytes]:
     if event.kind != "orderbook":
         return dict.fromkeys(levels, event.data)
     whole = orjson.loads(event.data)
-    return {
-        number: orjson.dumps(whole | {side: whole[side][:number] for side in ("bids", "asks")}) for number in levels
-    }
+    return {most: orjson.dumps(whole | {side: whole[side][:most] for side in ("bids", "asks")}) for most in levels}

@@ -22,11 +22,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # the time each chil
 
 VERSION = "0.1.0"
 OPERATIONS = ("ticker", "tickers", "orderbook", "ohlcv", "trades", "markets", "time")
-OUTCOMES = (
-    "success", "error", "timeout", "bad_data", "unavailable", "rate_limited", "banned", "geo_blocked", "rejected",
-)  # fmt: skip
 CACHE_RESULTS = ("hit_memory", "hit_redis", "miss", "stale_revalidate", "stale_error", "negative", "coalesced")
-TIERS = ("memory", "redis")
 EVICTIONS = ("size", "expired", "cleared")
 STREAM_CAUSES = ("closed", "junk", "lost", "refused", "silent", "timeout")  # why a socket was lost, or not had
 STREAM_DROPS = ("slow_client", "implausible", "bus")

@@ -39,7 +39,7 @@ class Observe:
         request_id.set(identify(headers.get("x-request-id", "")))
         method = scope["method"]
         if method == "HEAD":  # the server drops the body; everything else is that of a GET
-            scope = {**scope, "method": "GET"}
+            scope = {**scope, "method": "GET", "is_head": True}
 
         async def observed(message: Message) -> None:
             nonlocal status

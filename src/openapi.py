@@ -34,7 +34,7 @@ STREAMS: Errors = (
     *GUARDED, errors.UnknownSymbol, errors.UnknownExchange, errors.InvalidParameter, errors.MarketsLoading,
     errors.TooManyStreams, errors.TooManySubscriptions, errors.TooManyConnections,
 )  # fmt: skip
-ADMIN: Errors = (*OPEN, errors.AdminTokenMissing, errors.NotFound, errors.InvalidParameter)
+ADMIN: Errors = (*OPEN, errors.AdminTokenMissing, errors.TooManyRequests, errors.NotFound, errors.InvalidParameter)
 
 
 class Answers(NamedTuple):

@@ -14,8 +14,9 @@ from src.redis_store import PREFIX, Client, RedisAway, RedisStore
 
 MAX_PENDING_WRITES = 1000  # writes under way beside the answers; past that they are dropped, not queued
 LOCK_POLL_SECONDS = 0.025
-CLEARED = f"{PREFIX}cleared"  # the key that holds the id of the last clear, and the channel that announces clears
-CHECK_SECONDS = 5.0  # without an announcement, before the id is read again: one may have been lost
+CLEARS = f"{PREFIX}clears"  # the key that counts the clears, and the channel that announces each with its number
+CHECK_SECONDS = 5.0  # without an announcement, before the count is read again: one may have been lost
+LATE_SECONDS = 0.5  # how much later than the count an announcement may come before it is taken for lost
 
 # Stores a value unless a newer one is there, and gives up the lock if it is ours. Any broken old value is overwritten.
 # KEYS: value, lock. ARGV: lock token, milliseconds to keep the value, payload (empty: none).
@@ -34,8 +35,8 @@ local value = redis.pcall('GET', KEYS[1])
 return {redis.call('GET', KEYS[2]) == ARGV[1] and 1 or 0, type(value) == 'string' and value}
 """
 
-# Announces a clear. KEYS: its key and channel. ARGV: id, announcement.
-ANNOUNCE = "redis.call('SET', KEYS[1], ARGV[1]) redis.call('PUBLISH', KEYS[1], ARGV[2])"
+# Counts a clear and announces it. KEYS: count and channel. ARGV: announcement, a JSON array to put the number before.
+ANNOUNCE = "redis.call('PUBLISH', KEYS[1], '[' .. redis.call('INCR', KEYS[1]) .. ',' .. string.sub(ARGV[1], 2))"
 
 
 class RedisTier:
@@ -51,7 +52,7 @@ class RedisTier:
         self._keep_seconds = keep_seconds
         self._lock_seconds = lock_seconds
         self._token = os.urandom(8).hex()
-        self._last_clear: str | bytes | None = None  # id of the newest clear that this process knows
+        self._clears = 0  # number of the newest clear up to which this process has followed each one
         self._writes: set[asyncio.Task[None]] = set()
 
     async def read(self, keys: Sequence[Key], ttl: float) -> dict[Key, Entry]:
@@ -113,39 +114,40 @@ class RedisTier:
         return removed
 
     async def _announce(self, exchange: str | None, symbol: str | None) -> None:
-        clear_id = os.urandom(8).hex()
-        message = orjson.dumps([clear_id, self._token, exchange, symbol])
-        await self._store.run("clear", lambda redis: redis.eval(ANNOUNCE, 1, CLEARED, clear_id, message), 1.0)
-        self._last_clear = clear_id.encode()
+        message = orjson.dumps([self._token, exchange, symbol])
+        await self._store.run("clear", lambda redis: redis.eval(ANNOUNCE, 1, CLEARS, message), 1.0)
 
-    async def learn_last_clear(self) -> bool:
-        """Read the id of the last clear; returns True if this process did not know it. Raises `RedisAway`.
-
-        A Redis without an id was started anew. That is no reason to drop what memory has: the exchanges would be asked
-        for all of it at once.
-        """
-        last = await self._store.run("clear", lambda redis: redis.get(CLEARED), 1.0)  # no request waits for it
-        is_new = last not in (None, self._last_clear)
-        self._last_clear = last or self._last_clear
-        return is_new
+    async def start(self) -> None:
+        """Learn which clears are over. Raises `RedisAway`."""
+        self._clears = await self._count_clears()
 
     async def follow_clears(self, forget: Callable[[str | None, str | None], object]) -> None:
-        """Call `forget` for each clear by another replica, and for everything if one may have been missed.
+        """Call `forget` for each clear by another replica, and for everything if one was missed.
 
-        Raises `RedisAway` when Redis is lost; nothing is missed if it is called again.
+        Raises `RedisAway` when Redis is lost; nothing is missed if it is called again. A Redis without a count was
+        started anew. That is no reason to drop what memory has: the exchanges would be asked for all of it at once.
         """
         async with self._store.pubsub() as pubsub:
-            await pubsub.subscribe(CLEARED)
+            await pubsub.subscribe(CLEARS)
+            is_behind = False  # Redis has counted a clear whose announcement has not come
             while True:
-                message = await pubsub.get_message(timeout=CHECK_SECONDS)
-                if message is None or message["type"] != "message":  # nothing for a while, or connected (again)
-                    if await self.learn_last_clear():
-                        forget(None, None)
-                    continue
-                clear_id, token, exchange, symbol = orjson.loads(message["data"])
-                if token != self._token:
-                    self._last_clear = clear_id.encode()
-                    forget(exchange, symbol)
+                message = await pubsub.get_message(timeout=LATE_SECONDS if is_behind else CHECK_SECONDS)
+                if message is not None and message["type"] == "message":
+                    number, token, exchange, symbol = orjson.loads(message["data"])
+                    if token != self._token:
+                        forget(exchange, symbol)
+                    if number == self._clears + 1:
+                        self._clears = number
+                        continue
+                count = await self._count_clears()
+                is_missing = count not in (0, self._clears)
+                if is_missing and is_behind:
+                    forget(None, None)
+                is_behind = is_missing and not is_behind
+                self._clears = self._clears if is_behind else count
+
+    async def _count_clears(self) -> int:
+        return int(await self._store.run("clear", lambda redis: redis.get(CLEARS), 1.0) or 0)  # no request waits for it
 
     async def drain(self) -> None:
         """Wait for the writes under way; each is bounded by the timeout of a command."""

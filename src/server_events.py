@@ -98,6 +98,9 @@ class EventStream(StreamingResponse):
         """Send events until the client leaves or the gateway stops; raises as `Streams.join` before the first."""
         try:
             self._streams.join(self._events)
+            if scope.get("is_head"):  # the server drops the events: no write would fail when the client leaves
+                self._events.goodbye()
+                self._wanted = {}
             for want, topics in self._wanted.items():
                 self._streams.subscribe(self._events, want, topics, self._seen)
             await super().__call__(scope, receive, send)

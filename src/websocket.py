@@ -184,8 +184,7 @@ class Socket(Subscriber):
         self.tell({"type": "pong", "id": command.id, "sent_at": time.time_ns() // 1_000_000})
 
     async def _list(self, command: Command) -> None:
-        streams = [self._described(want) for want in self.wants]
-        self.tell({"type": "list", "id": command.id, "streams": streams})
+        self.tell({"type": "list", "id": command.id, "streams": [self._described(want) for want in self.wants]})
 
     def _described(self, want: Want) -> dict[str, Any]:
         exchanges = [feed.topic.exchange for feed in self.wants[want]]

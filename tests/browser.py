@@ -10,9 +10,11 @@ import asyncio
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -60,11 +62,15 @@ def find_chromium() -> str | None:
     return next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
 
 
+@cache
 def find_node() -> str | None:
-    """Find the Node that the package playwright carries: the same one everywhere, and there without an npm."""
+    """Find a Node that runs: the one of the package playwright, which needs the library libatomic, or another."""
     package = find_spec("playwright")
-    carried = Path(package.origin).parent / "driver" / "node" if package and package.origin else None
-    return str(carried) if carried and carried.exists() else shutil.which("node")
+    carried = [str(Path(package.origin).parent / "driver" / "node")] if package and package.origin else []
+    found = filter(None, map(shutil.which, [*carried, "node"]))
+    return next(
+        (node for node in found if subprocess.run([node, "--version"], capture_output=True).returncode == 0), None
+    )
 
 
 def npm_file(path: str) -> Path:

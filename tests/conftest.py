@@ -56,7 +56,7 @@ class FakeClock:
 
 
 # Ports for servers that are started by number, below the range from which systems choose ports for connections, so that
-# nothing takes one between its choice and its use. Each worker of a parallel run has ports of its own. A Redis Cluster
+# nothing takes one between its choice and its use. Each of up to eight parallel workers has its own. A Redis Cluster
 # adds 10,000 for its bus.
 FIRST_PORT, PORTS_PER_WORKER = 11_000, 1_000
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -35,6 +36,7 @@ NETWORK_FILES = (
 NETWORK_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")  # in lower case too; and all that begin with PIP_
 PORT, SANDBOX_PORT = 18000, 19100  # of the demo: the network is that of the host
 ANSWER_SECONDS = 30
+READY_SECONDS = 300  # of the demo with its installation; its packages may have to be downloaded
 
 
 def main() -> int:
@@ -128,13 +130,17 @@ def run_demo() -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     assert demo.stdout is not None
+    watchdog = threading.Timer(READY_SECONDS, os.killpg, (demo.pid, signal.SIGKILL))
+    watchdog.start()
     url = None
     while url is None:
         line = demo.stdout.readline()
         print(line, end="", flush=True)
         if not line:
+            watchdog.cancel()
             sys.exit("make demo ended before it was ready")
         url = line.split()[-1] if "curl -i" in line else None
+    watchdog.cancel()
     print(f"make demo was ready after {time.monotonic() - began:.0f} s with Python {sys.version.split()[0]}")
     with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
         print(f"GET {url}: {answer.status}", flush=True)  # any other status than 200 raises

@@ -37,11 +37,15 @@ FOREIGN = {
     "process_start_time_seconds",
 }  # of Prometheus and its client
 WORDS = {"and", "or", "unless", "by", "without", "on", "ignoring", "bool", "offset", "group_left", "group_right"}
+CALL_OUTCOMES = {
+    *("success", "error", "timeout", "bad_data", "unavailable"),
+    *("rate_limited", "banned", "geo_blocked", "rejected"),
+}
 VALUES = {  # of the labels that have a fixed set of them
     "result": set(metrics.CACHE_RESULTS),
-    "outcome": set(metrics.OUTCOMES),
+    "outcome": CALL_OUTCOMES,
     "state": set(STATES),
-    "tier": set(metrics.TIERS),
+    "tier": {"memory", "redis"},
     "cause": set(metrics.STREAM_CAUSES),
     "task": set(metrics.TASKS),
     "job": {"virtuoso", "edge"},

@@ -70,7 +70,7 @@ def test_errors_are_all_counted_and_logged_within_bounds(
 # For each loop of a gateway: the object and the attribute without which its step fails.
 BROKEN: dict[str, Callable[[Live], tuple[Any, str]]] = {
     "breaker_probe": lambda live: (live.gateway.manager, "_probe_at"),
-    "cache_clears": lambda live: (live.gateway.cache._redis, "learn_last_clear"),
+    "cache_clears": lambda live: (live.gateway.cache._redis, "_count_clears"),
     "dashboard": lambda _: (recent, "_read"),
     "loop_lag": lambda live: (live.gateway.clock, "monotonic"),
     "redis": lambda live: (live.gateway.store, "run"),

@@ -115,3 +115,16 @@ def test_every_direct_requirement_is_documented() -> None:
     rows = re.findall(r"^\| `([\w.-]+)` \| [^|]+ \| \d{4}-\d{2} \| (?:any|each) \| [^|]+ \|$", table, re.MULTILINE)
     used = [name for file in FILES for name in direct(file)]
     assert rows == used
+
+
+def test_every_compiled_package_is_documented() -> None:
+    """docs/dependencies.md lists each package with compiled code that others require: a new Python may lack a wheel."""
+    table = (ROOT / "docs" / "dependencies.md").read_text().partition("## Compiled packages")[2].partition("\n## ")[0]
+    documented = re.findall(r"^\| `([\w.-]+)` \| [^|]+ \| \d{4}-\d{2} \|$", table, re.MULTILINE)
+    used = {name for file in FILES for name in direct(file)}
+    others = [name for name, pin in installed_by(FILES[-1]).items() if name not in used and applies(pin, HERE)]
+    wheels = {name: metadata.distribution(name).read_text("WHEEL") or "" for name in others}
+    compiled = {name for name, wheel in wheels.items() if "Root-Is-Purelib: false" in wheel}
+    assert compiled <= set(documented)
+    assert documented == sorted(documented)
+    assert compiled >= set(documented) - {"coincurve"}

@@ -364,6 +364,25 @@ async def test_probes_back_off_by_the_rule_of_the_breaker(
         assert sandbox.count("kraken") == calls
 
 
+async def test_a_probe_does_not_shorten_the_open_time(start: StartGateway, sandbox: Sandbox, clock: FakeClock) -> None:
+    """An exchange that tells its time, but no prices, is left alone for longer each time, until it tells a price."""
+    live = await tripped(start, sandbox, {"status": 500}, cb_max_open_seconds=600)
+    breaker = live.gateway.manager["kraken"].breaker
+    for seconds in (60, 120, 240):
+        assert breaker.retry_after == seconds
+        await sandbox.set("kraken", rate_limit=-1)
+        clock.advance(seconds + PROBE_DELAY_SECONDS)
+        await eventually(lambda: breaker.state == "closed")
+        await sandbox.set("kraken", rate_limit=-1, status=500)
+        assert not (await live.get("/ticker/BTC/USDT?exchange=kraken")).is_success
+    await sandbox.set("kraken", rate_limit=-1)
+    clock.advance(480)
+    assert (await live.get("/ticker/BTC/USDT?exchange=kraken")).is_success
+    await sandbox.set("kraken", rate_limit=-1, status=500)
+    assert not (await live.get("/ticker/ETH/USDT?exchange=kraken")).is_success
+    assert breaker.retry_after == 60
+
+
 @pytest.mark.parametrize("why", ["no budget", "no verdict"])
 async def test_a_probe_without_a_verdict_is_not_repeated_soon(
     start: StartGateway, sandbox: Sandbox, clock: FakeClock, why: str

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import IPv4Address, ip_network
 from pathlib import Path
@@ -21,7 +21,6 @@ from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventuall
 
 ROOT = Path(__file__).parents[1]
 PATH = "/ticker/BTC/USDT"
-Ask = Callable[[list[Live]], Awaitable[list[httpx.Response]]]
 
 
 async def statuses(live: Live, count: int, **headers: str) -> Counter[int]:
@@ -39,32 +38,16 @@ def counted(client: str, outcome: str) -> float:
     return sample("client_requests_total", client=client, outcome=outcome)
 
 
-def without_redis() -> float:
-    """How often Redis was too slow to be asked about a limit, which has 150 ms: then no limit is shared."""
-    outcomes = ("error", "skipped")
-    return sum(sample("cache_tier_operations_total", tier="redis", operation="limit", outcome=one) for one in outcomes)
-
-
-async def on_two_replicas(start: StartGateway, redis: RedisServer, limit: int, ask: Ask) -> list[httpx.Response]:
-    """Ask two new replicas; again, if on a busy machine Redis seemed away meanwhile."""
-    for _ in range(3):
-        redis.client.flushall()
-        limits = {"redis_url": redis.url, "client_rate_limit": limit, "clock": SystemClock()}
-        before, replicas = without_redis(), [await start(**limits), await start(**limits)]
-        answers = await ask(replicas)
-        if without_redis() == before:
-            return answers
-    pytest.fail("Redis seemed away in each of three tries")
+async def two_replicas(start: StartGateway, redis: RedisServer, limit: int) -> list[Live]:
+    """Start two gateways with one Redis."""
+    return [await start(redis_url=redis.url, client_rate_limit=limit, clock=SystemClock()) for _ in range(2)]
 
 
 @pytest.mark.parametrize("limit", [7, 150])
 async def test_replicas_share_one_limit(start: StartGateway, redis: RedisServer, limit: int) -> None:
     """However a client spreads its requests over two replicas, it gets its limit once, and all of it."""
-
-    async def ask(replicas: list[Live]) -> list[httpx.Response]:
-        return [await replicas[number % 3 == 0].get(PATH) for number in range(limit + 20)]
-
-    answers = await on_two_replicas(start, redis, limit, ask)
+    replicas = await two_replicas(start, redis, limit)
+    answers = [await replicas[number % 3 == 0].get(PATH) for number in range(limit + 20)]
     admitted = [answer for answer in answers if answer.status_code == 200]
     assert len(admitted) == limit
     assert min(left(answer) for answer in admitted) == 0
@@ -75,14 +58,10 @@ async def test_replicas_share_one_limit(start: StartGateway, redis: RedisServer,
 
 async def test_a_burst_gets_the_limit_and_no_more(start: StartGateway, redis: RedisServer) -> None:
     """Requests at once on both replicas are admitted up to the limit, none is lost on the way."""
-
-    async def ask(replicas: list[Live]) -> list[httpx.Response]:
-        answers = [await live.get(PATH) for live in replicas]
-        for _ in range(14):  # of ten: many more at once keep this loop, in which all of it runs, from Redis' answers
-            answers += await asyncio.gather(*(replicas[number % 2].get(PATH) for number in range(10)))
-        return answers
-
-    answers = await on_two_replicas(start, redis, 120, ask)
+    replicas = await two_replicas(start, redis, 120)
+    answers = [await live.get(PATH) for live in replicas]
+    for _ in range(14):  # of ten: many more at once keep this loop, in which all of it runs, from Redis' answers
+        answers += await asyncio.gather(*(replicas[number % 2].get(PATH) for number in range(10)))
     assert Counter(answer.status_code for answer in answers) == {200: 120, 429: 22}
 
 

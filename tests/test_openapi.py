@@ -182,6 +182,9 @@ async def ask_without_permission(answers: Answers, start: StartGateway) -> None:
         pass
     for name in GUARDED:
         assert await answers.ask(live, name, **KEY) == "too_many_requests", name
+    for name in ADMIN:
+        while await answers.ask(live, name, Authorization="Bearer wrong-token") != "too_many_requests":
+            pass
     bare = await start(**KRAKEN_ONLY)
     for name in ADMIN:
         assert await answers.ask(bare, name) == "not_found", name

@@ -45,7 +45,7 @@ WRONG = {  # what it is seen as -> a script that does it
 def run_node(*arguments: str, folder: Path = ROOT, text: str = "") -> subprocess.CompletedProcess[str]:
     """Run node, and return what it printed."""
     if (node := find_node()) is None:
-        missing("node is not installed (the package playwright carries one)")
+        missing("no node runs (the package playwright carries one, which needs the library libatomic)")
     command = [node, *arguments]
     return subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True, timeout=SECONDS, check=False)
 

@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import gc
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -13,7 +14,7 @@ from src.clock import SystemClock
 from src.entry import Entry, Key
 from src.errors import ExchangeUnavailable
 from src.redis_store import PREFIX, RedisAway, RedisStore
-from src.redis_tier import CLEARED, MAX_PENDING_WRITES
+from src.redis_tier import CLEARS, MAX_PENDING_WRITES, RedisTier
 from src.sandbox import Sandbox
 from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, sample
 from tests.test_cache import FAILURE, KEY, TTL, Bench, key, number
@@ -45,7 +46,7 @@ def commands(redis: RedisServer) -> int:
 
 def followers(redis: RedisServer) -> int:
     """How many replicas hear of clears."""
-    ((_, count),) = redis.client.pubsub_numsub(CLEARED)
+    ((_, count),) = redis.client.pubsub_numsub(CLEARS)
     return int(count)
 
 
@@ -59,8 +60,8 @@ def failures(outcome: str) -> float:
 
 
 def names(redis: RedisServer) -> set[str]:
-    """Every key but that of the last clear."""
-    return {name.decode() for name in redis.client.keys("*") if isinstance(name, bytes)} - {CLEARED}
+    """Every key but the count of clears."""
+    return {name.decode() for name in redis.client.keys("*") if isinstance(name, bytes)} - {CLEARS}
 
 
 async def settled(bench: Bench) -> None:
@@ -487,12 +488,12 @@ async def test_a_clear_reaches_every_replica(start: StartGateway, redis: RedisSe
 
 
 async def test_a_replica_that_did_not_listen_forgets_when_it_does(start: StartGateway, redis: RedisServer) -> None:
-    """A clear that was announced while the connection was lost is noticed as soon as there is a new one."""
+    """A clear that was announced while the connection was lost is noticed when there is a new one."""
     live = await start(redis_url=redis.url)
     await eventually(lambda: followers(redis) == 1)
     await live.get("/ticker/BTC/USDT?exchange=bybit")
     assert live.gateway.cache.memory.keys()
-    redis.client.set(CLEARED, "another")
+    redis.client.incr(CLEARS)
     redis.client.client_kill_filter(_type="pubsub")
     await eventually(lambda: not live.gateway.cache.memory.keys())
     await eventually(lambda: followers(redis) == 1)
@@ -501,27 +502,86 @@ async def test_a_replica_that_did_not_listen_forgets_when_it_does(start: StartGa
 async def test_an_announcement_that_was_lost_is_noticed(
     start: StartGateway, redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A replica whose connection delivers nothing reads the id of the last clear from time to time."""
+    """A replica whose connection delivers nothing reads the count of clears from time to time."""
     monkeypatch.setattr(redis_tier, "CHECK_SECONDS", 0.01)
     live = await start(redis_url=redis.url)
     await live.get("/ticker/BTC/USDT?exchange=bybit")
-    redis.client.set(CLEARED, "another")
+    redis.client.incr(CLEARS)
     await eventually(lambda: not live.gateway.cache.memory.keys())
 
 
-async def test_only_a_clear_that_was_missed_clears(bench: Bench, redis: RedisServer) -> None:
+@dataclass
+class Follower:
+    """A tier that follows clears, and what it was told to forget."""
+
+    tier: RedisTier
+    forgotten: list[tuple[str | None, str | None]] = field(default_factory=list)
+
+    def forget(self, exchange: str | None, symbol: str | None) -> None:
+        self.forgotten.append((exchange, symbol))
+
+
+Follow = Callable[[], Awaitable[Follower]]
+
+
+@pytest.fixture
+async def follow(bench: Bench, redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Follow]:
+    """Start tiers that follow clears, with short waits."""
+    monkeypatch.setattr(redis_tier, "CHECK_SECONDS", 0.02)
+    tasks: list[asyncio.Task[None]] = []
+
+    async def begin() -> Follower:
+        follower = Follower(bench.make(redis_url=redis.url)._redis)
+        await follower.tier.start()
+        tasks.append(asyncio.create_task(follower.tier.follow_clears(follower.forget)))
+        await eventually(lambda: followers(redis) == len(tasks))
+        return follower
+
+    yield begin
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+async def test_clears_at_the_same_time_are_each_followed(follow: Follow, redis: RedisServer) -> None:
+    """Replicas that clear one symbol each forget what the others clear, and never everything."""
+    tiers = [await follow() for _ in range(3)]
+    for _ in range(20):
+        await asyncio.gather(*(each.tier.clear(None, f"X{number}/Y") for number, each in enumerate(tiers)))
+    await eventually(lambda: all(each.tier._clears == int(redis.client.get(CLEARS) or 0) for each in tiers))
+    await asyncio.sleep(3 * redis_tier.CHECK_SECONDS)
+    for own, each in enumerate(tiers):
+        others = {(None, f"X{other}/Y") for other in range(3) if other != own}
+        assert set(each.forgotten) == others
+        assert len(each.forgotten) == 20 * 2 * 2, "each clear is announced before and after"
+
+
+async def test_a_clear_of_its_own_hides_no_other_that_was_missed(
+    follow: Follow, redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that missed a clear forgets everything, whatever it or another replica clears afterwards."""
+    monkeypatch.setattr(redis_tier, "LATE_SECONDS", 0.02)
+    tiers = [await follow() for _ in range(2)]
+    redis.client.incr(CLEARS)  # and nobody heard of it
+    await tiers[0].tier.clear(None, "X/Y")
+    await eventually(lambda: all((None, None) in each.forgotten for each in tiers))
+    await eventually(lambda: all(each.tier._clears == int(redis.client.get(CLEARS) or 0) for each in tiers))
+
+
+@pytest.mark.parametrize("count", [None, b"7", b"8"])
+async def test_only_a_clear_that_was_missed_clears(
+    follow: Follow, redis: RedisServer, monkeypatch: pytest.MonkeyPatch, count: bytes | None
+) -> None:
     """A clear before the start is over, and a Redis that lost its data does not know of one."""
-    cache = bench.make(redis_url=redis.url)
-    redis.client.set(CLEARED, "before")
-    await cache.start()
-    assert not await cache._redis.learn_last_clear()
-    redis.client.flushall()
-    assert not await cache._redis.learn_last_clear()
-    redis.client.set(CLEARED, "before")
-    assert not await cache._redis.learn_last_clear()
-    redis.client.set(CLEARED, "another")
-    assert await cache._redis.learn_last_clear()
-    assert not await cache._redis.learn_last_clear()
+    monkeypatch.setattr(redis_tier, "LATE_SECONDS", 0.02)
+    redis.client.set(CLEARS, 7)
+    follower = await follow()
+    if count is None:
+        redis.client.delete(CLEARS)
+    else:
+        redis.client.set(CLEARS, count)
+    await eventually(lambda: follower.tier._clears == int(count or 0))
+    assert follower.forgotten == ([(None, None)] if count == b"8" else [])
 
 
 async def test_a_clear_elsewhere_is_not_undone_by_a_load(bench: Bench, redis: RedisServer) -> None:

@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 from src.bus import Topic
 from src.clock import SystemClock
 from src.redis_store import BREAKER_MAX_OPEN_SECONDS, PREFIX, RedisAway, RedisStore
-from src.redis_tier import CLEARED
+from src.redis_tier import CLEARS
 from src.sandbox import Sandbox
 from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, free_port
 from tests.test_streams import Join, inside, join, time_passes
@@ -356,7 +356,7 @@ async def test_a_clear_takes_all_of_ours_and_nothing_else(begin: StartGateway, g
             for place in range(30):
                 with suppress(redis_py.ResponseError):  # it lies on another node
                     server.client.set(f"{name}{place}", "1")
-    kept = group.keys() - group.keys(f"{PREFIX}data:*") | {CLEARED}
+    kept = group.keys() - group.keys(f"{PREFIX}data:*") | {CLEARS}
     assert len(kept) > 60
 
     async def clear(query: str) -> Any:

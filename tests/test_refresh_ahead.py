@@ -20,7 +20,6 @@ from src.refresh_ahead import BUDGET_RATIO, LEAD_RATIO, LOADS_RATIO, TICK_SECOND
 from src.sandbox import Sandbox
 from src.sandbox_wire import COINS
 from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, make_settings, sample, serve
-from tests.test_redis import failures
 
 TTL = 15.0
 MAX_REFRESHES = int(100 * LOADS_RATIO)  # under way at once, with the default MAX_CONCURRENT
@@ -492,23 +491,18 @@ async def test_replicas_refresh_once(
     orders = [",".join(f"{coin}-USDT" for coin in order) for order in (coins, reversed(coins))]
     asked = [(live, f"/tickers?symbols={order}&exchange=bybit") for live, order in zip(replicas, orders, strict=True)]
     await sandbox.set("bybit", latency_ms=latency, rate_limit=-1)
-    for _ in range(10):  # a busy machine may look like a slow Redis: then it is each for itself, and proves nothing
-        for live in replicas:
-            await reachable(live, clock)
-        await replicas[0].gateway.cache.clear()
-        await eventually(lambda: len({live.gateway.cache._redis._last_clear for live in replicas}) == 1)
-        sandbox.clear_counts()
-        lost, before = failures("error") + failures("skipped"), tally()[0]
+    for live in replicas:
+        await reachable(live, clock)
+    sandbox.clear_counts()
+    before = tally()[0]
+    for live, path in asked:
+        await ask(live, path, OFTEN + 5)
+    for life in (1, 2):
+        clock.advance(DUE)
+        await tally.reaches(success=before + 2 * len(coins) * life)
         for live, path in asked:
-            await ask(live, path, OFTEN + 5)
-        for life in (1, 2):
-            clock.advance(DUE)
-            await tally.reaches(success=before + 2 * len(coins) * life)
-            for live, path in asked:
-                assert set(await ask(live, path, 5)) == {HIT}
-                assert births(live) == pytest.approx([clock.elapsed] * len(coins), abs=0.002), "Redis keeps ms"
-        if failures("error") + failures("skipped") == lost:
-            break
+            assert set(await ask(live, path, 5)) == {HIT}
+            assert births(live) == pytest.approx([clock.elapsed] * len(coins), abs=0.002), "Redis keeps ms"
     assert sandbox.count("bybit", "tickers") == 1 + 2
 
 
@@ -703,7 +697,6 @@ async def test_replicas_with_different_favourites_share_a_call(
     await ask(one, "/tickers?symbols=ADA-USDT,BTC-USDT&exchange=bybit")
     await ask(other, PATH)
     sandbox.clear_counts()
-    before = failures("error") + failures("skipped")
     await sandbox.set("bybit", latency_ms=200, rate_limit=-1)
     clock.advance(DUE)
     await RefreshAhead(one.gateway).look()
@@ -711,7 +704,7 @@ async def test_replicas_with_different_favourites_share_a_call(
     await RefreshAhead(other.gateway).look()
     now = pytest.approx(clock.elapsed, abs=0.002)  # Redis keeps milliseconds
     await eventually(lambda: born(one, KEY) == now and born(other, KEY) == now)
-    assert sandbox.count("bybit") == 1 or failures("error") + failures("skipped") != before, "Redis was too slow"
+    assert sandbox.count("bybit") == 1
 
 
 async def test_what_is_under_way_counts_as_spent(watched: StartWatched, clock: FakeClock, tally: Tally) -> None:

@@ -51,6 +51,25 @@ async def test_a_stream_is_pushed_as_server_sent_events(start: StartGateway) -> 
     await eventually(lambda: not inside(live).subscribers)
 
 
+async def test_head_ends_with_the_headers(start: StartGateway) -> None:
+    """HEAD answers as GET begins, subscribes to nothing, and leaves the connection to the next request."""
+    live = await start(stream_max_per_client=2)
+    head, alive = f"HEAD /stream/{BTC} HTTP/1.1\r\nHost: x\r\n\r\n", "GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    host, port = live.url.removeprefix("http://").split(":")
+    for _ in range(3):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write((head + alive).encode())
+        for kind in (b"content-type: text/event-stream", b"content-type: application/json"):
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert kind in answer
+        writer.close()
+    await eventually(lambda: not inside(live).subscribers)
+    assert not inside(live).topics
+    refused = await live.client.head(f"{live.url}/stream/{BTC}?channel=none")
+    assert (refused.status_code, refused.headers["content-type"]) == (422, "application/problem+json")
+
+
 async def test_there_is_a_heartbeat(start: StartGateway, sandbox: Sandbox) -> None:
     """While nothing is pushed an event says that the gateway is there: a page cannot see comments."""
     live = await start()
