@@ -55,6 +55,16 @@ class FakeClock:
         self.elapsed += seconds
 
 
+# Modules whose tests wait most of the time: for servers that stop, and for streams that are silent.
+WAITING = {
+    "test_bus",
+    "test_edge",
+    "test_redis_topologies",
+    "test_sandbox_stream",
+    "test_server_events",
+    "test_streams",
+}
+
 # Ports for servers that are started by number, below the range from which systems choose ports for connections, so that
 # nothing takes one between its choice and its use. Each of up to eight parallel workers has its own. A Redis Cluster
 # adds 10,000 for its bus.
@@ -126,6 +136,14 @@ class RedisServer:
         self.process.kill()
         self.process.wait()
         self.client.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spread the tests that mostly wait among those that mostly compute, so that the processors are always busy."""
+    waiting = [item for item in items if item.path.stem in WAITING]
+    computing = [item for item in items if item.path.stem not in WAITING]
+    place = {item: number / len(group) for group in (waiting, computing) for number, item in enumerate(group)}
+    items.sort(key=place.__getitem__)
 
 
 def pytest_report_header() -> str:

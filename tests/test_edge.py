@@ -1114,6 +1114,29 @@ def test_a_server_that_fails_at_once_ends_the_script(script: Script) -> None:
             process.wait()
 
 
+async def test_a_stop_is_not_lost_before_nginx_handles_signals(script: Script) -> None:
+    """A shell starts background processes with QUIT ignored: one that comes before nginx changes that is sent again."""
+    nginx, started = script.folder / "bin" / "nginx", script.folder / "started"
+    ready = "signal.signal(signal.SIGQUIT, lambda *_: os._exit(7))"
+    steps = [
+        "import os, signal, time",
+        f"print(file=open({str(started)!r}, 'a'))",
+        "time.sleep(0.5)",
+        ready,
+        "time.sleep(60)",
+    ]
+    nginx.write_text("\n".join([f"#!{sys.executable}", *steps]))
+    nginx.chmod(0o755)
+    script.resolve("192.0.2.1")
+    process = script.start()
+    try:
+        await eventually(lambda: started.exists() and len(started.read_text()) == 2)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 60) == 7
+    finally:
+        process.kill()
+
+
 @pytest.mark.full
 async def test_it_can_be_stopped_while_it_waits(script: Script) -> None:
     """Before there is a gateway a signal ends it at once, however long the interval."""

@@ -14,7 +14,9 @@ config=${EDGE_CONFIG:-/etc/nginx}
 
 say() { printf 'edge: %s\n' "$*" >&2; }
 addresses() { getent ahostsv4 "$upstream" | awk '{print $1}' | sort -u | tr '\n' ' '; }
-stop_inner() { [ -z "$inner" ] || { kill -QUIT "$inner" && wait "$inner"; }; }
+# QUIT lets requests finish, within worker_shutdown_timeout. It is lost when nginx does not handle signals yet: again.
+quit() { kill -QUIT "$1" 2>/dev/null && sleep 0.1 && while kill -QUIT "$1" 2>/dev/null; do sleep 1; done; }
+stop_inner() { [ -z "$inner" ] || quit "$inner"; }
 run() { exec nginx -c "$config/$1" -g 'daemon off;'; }
 
 # Starts the inner half once there is an address, and again should it ever end; until then the outer one answers 502.
@@ -47,18 +49,21 @@ follow() {
 
 run nginx.conf &
 outer=$!
-# QUIT lets requests finish, within worker_shutdown_timeout; TERM, by which containers and people stop things, would not.
-trap 'kill -QUIT "$outer"' TERM QUIT INT
+# By TERM containers and people stop things; nginx itself would end with requests half answered.
+trap 'quit "$outer"' TERM QUIT INT
 trap 'kill -HUP "$outer"' HUP # after a new certificate
 follow &
 follower=$!
 
-# A signal ends the wait before nginx ends. The inner half goes last: requests that are being answered need it.
+# A signal ends the wait, and the next one returns the code of nginx; or 127 when the first one did. The inner half goes
+# last: requests that are being answered need it.
 wait "$outer"
 code=$?
-while [ "$code" -gt 128 ] && kill -0 "$outer" 2>/dev/null; do
+while [ "$code" -gt 128 ]; do
   wait "$outer"
-  code=$?
+  again=$?
+  [ "$again" -ne 127 ] || break
+  code=$again
 done
 kill "$follower" && wait "$follower"
 exit "$code"
