@@ -51,7 +51,7 @@ class Entry:
         """Make an entry of others: as old as the oldest of them, and fresh as long as all of them are."""
         born = min(part.born for part in parts)
         received = min(part.received for part in parts)
-        return cls(body, etag_of(body), born, received, min(part.born + part.ttl for part in parts) - born)
+        return cls(body, etag_of(body), born, received, min(part.born - born + part.ttl for part in parts))
 
     def age(self, now: float) -> float:
         """Seconds since it was asked for."""

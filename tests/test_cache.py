@@ -308,6 +308,13 @@ def test_jitter_spreads_expiries() -> None:
     assert Entry.of(b"0", 0, 0, TTL).ttl == TTL
 
 
+def test_entries_that_are_joined_keep_their_ttl() -> None:
+    """A batch that was loaded at once is fresh for the TTL of its parts, to the last digit, whatever the time is."""
+    for tenth in range(1000):
+        parts = [Entry.of(b"1", 1000 + tenth / 10, 1000 + tenth / 10, TTL)] * 2
+        assert Entry.joined(b"11", parts).ttl == TTL
+
+
 async def test_a_slow_key_does_not_delay_others(bench: Bench) -> None:
     """A lookup waits only for the loads of its own keys."""
     gate, slow = bench.close_gate(), bench.task()

@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY
 from starlette.types import Receive, Scope, Send
 
 from src.fast_path import MAX_BATCHES, TURNS, Slot, Table
-from src.responses import Recipe
+from src.responses import Recipe, head
 from src.sandbox import Sandbox
 from tests.conftest import FakeClock, Live, StartGateway, eventually, make_settings, sample, serve
 
@@ -167,6 +167,13 @@ def test_the_comparison_compares_something(pair: Pair, query: str) -> None:
         assert ours[0] == (304 if more and more[0][0] == "If-None-Match" else 200)
     assert pair.passed_on.count == before
     assert pair.passed_on.count < pair.sent
+
+
+@pytest.mark.parametrize(("left", "told"), [(15 - 1e-9, 15), (14.99, 14), (0.5, 0), (-1 - 1e-9, -1)])
+def test_what_arithmetic_is_off_is_no_second(left: float, told: int) -> None:
+    """Both paths tell the same whole seconds, also when one comes to 15 and the other to a little less."""
+    fields = dict(head("", 0, left, "hit_memory", private=False))
+    assert fields[b"cache-status"] == b"virtuoso; hit; detail=memory; ttl=%d" % told
 
 
 def counted(client: httpx.Client) -> dict[str, float]:
