@@ -124,7 +124,7 @@ def _create_app(settings: Settings, clock: Clock, gate: Gate, snapshots: Mapping
             streams = Streams(gateway) if settings.streaming else None
             if streams is not None:
                 endless.append(streams.run())
-                stack.callback(_before_stop(partial(_say_goodbye, streams)))
+                stack.callback(_before_stop(partial(_notify_clients, streams)))
             dashboard = Dashboard(gateway, streams)
             endless.append(dashboard.recent.run())
             for work in endless:
@@ -189,7 +189,7 @@ def _before_stop(say: Callable[[], None]) -> Callable[[], None]:
     return undo
 
 
-def _say_goodbye(streams: Streams) -> None:
+def _notify_clients(streams: Streams) -> None:
     try:
         streams.goodbye()
     except Exception as error:  # noqa: BLE001 - reported; nothing may keep the gateway from stopping

@@ -189,7 +189,7 @@ class ExchangeManager:
             trips = breaker.trips
             with contextlib.suppress(GatewayError):
                 await self.clock_skew(name)
-                breaker.trips = trips  # if the data still fails, the open time goes on to double
+                breaker.trips = trips  # the next failure of data doubles the open time again
 
     async def reset_breakers(self, *, keep_holds: bool = False) -> list[str]:
         """Close every breaker and forget every hold; returns the exchanges whose breaker was not closed.

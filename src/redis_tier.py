@@ -52,7 +52,7 @@ class RedisTier:
         self._keep_seconds = keep_seconds
         self._lock_seconds = lock_seconds
         self._token = os.urandom(8).hex()
-        self._clears = 0  # number of the newest clear up to which this process has followed each one
+        self._clears = 0  # number of the last clear that this process has applied
         self._writes: set[asyncio.Task[None]] = set()
 
     async def read(self, keys: Sequence[Key], ttl: float) -> dict[Key, Entry]:
@@ -102,8 +102,8 @@ class RedisTier:
     async def clear(self, exchange: str | None, symbol: str | None) -> int:
         """Remove the entries of one exchange or symbol, or all; returns how many. Raises `RedisAway`.
 
-        Other replicas are told twice: first, so that they do not keep what their loads under way bring; then, so that
-        they drop what they have read from Redis meanwhile.
+        The clear is announced to other replicas twice: before, so that they do not keep the results of loads under way,
+        and after, so that they drop what they read from Redis meanwhile.
         """
         await self.drain()  # or a write that began before would come after
         if not self._store.configured:
@@ -129,7 +129,7 @@ class RedisTier:
         """
         async with self._store.pubsub() as pubsub:
             await pubsub.subscribe(CLEARS)
-            is_behind = False  # Redis has counted a clear whose announcement has not come
+            is_behind = False  # True while Redis counts a clear that was not announced here yet
             while True:
                 message = await pubsub.get_message(timeout=LATE_SECONDS if is_behind else CHECK_SECONDS)
                 if message is not None and message["type"] == "message":

@@ -58,7 +58,7 @@ def _send(request: Request, served: Served) -> Response:
 
 def head(etag: str, age: float, ttl: float, result: str, *, private: bool) -> Fields:
     """Make the header fields of an answer that is `age` seconds old and fresh for `ttl` more, found as `result`."""
-    left = math.floor(ttl + 1e-6)  # the parts of an answer are subtracted in another order on another path
+    left = math.floor(ttl + 1e-6)  # an error of float arithmetic is no second less
     return [_age(int(age)), _cache_control(left, private), _cache_status(result, left), (b"etag", etag.encode())]
 
 

@@ -98,7 +98,7 @@ class EventStream(StreamingResponse):
         """Send events until the client leaves or the gateway stops; raises as `Streams.join` before the first."""
         try:
             self._streams.join(self._events)
-            if scope.get("is_head"):  # the server drops the events: no write would fail when the client leaves
+            if scope.get("is_head"):  # the server drops the body, so no failing write would end the stream
                 self._events.goodbye()
                 self._wanted = {}
             for want, topics in self._wanted.items():

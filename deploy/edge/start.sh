@@ -14,7 +14,7 @@ config=${EDGE_CONFIG:-/etc/nginx}
 
 say() { printf 'edge: %s\n' "$*" >&2; }
 addresses() { getent ahostsv4 "$upstream" | awk '{print $1}' | sort -u | tr '\n' ' '; }
-# QUIT lets requests finish, within worker_shutdown_timeout. It is lost when nginx does not handle signals yet: again.
+# Stops an nginx: QUIT lets requests finish, within worker_shutdown_timeout. While nginx starts it ignores QUIT, so it is repeated.
 quit() { kill -QUIT "$1" 2>/dev/null && sleep 0.1 && while kill -QUIT "$1" 2>/dev/null; do sleep 1; done; }
 stop_inner() { [ -z "$inner" ] || quit "$inner"; }
 run() { exec nginx -c "$config/$1" -g 'daemon off;'; }
@@ -49,14 +49,14 @@ follow() {
 
 run nginx.conf &
 outer=$!
-# By TERM containers and people stop things; nginx itself would end with requests half answered.
+# Containers and people send TERM. On TERM nginx would drop the requests that it is answering.
 trap 'quit "$outer"' TERM QUIT INT
 trap 'kill -HUP "$outer"' HUP # after a new certificate
 follow &
 follower=$!
 
-# A signal ends the wait, and the next one returns the code of nginx; or 127 when the first one did. The inner half goes
-# last: requests that are being answered need it.
+# A signal also ends `wait`, with a code above 128; the next `wait` returns the exit code of nginx. It returns 127 when the
+# code above 128 was that of nginx. The inner half ends last: requests that are being answered need it.
 wait "$outer"
 code=$?
 while [ "$code" -gt 128 ]; do
