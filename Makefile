@@ -15,7 +15,7 @@ help: ## Show what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.demo ## Run it with sandbox exchanges and an embedded Valkey server; Ctrl-C stops everything
-	@$(BIN)/python -m src.demo --host $(HOST) --port $(PORT) --sandbox-port $(SANDBOX_PORT)
+	@$(BIN)/python -m src.sandbox.demo --host $(HOST) --port $(PORT) --sandbox-port $(SANDBOX_PORT)
 
 # As in the image, which says why.
 SOCKETS := --ws-max-size 65536 --ws-ping-interval 20 --ws-ping-timeout 20 --ws-per-message-deflate false
@@ -46,7 +46,7 @@ test-all: $(VENV)/.dev ## Run the tests that `make test` leaves out, which need 
 # Of the committed code. PYTHONS_ARGS: releases of Debian, --tests="arguments for pytest"; --help explains them.
 test-pythons: ## Run demo and tests on fresh Debian systems with newer Pythons (as root, 1 GB of disk)
 	@command -v debootstrap >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends debootstrap)
-	@$(PYTHON) -m tests.pythons $(PYTHONS_ARGS)
+	@$(PYTHON) -m tests.deployment.pythons $(PYTHONS_ARGS)
 
 format: $(VENV)/.dev ## Format the code and mend what can be mended
 	$(BIN)/ruff format .
@@ -68,13 +68,13 @@ bench-page: $(VENV)/.dev ## Measure what the page costs a browser, for MINUTES (
 	@$(BIN)/python -m benchmarks.page --minutes $(MINUTES)
 
 stream-soak: $(VENV)/.dev ## Let clients watch for five minutes while all that can fail does; no update may be lost
-	VIRTUOSO_SOAK_SECONDS=300 $(PYTEST) -s tests/test_stream_soak.py
+	VIRTUOSO_SOAK_SECONDS=300 $(PYTEST) -s tests/streams/test_stream_soak.py
 
 drill: $(VENV)/.dev ## Break every part of the deployment under load, and write docs/drills.md
-	@$(BIN)/python -m tests.drills
+	@$(BIN)/python -m tests.deployment.drills
 
 screenshots: $(VENV)/.dev ## Take the pictures of the page in docs/images, from sandbox exchanges
-	@$(BIN)/python -m tests.screenshots
+	@$(BIN)/python -m tests.page.screenshots
 
 # Debian starts some of them as services where its policy allows that; what is here needs only the programs.
 ci-deps: chromium npm ## Install the optional system tools (Debian, as root) that benchmarks and tests use

@@ -19,12 +19,12 @@ from dotenv import dotenv_values
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-EXCHANGES = ("bybit", "binance", "kraken")
+from src.exchanges.profiles import PROFILES
+
+EXCHANGES = tuple(PROFILES)
 MARKET_TYPES = ("spot", "swap")
 _SYMBOL = re.compile(r"(?=.{3,40}$)[\w.$]{1,24}/[\w.$]{1,24}(:[\w.$]{1,24})?")  # who lists it is not known here
-# Documented per egress address, in request weight per seconds. Kraken documents none; about one call a second is
-# what callers measure, and the small burst lets a cold batch through without changing that mean.
-DEFAULT_BUDGETS = {"bybit": "600/5", "binance": "6000/60", "kraken": "5/5"}
+DEFAULT_BUDGETS = {name: profile.default_budget for name, profile in PROFILES.items()}
 
 
 class ConfigError(Exception):

@@ -20,10 +20,10 @@ from typing import Any
 from urllib.parse import quote
 
 from config import ConfigError, Settings, load_settings
-from src.clock import SystemClock
-from src.errors import GatewayError
-from src.exchanges import ExchangeManager
-from src.redis_store import RedisStore
+from src.core.clock import SystemClock
+from src.core.errors import GatewayError
+from src.exchanges.manager import ExchangeManager
+from src.store.redis import RedisStore
 
 OK, FAILED, USAGE, DEGRADED = 0, 1, 2, 3
 TIMEOUT_SECONDS = 30

@@ -17,7 +17,7 @@ from typing import Any
 from websockets.sync.client import ClientConnection, connect
 
 from benchmarks.servers import START_SECONDS, Servers
-from tests.browser import CHROMIUM_OPTIONS, find_chromium
+from tests.page.browser import CHROMIUM_OPTIONS, find_chromium
 
 ANSWER_SECONDS = 60.0
 TICKS = os.sysconf("SC_CLK_TCK")

@@ -81,7 +81,7 @@ class Spent(NamedTuple):
     machine: float  # of everything
 
 
-class Watched(NamedTuple):
+class TopicState(NamedTuple):
     """What became of a page that was open for a while."""
 
     cores: Spent
@@ -140,7 +140,7 @@ def spent(chromium: Chromium, renderer: int, server: Server) -> Spent:
     return Spent(by_process[renderer], sum(by_process.values()), cpu_seconds(server.process.pid), whole)
 
 
-def watch(chromium: Chromium, server: Server, load: Load, seconds: float) -> Watched:
+def watch(chromium: Chromium, server: Server, load: Load, seconds: float) -> TopicState:
     """Have the page open for so long, and let it alone meanwhile."""
     before = chromium.spent()
     with chromium.page(WATCH) as page:
@@ -164,7 +164,7 @@ def watch(chromium: Chromium, server: Server, load: Load, seconds: float) -> Wat
         memory.append((page.heap_mb(), private_mb(renderer)))
     heap, private = zip(*memory, strict=True)
     cores = Spent(*((later - earlier) / took for later, earlier in zip(now, used, strict=True)))
-    return Watched(cores, sent / took, conflated / took, heap, private, int(prices))
+    return TopicState(cores, sent / took, conflated / took, heap, private, int(prices))
 
 
 def measure(load: Load, minutes: float) -> tuple[list[Figure], list[Figure]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from config import setting_names
-from src.demo import free_port, redis_server, stop
+from src.sandbox.demo import free_port, redis_server, stop
 
 NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
 PATH = "/ticker/BTC/USDT"

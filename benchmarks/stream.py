@@ -25,7 +25,7 @@ from benchmarks.figures import COLUMNS, Figure, interleave, percentile, ratios, 
 from benchmarks.servers import Sandbox, Server, Servers, fetch
 from benchmarks.stalls import Noted, noted
 from benchmarks.watchers import Seen, connect
-from src.demo import free_port
+from src.sandbox.demo import free_port
 
 PUSH_MS, ONE_PUSH_MS = 50, 10  # to many clients, and to one
 FULL_PUSH_MS = 10  # to as many, to see what goes through at most

@@ -23,20 +23,21 @@ from starlette.responses import Response
 from starlette.websockets import WebSocket
 
 from config import ConfigError, Settings, load_settings
-from src import errors, metrics, openapi, responses, status, websocket
-from src.background import repeat, report_error
-from src.clock import Clock, SystemClock
-from src.dashboard import Dashboard, Files
-from src.exchanges import PROBE_TICK_SECONDS
-from src.fast_path import FastPath
-from src.gate import Gate
+from src.core import errors, metrics
+from src.core.background import repeat, report_error
+from src.core.clock import Clock, SystemClock
+from src.core.logs import request_id, set_up_logging
+from src.exchanges.manager import PROBE_TICK_SECONDS
 from src.gateway import Gateway
-from src.logs import request_id, set_up_logging
-from src.middleware import Access, Observe
-from src.redis_store import RedisAway
 from src.refresh_ahead import RefreshAhead
-from src.server_events import EventStream
-from src.streams import Streams
+from src.store.redis import RedisAway
+from src.streams.hub import StreamHub
+from src.web import openapi, responses, status, websocket
+from src.web.dashboard import Dashboard, Files
+from src.web.fast_path import FastPath
+from src.web.gate import Gate
+from src.web.middleware import Access, Observe
+from src.web.server_events import EventStream
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class State(TypedDict):
 
     gate: Gate
     gateway: Gateway
-    streams: Streams | None
+    streams: StreamHub | None
     dashboard: Dashboard
 
 
@@ -121,7 +122,7 @@ def _create_app(settings: Settings, clock: Clock, gate: Gate, snapshots: Mapping
                 endless.append(repeat("cache_clears", gateway.cache.follow_clears, FOLLOW_SECONDS))
             if settings.refresh_ahead:
                 endless.append(RefreshAhead(gateway).run())
-            streams = Streams(gateway) if settings.streaming else None
+            streams = StreamHub(gateway) if settings.streaming else None
             if streams is not None:
                 endless.append(streams.run())
                 stack.callback(_before_stop(partial(_notify_clients, streams)))
@@ -189,7 +190,7 @@ def _before_stop(say: Callable[[], None]) -> Callable[[], None]:
     return undo
 
 
-def _notify_clients(streams: Streams) -> None:
+def _notify_clients(streams: StreamHub) -> None:
     try:
         streams.goodbye()
     except Exception as error:  # noqa: BLE001 - reported; nothing may keep the gateway from stopping
@@ -326,7 +327,7 @@ async def get_stream(
 
     Of each there is a snapshot first, then updates.
     """
-    streams: Streams = request.state.streams
+    streams: StreamHub = request.state.streams
     wants = [streams.want(channel, text, exchange or "", levels) for text in _listed(symbol)]
     wanted = {want: streams.find(want) for want in wants}
     count, most = sum(len(topics) for topics in wanted.values()), streams.settings.stream_max_subscriptions

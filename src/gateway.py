@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from config import Settings
-from src import metrics
-from src.cache import Cache, Lookup, Outcome
-from src.clock import Clock
-from src.entry import Entry, Key, encode
-from src.errors import (
+from src.cache.cache import Cache, Lookup, Outcome
+from src.cache.entry import Entry, Key, encode
+from src.cache.memory import Held
+from src.core import metrics
+from src.core.clock import Clock
+from src.core.errors import (
     CallerError,
     DeadlineExceeded,
     ExchangeTimeout,
@@ -29,11 +30,10 @@ from src.errors import (
     TooOld,
     UnknownSymbol,
 )
-from src.exchanges import ExchangeManager, Fetched, is_swap, weight_of
-from src.market_loader import MarketLoader
-from src.memory import Held
-from src.models import TIMEFRAMES, MarketData
-from src.redis_store import PREFIX, RedisAway, RedisStore
+from src.core.models import TIMEFRAMES, MarketData
+from src.exchanges.manager import ExchangeManager, Fetched, is_swap, weight_of
+from src.exchanges.market_loader import MarketLoader
+from src.store.redis import PREFIX, RedisAway, RedisStore
 
 ALL = "all"
 START_SECONDS = 3.0  # longest wait for all market lists before the port opens; with a snapshot it takes a tenth of one

@@ -8,10 +8,10 @@ import asyncio
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
-from src import metrics
-from src.background import repeat, report_error
-from src.entry import Entry, Key
-from src.exchanges import batch_size, is_swap, weight_of
+from src.cache.entry import Entry, Key
+from src.core import metrics
+from src.core.background import repeat, report_error
+from src.exchanges.manager import batch_size, is_swap, weight_of
 from src.gateway import Gateway
 
 TICK_SECONDS = 0.1  # how often it is looked whether anything is due; the shortest usual TTL is 2 s

@@ -27,12 +27,12 @@ from prometheus_client import REGISTRY
 
 from config import Settings, load_settings
 from src.api import create_app
-from src.ccxt_client import load_snapshot
-from src.demo import redis_server
-from src.fast_path import FastPath
+from src.exchanges.ccxt_client import load_snapshot
+from src.exchanges.http_client import Answer, tls_context
 from src.gateway import Gateway
-from src.http_client import Answer, tls_context
-from src.sandbox import Sandbox
+from src.sandbox.demo import redis_server
+from src.sandbox.server import Sandbox
+from src.web.fast_path import FastPath
 
 NO_ENV_FILE = Path("/nonexistent/.env")
 TIMED_FOLDERS = 20  # shown at the end of a run
@@ -56,14 +56,7 @@ class FakeClock:
 
 
 # Modules whose tests wait most of the time: for servers that stop, and for streams that are silent.
-WAITING = {
-    "test_bus",
-    "test_edge",
-    "test_redis_topologies",
-    "test_sandbox_stream",
-    "test_server_events",
-    "test_streams",
-}
+WAITING = {"test_bus", "test_edge", "test_redis_topologies", "test_sockets", "test_server_events", "test_hub"}
 
 # Ports for servers that are started by number, below the range from which systems choose ports for connections, so that
 # nothing takes one between its choice and its use. Each of up to eight parallel workers has its own. A Redis Cluster

@@ -13,10 +13,10 @@ import pytest
 from pydantic import SecretStr
 
 from config import load_settings, setting_names
-from src import metrics
 from src.api import create_app
-from src.errors import GatewayError, Unavailable
-from src.sandbox import Knobs
+from src.core import metrics
+from src.core.errors import GatewayError, Unavailable
+from src.sandbox.server import Knobs
 from tests.conftest import StartGateway
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +135,7 @@ def test_every_metric_is_where_it_is_looked_for() -> None:
 
 def test_every_metric_is_moved() -> None:
     """Each metric that is exported is also set, counted or observed by something, beyond being made at zero."""
-    source = "\n".join(path.read_text() for path in (ROOT / "src").glob("*.py"))
+    source = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
     idle = []
     for name in own_metrics():
         variable = name.removeprefix("virtuoso_")
@@ -187,7 +187,7 @@ def test_example_lists_every_setting_with_its_default() -> None:
     """.env.example has each setting once, after its description, with the default, commented out."""
     pairs = re.findall(r"^# (.+)\n# ([A-Z][A-Z0-9_]*)=(.*)$", EXAMPLE, re.MULTILINE)
     expected = [(field.description, name, as_text(default)) for name, (field, default) in setting_names().items()]
-    assert pairs[: len(expected)] == expected  # behind them stand those of compose: tests/test_compose.py
+    assert pairs[: len(expected)] == expected  # behind them stand those of compose: tests/deployment/test_compose.py
     assert all(line.startswith("#") or not line for line in EXAMPLE.splitlines())
 
 

@@ -11,14 +11,14 @@ from urllib.parse import unquote
 import pytest
 
 from config import EXCHANGES, Settings
-from src.entry import Entry, Key
-from src.exchanges import batch_size
-from src.memory import HOT_HITS
-from src.metrics import CACHE_RESULTS, REFRESHES
-from src.redis_store import RedisAway
+from src.cache.entry import Entry, Key
+from src.cache.memory import HOT_HITS
+from src.core.metrics import CACHE_RESULTS, REFRESHES
+from src.exchanges.manager import batch_size
 from src.refresh_ahead import BUDGET_RATIO, LEAD_RATIO, LOADS_RATIO, TICK_SECONDS, RefreshAhead
-from src.sandbox import Sandbox
-from src.sandbox_wire import COINS
+from src.sandbox.server import Sandbox
+from src.sandbox.wire import COINS
+from src.store.redis import RedisAway
 from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, make_settings, sample, serve
 
 TTL = 15.0

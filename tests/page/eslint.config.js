@@ -53,7 +53,7 @@ export default [
     },
   },
   {
-    files: ["src/static/**/*.js", "src/docs/**/*.js"],
+    files: ["src/static/**/*.js", "src/static/docs/**/*.js"],
     languageOptions: { globals: globals.browser },
     rules: {
       // The answer's Content-Security-Policy forbids most of these as well; here it is said before it runs.

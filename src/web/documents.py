@@ -1,0 +1,250 @@
+"""The JSON documents beside market data, as models: they describe the answers in the OpenAPI document.
+
+The answers themselves are built as plain dicts or bytes and are not validated when they are sent. Tests validate real
+answers against these models' schemas.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, create_model
+from typing_extensions import TypeAliasType
+
+from config import EXCHANGES
+from src.core.errors import GatewayError, Unavailable
+from src.core.models import Document, Ticker
+
+
+def _codes(error: type[GatewayError]) -> Iterator[str]:
+    """Yield the code of an error class and of all its subclasses. `Unavailable` is a branch that is never raised."""
+    if error is not Unavailable:
+        yield error.code
+    for child in error.__subclasses__():
+        yield from _codes(child)
+
+
+# A TypeAliasType becomes a schema with its name, which generated clients use.
+_enum: dict[str, Any] = {"enum": sorted(set(_codes(GatewayError)))}
+ErrorCode = TypeAliasType("ErrorCode", Annotated[str, Field(json_schema_extra=_enum)])
+BreakerState = TypeAliasType("BreakerState", Literal["closed", "open", "half_open"])
+HealthStatus = TypeAliasType("HealthStatus", Literal["healthy", "degraded", "unhealthy"])
+Milliseconds = Annotated[int, Field(description="UTC milliseconds.")]
+
+
+class Attempt(Document):
+    """What asking one exchange came to."""
+
+    exchange: str | None
+    code: ErrorCode
+    detail: str
+
+
+class Problem(Document):
+    """RFC 9457 problem document. README.md lists what each code means."""
+
+    type: str = Field(description="`urn:virtuoso:error:` and the code.")
+    title: str
+    status: int = Field(description="The HTTP status of this problem.")
+    code: ErrorCode
+    detail: str = Field(description="What was wrong and what would have worked.")
+    exchange: str | None = None
+    symbol: str | None = None
+    retry_after: int | None = Field(None, description="Seconds to wait; also the header Retry-After.")
+    cause: str | None = Field(None, description="Why the circuit breaker is open.")
+    attempts: list[Attempt] | None = None
+    suggestions: list[str] | None = Field(None, description="Listed symbols close to the one asked for.")
+
+
+class TickerBatch(Document):
+    """Tickers by symbol, and a problem for each symbol without one."""
+
+    tickers: dict[str, Ticker]
+    errors: dict[str, Problem]
+
+
+class TickerTable(Document):
+    """With `exchange=all`: tickers by symbol and exchange, and a problem for each place without one."""
+
+    tickers: dict[str, dict[str, Ticker]]
+    errors: dict[str, dict[str, Problem]]
+
+
+class Listing(Document):
+    """A market, and the exchanges that list it."""
+
+    symbol: str
+    base: str
+    quote: str
+    type: Literal["spot", "swap"]
+    exchanges: list[str]
+
+
+class Listings(Document):
+    """The markets that match, by symbol."""
+
+    count: int
+    markets: list[Listing]
+
+
+class Breaker(Document):
+    """The circuit breaker of an exchange."""
+
+    state: BreakerState
+    cause: str | None
+    opened_at: Milliseconds | None
+    retry_at: Milliseconds | None
+
+
+class LoadedMarkets(Document):
+    """The market list of an exchange; `error` is the code of the last attempt to load it, if that failed."""
+
+    count: int
+    loaded_at: Milliseconds | None
+    error: ErrorCode | None
+
+
+class StreamStatus(Document):
+    """The streams of an exchange on this replica; `cause` says why nothing is pushed."""
+
+    sockets: int
+    watched: int
+    stale: int
+    reconnects: int
+    cause: str | None
+
+
+class EnabledExchange(Document):
+    """The state of an exchange; `streams` is absent when STREAMING is off."""
+
+    enabled: Literal[True]
+    breaker: Breaker
+    last_success: Milliseconds | None
+    budget_used_ratio: float = Field(description="1 is all of it.")
+    in_flight: int
+    markets: LoadedMarkets
+    streams: StreamStatus | None = None
+
+
+class DisabledExchange(Document):
+    """An exchange that the settings leave out."""
+
+    enabled: Literal[False]
+
+
+_fields: Any = dict.fromkeys(EXCHANGES, EnabledExchange | DisabledExchange)
+Exchanges = create_model("Exchanges", __base__=Document, __doc__="Every known exchange, by name.", **_fields)
+
+
+class HealthPart(Document):
+    """The state of one part of the gateway."""
+
+    status: HealthStatus
+    reason: str
+
+
+class HealthParts(Document):
+    """The state of every part of the gateway."""
+
+    exchanges: HealthPart
+    markets: HealthPart
+    redis: HealthPart
+    cache: HealthPart
+    streams: HealthPart
+
+
+class Health(Document):
+    """The state of the gateway: the worst of its parts."""
+
+    status: HealthStatus
+    parts: HealthParts
+    exchanges: dict[str, BreakerState]
+    timestamp: Milliseconds
+    version: str
+    python: str
+    uptime_seconds: float
+
+
+class Liveness(Document):
+    """The process answers."""
+
+    status: Literal["live"]
+
+
+class Readiness(Document):
+    """`ready` as soon as one market list is loaded."""
+
+    status: Literal["ready", "loading"]
+
+
+class CacheFigures(Document):
+    """The cache in the last minute; a ratio is null when nothing was requested."""
+
+    window_seconds: float
+    requests: int
+    memory_hit_ratio: float | None
+    redis_hit_ratio: float | None
+    stale_ratio: float | None
+    entries: int
+
+
+class Subscribers(Document):
+    """Connected streaming clients by transport."""
+
+    ws: int
+    sse: int
+
+
+class ServiceFigures(Document):
+    """The service in the last minute; a figure is null when nothing was counted."""
+
+    window_seconds: float
+    requests_per_second: float | None
+    updates_per_second: float | None
+    served_age_seconds: float | None
+    in_flight: int
+    subscribers: Subscribers
+
+
+class RecentErrors(Document):
+    """Errors of the last ten minutes: answers by status, calls by exchange and outcome."""
+
+    window_seconds: float
+    answers: dict[str, int]
+    exchanges: dict[str, dict[str, int]]
+
+
+class DashboardData(Document):
+    """Everything that the page shows."""
+
+    generated_at: Milliseconds
+    version: str
+    symbols: list[str]
+    outlier_ratio: float
+    streaming: bool
+    grafana_url: str
+    ticker_ttl_seconds: float
+    market: TickerTable
+    exchanges: Exchanges
+    health: Health
+    cache: CacheFigures
+    service: ServiceFigures
+    recent_errors: RecentErrors
+
+
+class ClearedCache(Document):
+    """What was removed from the cache; `cleared` is null when Redis did not answer."""
+
+    cleared: int | None
+    redis: str
+
+
+class ResetBreakers(Document):
+    """The exchanges whose breaker was not closed before."""
+
+    reset: list[str]
+
+
+class RecordedTask(Document):
+    """The maintenance task that was recorded."""
+
+    recorded: Literal["daily", "check", "warm"]

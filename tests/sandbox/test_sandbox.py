@@ -1,0 +1,414 @@
+"""The sandbox, seen by real ccxt clients and a plain HTTP client over real connections."""
+
+import asyncio
+import json
+import re
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from itertools import pairwise
+from types import FrameType
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import ccxt.async_support as ccxt
+import pytest
+
+from src.sandbox.market import Market, Pair
+from src.sandbox.server import Sandbox
+
+NAMES = ["bybit", "binance", "kraken"]
+NOON = 1_767_268_830.25
+TIME = {"bybit": "/v5/market/time", "binance": "/api/v3/time", "kraken": "/0/public/Time"}
+TICKER = {
+    "bybit": "/v5/market/tickers?category=spot&symbol=BTCUSDT",
+    "binance": "/api/v3/ticker/24hr?symbol=BTCUSDT",
+    "kraken": "/0/public/Ticker?pair=XBTUSDT",
+}
+Connect = Callable[[str], Awaitable[Any]]
+Get = Callable[..., Coroutine[Any, Any, tuple[int, str, dict[str, str]]]]
+
+
+@dataclass
+class Clock:
+    """A clock that stands still until told."""
+
+    now: float = NOON
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def sandbox(clock: Clock) -> AsyncIterator[Sandbox]:
+    box = Sandbox(now=clock, filler=500)
+    await box.start()
+    yield box
+    await box.stop()
+
+
+@pytest.fixture
+async def get(sandbox: Sandbox) -> AsyncIterator[Get]:
+    """Ask an exchange of the sandbox for a path, or the control, with data to post."""
+    async with aiohttp.ClientSession() as session:
+
+        async def ask(name: str, path: str = "", data: object = None) -> tuple[int, str, dict[str, str]]:
+            url = sandbox.control_url if name == "control" else sandbox.urls[name]
+            method = "GET" if data is None else "POST"
+            async with session.request(method, url + path, json=data, allow_redirects=False) as answer:
+                return answer.status, await answer.text(), dict(answer.headers)
+
+        yield ask
+
+
+def moved(urls: Any, base: str) -> Any:
+    """Put another scheme, host and port into every address."""
+    if isinstance(urls, dict):
+        return {key: moved(value, base) for key, value in urls.items()}
+    return base + urlsplit(urls.replace("{hostname}", "host")).path
+
+
+@pytest.fixture
+async def connect(sandbox: Sandbox) -> AsyncIterator[Connect]:
+    clients: list[Any] = []
+
+    async def make(name: str) -> Any:
+        options = {} if name == "kraken" else {"fetchMarkets": {"types": ["spot", "linear"]}}
+        client = getattr(ccxt, name)({"enableRateLimit": False, "options": options})
+        client.has["fetchCurrencies"] = False
+        client.timeout_on_exit, client.timeout = 0, 30_000
+        client.urls["api"] = moved(client.urls["api"], sandbox.urls[name])
+        clients.append(client)
+        await client.load_markets()
+        return client
+
+    yield make
+    await asyncio.gather(*(client.close() for client in clients))
+
+
+@pytest.fixture(params=NAMES)
+async def client(request: pytest.FixtureRequest, connect: Connect) -> Any:
+    return await connect(request.param)
+
+
+async def test_listings(connect: Connect) -> None:
+    """Markets have unified names and precision; each exchange lists at least one symbol that the others lack."""
+    clients = {name: await connect(name) for name in NAMES}
+    bybit, binance, kraken = (set(client.markets) for client in clients.values())
+    assert 555 <= len(bybit | binance | kraken) <= 580
+    assert "MNT/USDT" in bybit - binance - kraken
+    assert "BNB/BTC" in binance - bybit - kraken
+    assert "XMR/EUR" in kraken - bybit - binance
+    assert "BTC/USDT:USDT" in (bybit & binance) - kraken
+    for market in (client.markets["BTC/USDT"] for client in clients.values()):
+        assert market["active"]
+        assert 0 < market["precision"]["price"] <= 1
+        assert 0 < market["precision"]["amount"] <= 0.001
+
+
+async def test_tickers_are_plausible(client: Any) -> None:
+    """A ticker's last price lies between bid and ask and within the day's range, in lists as alone."""
+    symbols = ["BTC/USDT", "DOGE/USDT", "ETH/BTC", "EUR/USDT", "USDC/USDT"]
+    tickers = await client.fetch_tickers(symbols)
+    assert set(tickers) == set(symbols)
+    assert tickers["BTC/USDT"]["last"] == (await client.fetch_ticker("BTC/USDT"))["last"]
+    every = await client.fetch_tickers(None, {"type": "spot"} if client.id == "bybit" else {})
+    assert set(every) == {symbol for symbol, market in client.markets.items() if market["spot"]}
+    assert len(every) > 500
+    for ticker in every.values():
+        assert ticker["bid"] < ticker["last"] < ticker["ask"] < ticker["bid"] * 1.02
+        assert ticker["high"] >= max(ticker["last"], ticker["open"])
+        assert ticker["low"] <= min(ticker["last"], ticker["open"])
+        assert ticker["quoteVolume"] == pytest.approx(ticker["baseVolume"] * ticker["last"], rel=0.2)
+
+
+async def test_order_book_is_sorted_and_honours_the_limit(client: Any, clock: Clock) -> None:
+    """The book has as many levels as asked, sorted, not crossed, around the last price."""
+    clock.now = NOON // 1  # books move in steps, ten a second, and tickers all the time
+    book = await client.fetch_order_book("BTC/USDT", 20)
+    bids, asks = [[level[0] for level in book[side]] for side in ("bids", "asks")]
+    assert len(bids) == len(asks) == 20
+    assert bids == sorted(set(bids), reverse=True)
+    assert asks == sorted(set(asks))
+    ticker = await client.fetch_ticker("BTC/USDT")
+    assert (bids[0], asks[0]) == (ticker["bid"], ticker["ask"])
+    assert all(level[1] > 0 for side in ("bids", "asks") for level in book[side])
+
+
+@pytest.mark.parametrize("frame", ["1m", "1h", "1d", "1w"])
+async def test_candles_end_at_the_ticker(client: Any, frame: str) -> None:
+    """Candles ascend without a gap, are consistent in themselves, and the last closes at the ticker's price."""
+    candles = await client.fetch_ohlcv("ETH/USDT", frame)
+    starts, step = [candle[0] for candle in candles], client.parse_timeframe(frame) * 1000
+    assert starts == list(range(starts[0], starts[-1] + 1, step))
+    assert len(candles) >= 200
+    assert NOON * 1000 - step < starts[-1] <= NOON * 1000
+    assert all(low <= min(start, end) <= max(start, end) <= high for _, start, high, low, end, _ in candles)
+    assert all(candle[5] > 0 for candle in candles)
+    assert candles[-1][4] == (await client.fetch_ticker("ETH/USDT"))["last"]
+    assert all(earlier[4] == later[1] for earlier, later in pairwise(candles))
+
+
+async def test_time_and_candles_since(client: Any) -> None:
+    """The time is the sandbox's own; candles since a time start exactly there, and the limit counts from there."""
+    assert abs(await client.fetch_time() - NOON * 1000) < 1_000
+    since = int(NOON // 3600 - 100) * 3_600_000
+    candles = await client.fetch_ohlcv("BTC/USDT", "1h", since, 10)
+    assert [candle[0] for candle in candles] == [since + hour * 3_600_000 for hour in range(10)]
+
+
+async def test_trades(client: Any) -> None:
+    """Recent trades ascend in time up to now, with prices near the ticker's."""
+    trades = await client.fetch_trades("BTC/USDT", None, 30)
+    times = [trade["timestamp"] for trade in trades]
+    assert len(trades) == 30
+    assert times == sorted(times)
+    assert NOON - 1 <= times[-1] / 1000 <= NOON
+    assert {trade["side"] for trade in trades} == {"buy", "sell"}
+    last = (await client.fetch_ticker("BTC/USDT"))["last"]
+    assert all(trade["price"] == pytest.approx(last, rel=0.01) and trade["amount"] > 0 for trade in trades)
+
+
+@pytest.mark.parametrize("name", ["bybit", "binance"])
+async def test_perpetual_swaps(connect: Connect, name: str) -> None:
+    """Linear perpetual swaps answer all calls under their own names."""
+    client = await connect(name)
+    ticker = await client.fetch_ticker("BTC/USDT:USDT")
+    assert ticker["symbol"] == "BTC/USDT:USDT"
+    assert (await client.fetch_ohlcv("BTC/USDT:USDT", "1m"))[-1][4] == ticker["last"]
+    assert len((await client.fetch_order_book("BTC/USDT:USDT", 5))["asks"]) == 5
+    assert len(await client.fetch_trades("BTC/USDT:USDT", None, 5)) == 5
+    assert "ETH/USDT:USDT" in await client.fetch_tickers(["ETH/USDT:USDT"])
+
+
+async def test_prices_are_a_function_of_the_time(sandbox: Sandbox, clock: Clock, get: Get) -> None:
+    """The same moment gives the same answer, another a different one, and the exchanges differ by basis points."""
+    first, again = [[(await get(name, TICKER[name]))[1] for name in NAMES] for _ in range(2)]
+    clock.now += 60
+    later = [(await get(name, TICKER[name]))[1] for name in NAMES]
+    assert first == again
+    assert all(before != after for before, after in zip(first, later, strict=True))
+    last = [float(price) for text in first for price in re.findall(r'(?:"lastPrice":"|"c":\[")([\d.]+)', text)]
+    assert len(set(last)) == 3
+    assert max(last) / min(last) < 1.001
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "status", "text"),
+    [
+        ("bybit", "/v5/market/tickers?category=spot&symbol=NOPE", 200, '"retCode":10001'),
+        ("binance", "/api/v3/ticker/24hr?symbol=NOPE", 400, '"code":-1121'),
+        ("binance", "/api/v3/klines?symbol=BTCUSDT&interval=7x", 400, '"code":-1120'),
+        ("kraken", "/0/public/Depth?pair=NOPE", 200, "EQuery:Unknown asset pair"),
+        ("kraken", "/0/public/Ticker?pair=XBTUSD", 200, '"result":{"XXBTZUSD":{'),
+        ("bybit", "/v5/nowhere", 404, "404 page not found"),
+        ("binance", "/api/v3/nowhere", 404, "404 Not found"),
+        ("kraken", "/0/public/Nowhere", 404, "EGeneral:Unknown method"),
+    ],
+)
+async def test_own_words(get: Get, name: str, path: str, status: int, text: str) -> None:
+    """Unknown symbols and paths get each exchange's own error; kraken answers a short name under the long one."""
+    answer = await get(name, path)
+    assert answer[0] == status
+    assert text in answer[1]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "error"),
+    [
+        ({"status": 503}, ccxt.ExchangeNotAvailable),
+        ({"status": 500, "body": "<html>"}, ccxt.ExchangeNotAvailable),
+        ({"hang": True}, ccxt.RequestTimeout),
+        ({"drip": True}, ccxt.RequestTimeout),
+        ({"latency_ms": 5_000}, ccxt.RequestTimeout),
+        ({"refuse": True}, ccxt.ExchangeNotAvailable),
+        ({"reset": True}, ccxt.ExchangeNotAvailable),
+        ({"geo_block": True}, ccxt.BaseError),
+        ({"status": 429}, (ccxt.RateLimitExceeded, ccxt.DDoSProtection)),
+    ],
+)
+async def test_spoiled_answers_raise(sandbox: Sandbox, client: Any, knobs: dict[str, Any], error: Any) -> None:
+    """Each knob makes ccxt raise what the real trouble would, and reset ends it."""
+    client.timeout = 1_000
+    await sandbox.set(client.id, **knobs)
+    with pytest.raises(error):
+        await client.fetch_ticker("BTC/USDT")
+    await sandbox.reset()
+    client.timeout = 30_000
+    assert (await client.fetch_ticker("BTC/USDT"))["last"] > 0
+
+
+@pytest.mark.parametrize(
+    ("knobs", "expected"),
+    [
+        ({"body": "hello", "headers": {"X-Extra": "1"}}, (200, "hello", {"X-Extra": "1"})),
+        ({"body": ""}, (200, "", {})),
+        ({"size": 1_000}, (200, f'["{"x" * 996}"]', {})),
+        ({"redirect": "http://127.0.0.1:1/"}, (302, "", {"Location": "http://127.0.0.1:1/"})),
+        ({"status": 418, "headers": {"Retry-After": "9"}}, (418, "status 418", {"Retry-After": "9"})),
+    ],
+)
+async def test_plain_knobs(sandbox: Sandbox, get: Get, knobs: dict[str, Any], expected: Any) -> None:
+    """Body, headers, size, redirect and status come over the wire as set."""
+    for name in NAMES:
+        await sandbox.set(name, **knobs)
+        status, text, headers = await get(name, TIME[name])
+        assert (status, text) == expected[:2]
+        assert expected[2].items() <= headers.items()
+
+
+async def test_only_and_times(sandbox: Sandbox, get: Get) -> None:
+    """Knobs can be bound to a part of the paths, and to a number of requests."""
+    await sandbox.set("binance", status=503, only="ticker", times=2)
+    paths = [TIME["binance"], *[TICKER["binance"]] * 3]
+    assert [(await get("binance", path))[0] for path in paths] == [200, 503, 503, 200]
+
+
+async def test_price_and_clock_skew(sandbox: Sandbox, client: Any) -> None:
+    """One exchange's prices and its clock can be made to stand apart."""
+    before, now = (await client.fetch_ticker("BTC/USDT"))["last"], await client.fetch_time()
+    await sandbox.set(client.id, price=1.05, clock_skew_ms=-60_000)
+    assert (await client.fetch_ticker("BTC/USDT"))["last"] == pytest.approx(before * 1.05, rel=1e-5)
+    assert await client.fetch_time() == now - 60_000
+
+
+async def test_hang_refuse_and_reopen(sandbox: Sandbox, get: Get) -> None:
+    """What hangs is answered when the knob changes and ended by a refusal; the port stays the same, stop is quick."""
+    url, ends = sandbox.urls["kraken"], []
+    for knobs in ({}, {"refuse": True}):
+        await sandbox.set("kraken", hang=True)
+        waiting = asyncio.create_task(get("kraken", TIME["kraken"]))
+        await asyncio.sleep(0.1)
+        await sandbox.set("kraken", **knobs)
+        ends.append((await asyncio.gather(waiting, return_exceptions=True))[0])
+    assert isinstance(ends[0], tuple)
+    assert isinstance(ends[1], aiohttp.ClientError)
+    with pytest.raises(aiohttp.ClientConnectorError):
+        await get("kraken", TIME["kraken"])
+    assert (await get("bybit", TIME["bybit"]))[0] == 200
+    await sandbox.set("kraken", hang=True)
+    assert sandbox.urls["kraken"] == url
+    waiting = asyncio.create_task(get("kraken", TIME["kraken"]))
+    await asyncio.sleep(0.1)
+    begun = time.monotonic()
+    await sandbox.stop()
+    assert time.monotonic() - begun < 10
+    with pytest.raises(aiohttp.ClientError):
+        await waiting
+
+
+async def test_binance_limit(sandbox: Sandbox, clock: Clock, get: Get) -> None:
+    """Binance counts weight, answers 429 until the minute ends, and bans those who go on."""
+    await sandbox.set("binance", rate_limit=4)
+    answers = [await get("binance", TICKER["binance"]) for _ in range(3)]
+    assert [status for status, _, _ in answers] == [200, 200, 429]
+    assert [headers["X-MBX-USED-WEIGHT-1M"] for _, _, headers in answers] == ["2", "4", "6"]
+    assert answers[2][2]["Retry-After"] == "30"
+    clock.now += 30
+    answers = [await get("binance", TICKER["binance"]) for _ in range(13)]
+    assert [status for status, _, _ in answers] == [200, 200, *[429] * 10, 418]
+    assert answers[-1][2]["Retry-After"] == "120"
+    assert '"code":-1003' in answers[-1][1]
+    clock.now += 121
+    assert (await get("binance", TICKER["binance"]))[0] == 200
+
+
+async def test_binance_weights(get: Get) -> None:
+    """Bigger answers cost more weight."""
+    queries = ["depth?symbol=BTCUSDT&limit=5000", "depth?symbol=BTCUSDT", 'ticker/24hr?symbols=["BTCUSDT","ETHUSDT"]']
+    answers = [await get("binance", f"/api/v3/{query}") for query in ["ticker/24hr", *queries, "exchangeInfo"]]
+    assert [int(headers["X-MBX-USED-WEIGHT-1M"]) for _, _, headers in answers] == [80, 330, 335, 337, 357]
+
+
+async def test_bybit_limit(sandbox: Sandbox, clock: Clock, connect: Connect, get: Get) -> None:
+    """Bybit tells what is left, then shuts the door for ten minutes, which ccxt takes for a rate limit."""
+    client = await connect("bybit")
+    await sandbox.set("bybit", rate_limit=2)
+    answers = [await get("bybit", TIME["bybit"]) for _ in range(3)]
+    assert [status for status, _, _ in answers] == [200, 200, 403]
+    assert [headers["X-Bapi-Limit-Status"] for _, _, headers in answers[:2]] == ["1", "0"]
+    clock.now += 599
+    with pytest.raises(ccxt.RateLimitExceeded):
+        await client.fetch_time()
+    clock.now += 1
+    assert await client.fetch_time()
+
+
+@pytest.mark.parametrize(("limit", "burst"), [(0, 15), (3, 3)])
+async def test_kraken_limit(sandbox: Sandbox, clock: Clock, connect: Connect, limit: int, burst: int) -> None:
+    """Kraken allows a burst and then one call per second."""
+    client = await connect("kraken")
+    await sandbox.set("kraken", rate_limit=limit)
+    for _ in range(burst):
+        await client.fetch_time()
+    with pytest.raises(ccxt.DDoSProtection):
+        await client.fetch_time()
+    clock.now += 1
+    await client.fetch_time()
+    await sandbox.set("kraken", rate_limit=-1)
+    for _ in range(20):
+        await client.fetch_time()
+
+
+async def test_kraken_trades_go_on_from_the_last(get: Get) -> None:
+    """The mark that comes with kraken's trades, in nanoseconds, asks for the trades from there."""
+    path = "/0/public/Trades?pair=XBTUSDT"
+    first = json.loads((await get("kraken", f"{path}&count=5"))[1])["result"]
+    again = json.loads((await get("kraken", f"{path}&since={first['last']}"))[1])["result"]
+    assert again["XBTUSDT"] == first["XBTUSDT"][-1:]
+
+
+async def test_counting(sandbox: Sandbox, get: Get) -> None:
+    """Requests are counted by path, with their query and headers kept."""
+    await get("bybit", TIME["bybit"])
+    sandbox.clear_counts()
+    await get("bybit", TICKER["bybit"])
+    await get("bybit", TIME["bybit"])
+    assert sandbox.count("bybit") == 2
+    assert sandbox.count("bybit", "tickers") == sandbox.calls["bybit"]["/v5/market/tickers"] == 1
+    path, headers = sandbox.requests["bybit"][0]
+    assert path == TICKER["bybit"]
+    assert "User-Agent" in headers
+    assert sandbox.count("kraken") == 0
+
+
+async def test_control(get: Get) -> None:
+    """The knobs can be turned and seen over HTTP, and mistakes are explained."""
+    turned = await get("control", "/kraken", {"status": 500, "rate_limit": None})
+    assert json.loads(turned[1])["kraken"]["knobs"]["status"] == 500
+    assert (await get("kraken", TIME["kraken"]))[0] == 500
+    mistakes: list[object] = [{"statuss": 1}, {"status": "x"}, []]
+    for data in mistakes:
+        status, error, _ = await get("control", "/kraken", data)
+        assert status == 400
+        assert "the knobs are latency_ms, status" in error
+    assert (await get("control", "/nowhere", {}))[0] == 404
+    assert (await get("control", "/reset", {}))[0] == 200
+    state = json.loads((await get("control"))[1])["kraken"]
+    assert state["knobs"]["status"] == 0
+    assert state["calls"] == {TIME["kraken"]: 1}
+
+
+def test_a_candle_takes_little_work() -> None:
+    """A thousand candles, never asked for before, take at most sixty function calls each."""
+    calls = 0
+
+    def count(_frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    market = Market(NOON)
+    sys.setprofile(count)
+    try:
+        candles = [market.candles(Pair(coin, "USDT"), 3_600, 1_000) for coin in ("BTC", "ETH", "SOL")]
+    finally:
+        sys.setprofile(None)
+    assert [len(rows) for rows in candles] == [1_000] * 3
+    assert calls <= 3 * 1_000 * 60
