@@ -1,271 +1,320 @@
-"""Every setting of the gateway: one frozen object, read once from the environment and `.env`.
+"""All settings of the gateway, in one frozen object. Nothing else reads the environment.
 
-Nothing else reads the environment. The name of a setting in the environment is its field name in capitals
-(`ticker_ttl_seconds` is `TICKER_TTL_SECONDS`); settings of one exchange carry its name in front
-(`BYBIT_ENABLED`). The environment wins over `.env`. An empty value means the default, except `REDIS_HOST`,
-where empty means "no Redis".
+`load_settings` reads the environment and the file `.env`; the environment takes precedence. The
+environment variable of a setting is its field name in capitals: `ticker_ttl_seconds` is
+`TICKER_TTL_SECONDS`. Settings of one exchange start with its name: `BYBIT_ENABLED`. An empty value
+means the default, except for `REDIS_HOST`, where empty means "no Redis".
 """
 
-import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, SecretStr
+from pydantic.fields import Field, FieldInfo
+from pydantic_core import ValidationError
 
 from src.exchanges.profiles import PROFILES
 
 EXCHANGES = tuple(PROFILES)
-MARKET_TYPES = ("spot", "swap")
-_SYMBOL = re.compile(r"(?=.{3,40}$)[\w.$]{1,24}/[\w.$]{1,24}(:[\w.$]{1,24})?")  # who lists it is not known here
-DEFAULT_BUDGETS = {name: profile.default_budget for name, profile in PROFILES.items()}
+MAX_DASHBOARD_SYMBOLS = 100
+DASHBOARD_SYMBOLS = "BTC/USDT ETH/USDT SOL/USDT XRP/USDT DOGE/USDT ADA/USDT LINK/USDT LTC/USDT"
+_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
+_KEY = re.compile(r"[!-~]{8,256}")
+# Checks only the form: which symbols exist is not known before the market lists are loaded.
+_SYMBOL = re.compile(r"(?=.{3,40}$)[\w.$]{1,24}/[\w.$]{1,24}(:[\w.$]{1,24})?")
 
 
 class ConfigError(Exception):
-    """A setting has a value the gateway cannot run with; the text names it, its fault and what is allowed."""
+    """A setting is invalid. The text is one line with its name, its value and what is expected."""
 
 
-def _split(value: object) -> object:
-    """Turn a comma list into a tuple without blanks."""
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+def _check(is_valid: Callable[[str], object], expected: str) -> BeforeValidator:
+    """Return a validator that rejects a text, unless it is empty or `is_valid` returns true."""
+
+    def validate(value: object) -> object:
+        if isinstance(value, str) and value and not is_valid(value):
+            raise ValueError(expected)
+        return value
+
+    return BeforeValidator(validate)
 
 
-def _is_url(value: str, *schemes: str) -> bool:
-    """Whether it is a URL of one of the kinds; Python's own complaints would quote parts of it."""
-    try:
-        parts = urlsplit(value)
-        usable = parts.port != 0
-    except ValueError:
+def _is_url(url: str, schemes: tuple[str, ...] = ("http", "https")) -> bool:
+    """Return True if the URL has one of the schemes and a valid port, or none."""
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        return parts.port != 0 and parts.scheme in schemes
+    return False
+
+
+def _is_base_url(url: str) -> bool:
+    """Return True for an absolute URL without credentials, which would appear in logs."""
+    if not _is_url(url, ("http", "https", "ws", "wss")):
         return False
-    return usable and parts.scheme in schemes
+    host = urlsplit(url).netloc
+    return host != "" and "@" not in host
 
 
-def _url(value: object) -> object:
-    """Accept an absolute http(s) or ws(s) URL, or nothing; credentials in it would show in logs."""
-    if isinstance(value, str) and value:
-        host = urlsplit(value).netloc if _is_url(value, "http", "https", "ws", "wss") else ""
-        if not host or "@" in host:
-            raise ValueError("is no absolute URL; allowed: something like https://host[:port][/path]")
-        return value.rstrip("/")
-    return value
-
-
-def _proxy_url(value: object) -> object:
-    """Accept the URL of a proxy, which may carry a password."""
-    if isinstance(value, str) and value and not _is_url(value, "http", "https"):
-        raise ValueError("is no URL of a known kind; allowed: http://..., https://...")
-    return value
-
-
-def _redis_url(value: object) -> object:
-    """Accept the URL of one Redis, or of several: a Sentinel or a Cluster by its hosts."""
-    if isinstance(value, str) and value and not (_is_url(value, "redis", "rediss", "unix") or _names_hosts(value)):
-        raise ValueError(
-            "is no URL of a known kind; allowed: redis://..., rediss://..., unix://..., "
-            "redis+sentinel://host:port,host:port/name, redis+cluster://host:port,host:port"
-        )
-    return value
-
-
-def _names_hosts(url: str) -> bool:
-    known = re.fullmatch(r"rediss?\+(sentinel://[^/?#\s]+/[\w.-]+(/\d+)?|cluster://[^/?#\s]+)/?", url)
+def _is_redis_url(url: str) -> bool:
+    """Return True for the URL of one Redis server, of Sentinels or of a Redis Cluster."""
+    if _is_url(url, ("redis", "rediss", "unix")):
+        return True
+    several = r"rediss?\+(sentinel://[^/?#\s]+/[\w.-]+(/\d+)?|cluster://[^/?#\s]+)/?"
     credentials = url.partition("://")[2].rpartition("@")[0]
-    if not known or set(credentials) & set("@,"):  # one pair for all hosts; signs of it are percent-encoded
+    # All hosts share one user and password. "@" and "," in them are percent-encoded.
+    if not re.fullmatch(several, url) or set(credentials) & set("@,"):
         return False
-    return all(_is_url(one, "redis", "rediss") and urlsplit(one).hostname for one in split_hosts(url))
+    schemes = ("redis", "rediss")
+    return all(_is_url(each, schemes) and urlsplit(each).hostname for each in split_hosts(url))
 
 
 def split_hosts(url: str) -> list[str]:
-    """Make one plain Redis URL per host out of a valid URL of several; each has the credentials, and no path."""
+    """Split a valid Redis URL with several hosts into one plain URL for each host.
+
+    Each URL has the credentials, and no path.
+    """
     scheme, _, rest = url.partition("://")
     credentials, at, hosts = rest.partition("/")[0].rpartition("@")
-    return [f"{scheme.partition('+')[0]}://{credentials}{at}{host}" for host in hosts.split(",")]
+    scheme = scheme.partition("+")[0]
+    return [f"{scheme}://{credentials}{at}{host}" for host in hosts.split(",")]
 
 
-def _budget(value: object) -> object:
-    """Accept `weight/seconds`, both positive whole numbers."""
-    if isinstance(value, str):
-        if not re.fullmatch(r"[1-9]\d{0,7}/[1-9]\d{0,4}", value):
-            raise ValueError("is no budget; allowed: weight/seconds, such as 6000/60")
-        weight, seconds = value.split("/")
-        return int(weight), int(seconds)
-    return value
+def _split(value: object) -> object:
+    """Split a comma-separated list, without blanks and empty items."""
+    if not isinstance(value, str):
+        return value
+    return tuple(item.strip() for item in value.split(",") if item.strip())
 
 
-def _api_keys(value: object) -> object:
-    """Read `name:key,name:key`; a key without a name is called after its place in the list."""
+def _parse_networks(items: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        return tuple(str(ip_network(item, strict=False)) for item in items)
+    except ValueError:
+        raise ValueError("IP addresses and networks, for example 10.0.0.0/8,fd00::1") from None
+
+
+def _parse_budget(value: str) -> tuple[int, int]:
+    """Parse `weight/seconds`, two positive whole numbers."""
+    if not re.fullmatch(r"[1-9]\d{0,7}/[1-9]\d{0,4}", value):
+        raise ValueError("weight/seconds, for example 600/5")
+    weight, seconds = value.split("/")
+    return int(weight), int(seconds)
+
+
+def _parse_api_keys(value: object) -> object:
+    """Parse `name:key,name:key`. The default name of a key is `key` and its position."""
     if not isinstance(value, str):
         return value
     keys: dict[str, str] = {}
-    for place, item in enumerate(value.split(","), start=1):
+    for position, item in enumerate(value.split(","), start=1):
         name, separator, key = item.strip().rpartition(":")
-        name = name if separator else f"key{place}"
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", name) or not re.fullmatch(r"[!-~]{8,256}", key) or name in keys:
-            raise ValueError(
-                "is no list of keys; allowed: name:key,name:key with distinct names and keys of 8 to 256 characters"
-            )
+        name = name if separator else f"key{position}"
+        is_valid = re.fullmatch(r"[A-Za-z0-9_-]{1,32}", name) and _KEY.fullmatch(key)
+        if not is_valid or name in keys:
+            raise ValueError("distinct names and keys of 8 to 256 characters, as name:key,name:key")
         keys[name] = key
     return keys
 
 
-def _host(value: object) -> object:
-    """Accept a name or an address, and nothing around it."""
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9._-]*|[0-9A-Fa-f:.]+", value):
-        raise ValueError("is no host; allowed: a name or an address, or nothing for memory only")
-    return value
+def _names_out_of(allowed: tuple[str, ...]) -> AfterValidator:
+    """Reject a list that is empty, repeats a name or has a name that is not allowed."""
+
+    def validate(names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names or len(set(names)) < len(names) or not set(names) <= set(allowed):
+            raise ValueError(f"distinct names out of {', '.join(allowed)}")
+        return names
+
+    return AfterValidator(validate)
 
 
-def _token(value: object) -> object:
-    """Accept what can stand in a header as it is."""
-    if isinstance(value, str) and not re.fullmatch(r"([!-~]{8,256})?", value):
-        raise ValueError("is no token; allowed: 8 to 256 printable ASCII characters without blanks")
-    return value
+def _check_symbols(names: tuple[str, ...]) -> tuple[str, ...]:
+    symbols = {name.upper().replace("-", "/", 1) for name in names}
+    is_count_valid = 1 <= len(symbols) == len(names) <= MAX_DASHBOARD_SYMBOLS
+    if not is_count_valid or not all(map(_SYMBOL.fullmatch, symbols)):
+        raise ValueError(f"1 to {MAX_DASHBOARD_SYMBOLS} distinct symbols, for example BTC-USDT")
+    return names
 
 
-def _networks(value: object) -> object:
-    """Read a comma list of addresses and networks."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return tuple(str(ip_network(part.strip(), strict=False)) for part in value.split(",") if part.strip())
-    except ValueError:
-        raise ValueError("is no list of networks; allowed: such as 10.0.0.0/8,192.168.1.7,fd00::/8") from None
+# What a setting expects, for error messages.
+BASE_URL = "an absolute URL without a password, for example https://host[:port][/path]"
+REDIS_URL = (
+    "redis://..., rediss://..., unix://..., redis+sentinel://host:port,host:port/name "
+    "or redis+cluster://host:port,host:port"
+)
+HOST = "a host name or an IP address, or an empty value for memory only"
+KEY = "8 to 256 printable ASCII characters without blanks"
 
-
+Url = Annotated[str, _check(_is_base_url, BASE_URL), AfterValidator(lambda url: url.rstrip("/"))]
+PageUrl = Annotated[Url, _check(_is_url, "http://... or https://..., without a password")]
+ProxyUrl = Annotated[SecretStr, _check(_is_url, "http://... or https://...")]
+RedisUrl = Annotated[SecretStr, _check(_is_redis_url, REDIS_URL)]
+Host = Annotated[str, _check(_HOST.fullmatch, HOST)]
+Token = Annotated[SecretStr, _check(_KEY.fullmatch, KEY)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
-Networks = Annotated[tuple[str, ...], BeforeValidator(_networks)]
-Url = Annotated[str, BeforeValidator(_url)]
-ProxyUrl = Annotated[SecretStr, BeforeValidator(_proxy_url)]
-RedisUrl = Annotated[SecretStr, BeforeValidator(_redis_url)]
-Host = Annotated[str, BeforeValidator(_host)]
-Token = Annotated[SecretStr, BeforeValidator(_token)]
-Budget = Annotated[tuple[int, int], BeforeValidator(_budget)]
-ApiKeys = Annotated[dict[str, SecretStr], BeforeValidator(_api_keys)]
-_FROZEN = ConfigDict(frozen=True, validate_default=True, hide_input_in_errors=True)
+ExchangeNames = Annotated[Names, _names_out_of(EXCHANGES)]
+MarketTypes = Annotated[Names, _names_out_of(("spot", "swap"))]
+Symbols = Annotated[Names, AfterValidator(_check_symbols)]
+Networks = Annotated[Names, AfterValidator(_parse_networks)]
+Budget = Annotated[tuple[int, int], BeforeValidator(_parse_budget)]
+ApiKeys = Annotated[dict[str, SecretStr], BeforeValidator(_parse_api_keys)]
+LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)]
+LogFormat = Annotated[Literal["text", "json"], BeforeValidator(str.lower)]
+NO_SECRET = SecretStr("")
+DEFAULT_EXCHANGES: Any = {
+    name: {"budget": profile.default_budget} for name, profile in PROFILES.items()
+}
 
 
-class ExchangeSettings(BaseModel):
-    """The settings of one exchange; in the environment they carry its name in front, as in `KRAKEN_BUDGET`."""
-
-    model_config = _FROZEN
-
-    enabled: bool = Field(True, description="Whether the gateway asks this exchange at all.")
-    api_key: SecretStr = Field(
-        SecretStr(""), description="Key handed to the client (also `<EX>_KEY`); public data needs none."
+class _Frozen(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, validate_default=True, hide_input_in_errors=True, use_attribute_docstrings=True
     )
-    api_secret: SecretStr = Field(SecretStr(""), description="Secret handed to the client (also `<EX>_SECRET`).")
-    rest_url: Url = Field("", description="Replaces scheme, host and port of its REST URLs; a path goes in front.")
-    ws_url: Url = Field("", description="The same for its WebSocket URLs.")
-    budget: Budget = Field((1, 1), description="Request weight allowed per seconds, for all replicas together.")
 
 
-class Settings(BaseModel):
-    """All settings. Numbers ending in `_seconds`, `_ttl` or `_timeout` are seconds."""
+class ExchangeSettings(_Frozen):
+    """Settings of one exchange. Their environment variables start with its name: `BYBIT_BUDGET`."""
 
-    model_config = _FROZEN
+    enabled: bool = True
+    """Use this exchange."""
+    api_key: SecretStr = Field(NO_SECRET, validation_alias=AliasChoices("api_key", "key"))
+    """API key for the ccxt client (also `<EX>_KEY`). Public data needs none."""
+    api_secret: SecretStr = Field(NO_SECRET, validation_alias=AliasChoices("api_secret", "secret"))
+    """API secret for the ccxt client (also `<EX>_SECRET`)."""
+    rest_url: Url = ""
+    """Replaces scheme, host and port of the exchange's REST URLs. A path becomes their prefix."""
+    ws_url: Url = ""
+    """Replaces scheme, host and port of the exchange's WebSocket URLs, in the same way."""
+    budget: Budget
+    """Request weight per number of seconds (`weight/seconds`), shared by all replicas."""
 
-    bybit: ExchangeSettings = ExchangeSettings()
-    binance: ExchangeSettings = ExchangeSettings()
-    kraken: ExchangeSettings = ExchangeSettings()
-    exchange_order: Names = Field(EXCHANGES, description="Which exchange is asked first; the others follow.")
-    market_types: Names = Field(("spot",), description="Kinds of markets to list: `spot`, `swap` (linear perpetuals).")
-    exchange_timeout_seconds: float = Field(3, gt=0, le=60, description="Longest wait for one upstream call.")
-    markets_refresh_seconds: float = Field(3600, ge=60, le=86400, description="How often market lists are read again.")
-    cb_threshold: int = Field(5, ge=1, le=1000, description="Failures in a row that open an exchange's breaker.")
-    cb_window_seconds: float = Field(60, gt=0, le=3600, description="Failures older than this are forgotten.")
-    cb_reset_seconds: float = Field(60, gt=0, le=3600, description="How long a breaker stays open the first time.")
-    cb_max_open_seconds: float = Field(120, gt=0, le=86400, description="Cap of the open time, which doubles per trip.")
-    geo_block_seconds: float = Field(900, gt=0, le=86400, description="Time between probes of a geo-block.")
-    https_proxy: ProxyUrl = Field(SecretStr(""), description="Proxy for calls to https exchange URLs.")
 
-    cache_memory_size: int = Field(1000, ge=1, le=1_000_000, description="Most entries kept in memory.")
-    cache_memory_ttl: float = Field(30, gt=0, le=86400, description="Longest time memory serves an entry as fresh.")
-    ticker_ttl_seconds: float = Field(15, gt=0, le=3600, description="How long a ticker is fresh.")
-    orderbook_ttl_seconds: float = Field(2, gt=0, le=3600, description="How long an order book is fresh.")
-    ohlcv_ttl_seconds: float = Field(30, gt=0, le=3600, description="How long candles are fresh.")
-    trades_ttl_seconds: float = Field(5, gt=0, le=3600, description="How long trades are fresh.")
-    negative_ttl_seconds: float = Field(10, gt=0, le=3600, description="How long an exchange's refusal is remembered.")
-    ttl_jitter_ratio: float = Field(0.05, ge=0, le=0.5, description="Share of a TTL taken off to spread expiries.")
-    stale_seconds: float = Field(60, ge=0, le=86400, description="How long past its TTL a value may stand in, marked.")
-    revalidate_seconds: float = Field(
-        0, ge=0, le=3600, description="How long past its TTL a value is served, marked, during its refresh; 0 is off."
-    )
-    refresh_ahead: bool = Field(True, description="Whether what is asked for often is refreshed before it expires.")
+class Settings(_Frozen):
+    """All settings. Fields that end in `_seconds`, `_ttl` or `_timeout` are in seconds."""
 
-    streaming: bool = Field(True, description="Whether `/ws` and `/stream` are served, and exchanges' sockets used.")
-    stream_max_topics: int = Field(200, ge=1, le=10_000, description="Most streams watched at once, of all exchanges.")
-    stream_idle_seconds: float = Field(
-        120, gt=0, le=86400, description="How long a stream is watched after its last use."
-    )
-    stream_max_clients: int = Field(2000, ge=1, le=100_000, description="Most clients of `/ws` and `/stream` at once.")
-    stream_max_per_client: int = Field(200, ge=1, le=100_000, description="Most clients of one API key or address.")
-    stream_max_subscriptions: int = Field(100, ge=1, le=10_000, description="Most streams of one client.")
+    exchanges: dict[str, ExchangeSettings] = DEFAULT_EXCHANGES
+    """Settings of each exchange of `PROFILES`, by its name."""
 
-    redis_host: Host = Field("localhost", description="Host of Redis; empty means memory only.")
-    redis_port: int = Field(6379, ge=1, le=65535, description="Port of Redis.")
-    redis_password: SecretStr = Field(SecretStr(""), description="Password of Redis.")
-    redis_url: RedisUrl = Field(SecretStr(""), description="Whole URL of Redis; wins over the three above.")
-    redis_timeout_seconds: float = Field(0.15, gt=0, le=5, description="A Redis slower than this is done without.")
+    exchange_order: ExchangeNames = EXCHANGES
+    """Exchanges in order of preference. Exchanges that are not listed follow."""
+    market_types: MarketTypes = ("spot",)
+    """Types of markets to serve: `spot`, `swap` (linear perpetuals)."""
+    exchange_timeout_seconds: float = Field(3, gt=0, le=60)
+    """Timeout of one call to an exchange."""
+    markets_refresh_seconds: float = Field(3600, ge=60, le=86400)
+    """Interval between reloads of the market lists."""
+    cb_threshold: int = Field(5, ge=1, le=1000)
+    """Consecutive failures that open the circuit breaker of an exchange."""
+    cb_window_seconds: float = Field(60, gt=0, le=3600)
+    """Failures older than this do not count."""
+    cb_reset_seconds: float = Field(60, gt=0, le=3600)
+    """Time that a circuit breaker stays open the first time."""
+    cb_max_open_seconds: float = Field(120, gt=0, le=86400)
+    """Longest open time after failures, which doubles each time. Not of rate limits and bans."""
+    geo_block_seconds: float = Field(900, gt=0, le=86400)
+    """Interval between probes of an exchange that refuses this location."""
+    https_proxy: ProxyUrl = NO_SECRET
+    """Proxy for https and wss URLs of exchanges."""
 
-    max_concurrent: int = Field(100, ge=1, le=10_000, description="Most upstream loads in flight; more get 503.")
-    request_timeout: float = Field(5, gt=0, le=120, description="Longest time a request may take in all.")
-    api_keys: ApiKeys = Field({}, description="Keys clients must send as `X-API-Key`; empty means open.")
-    admin_token: Token = Field(SecretStr(""), description="Bearer token of `/admin`; empty switches it off.")
-    client_rate_limit: int = Field(0, ge=0, le=1_000_000, description="Requests a minute per client; 0 is no limit.")
-    trusted_proxies: Networks = Field((), description="Proxies whose `X-Forwarded-For` is believed.")
-    cors_origins: Names = Field((), description="Origins browsers may call from.")
-    docs_enabled: bool = Field(True, description="Whether `/docs` and `/openapi.json` are served.")
-    metrics_enabled: bool = Field(True, description="Whether `/metrics` is served.")
-    dashboard_symbols: Names = Field(
-        ("BTC/USDT", "ETH/USDT", "SOL/USDT", "XRP/USDT", "DOGE/USDT", "ADA/USDT", "LINK/USDT", "LTC/USDT"),
-        description="Symbols the page shows until its viewer chooses others.",
-    )
-    dashboard_outlier_ratio: float = Field(
-        0.01, gt=0, le=1, description="Share a price may differ by from other exchanges' before the page marks it."
-    )
-    grafana_url: Url = Field("", description="Where Grafana is, for the links of the page.")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged.")
-    log_format: Literal["text", "json"] = Field("text", description="Shape of a log line.")
-    gateway_url: Url = Field("http://127.0.0.1:8000", description="Where `maintenance.py` finds the gateway.")
+    cache_memory_size: int = Field(1000, ge=1, le=1_000_000)
+    """Maximum number of entries in memory."""
+    cache_memory_ttl: float = Field(30, gt=0, le=86400)
+    """Longest time that an entry in memory counts as fresh."""
+    ticker_ttl_seconds: float = Field(15, gt=0, le=3600)
+    """TTL of tickers."""
+    orderbook_ttl_seconds: float = Field(2, gt=0, le=3600)
+    """TTL of order books."""
+    ohlcv_ttl_seconds: float = Field(30, gt=0, le=3600)
+    """TTL of candles."""
+    trades_ttl_seconds: float = Field(5, gt=0, le=3600)
+    """TTL of trades."""
+    negative_ttl_seconds: float = Field(10, gt=0, le=3600)
+    """TTL of an exchange's answer that a symbol or parameter is invalid, or without a price."""
+    ttl_jitter_ratio: float = Field(0.05, ge=0, le=0.5)
+    """Largest random reduction of a TTL, as a ratio of the TTL. It spreads expiries."""
+    stale_seconds: float = Field(60, ge=0, le=86400)
+    """How long after its TTL a value may replace an answer that failed, marked as stale."""
+    revalidate_seconds: float = Field(0, ge=0, le=3600)
+    """How long after its TTL a value is served, marked as stale, during its refresh. 0 is off."""
+    refresh_ahead: bool = True
+    """Refresh entries that are requested often before they expire."""
 
-    @model_validator(mode="after")
-    def _check_names(self) -> "Settings":
-        """Hold the name lists against what exists, and symbols against the form they have."""
-        for name, values, allowed in (
-            ("exchange_order", self.exchange_order, EXCHANGES),
-            ("market_types", self.market_types, MARKET_TYPES),
-        ):
-            wrong = [value for value in values if value not in allowed]
-            if wrong or len(set(values)) != len(values) or not values:
-                raise ValueError(f"{name}: is no list of distinct known names; allowed: {', '.join(allowed)}")
-        symbols = {symbol.upper().replace("-", "/", 1) for symbol in self.dashboard_symbols}
-        if not all(map(_SYMBOL.fullmatch, symbols)) or not 1 <= len(symbols) == len(self.dashboard_symbols) <= 100:
-            raise ValueError("dashboard_symbols: is no list of 1 to 100 distinct symbols; allowed: such as BTC-USDT")
-        if self.grafana_url.startswith("ws"):
-            raise ValueError("grafana_url: is no URL of a page; allowed: http://..., https://...")
-        if not self.enabled_exchanges:
-            raise ValueError("bybit_enabled: and all others are false; allowed: at least one that is true")
-        return self
+    streaming: bool = True
+    """Serve `/ws` and `/stream`, and use the WebSocket APIs of the exchanges."""
+    stream_max_topics: int = Field(200, ge=1, le=10_000)
+    """Maximum number of topics that are watched."""
+    stream_idle_seconds: float = Field(120, gt=0, le=86400)
+    """How long a topic stays open after its last use."""
+    stream_max_clients: int = Field(2000, ge=1, le=100_000)
+    """Maximum number of connections to `/ws` and `/stream`."""
+    stream_max_per_client: int = Field(200, ge=1, le=100_000)
+    """Maximum number of streaming connections of one API key or address."""
+    stream_max_subscriptions: int = Field(100, ge=1, le=10_000)
+    """Maximum number of topics of one connection."""
+
+    redis_host: Host = "localhost"
+    """Host of Redis. Empty means memory only."""
+    redis_port: int = Field(6379, ge=1, le=65535)
+    """Port of Redis."""
+    redis_password: SecretStr = NO_SECRET
+    """Password of Redis."""
+    redis_url: RedisUrl = NO_SECRET
+    """Complete URL of Redis. It replaces host, port and password."""
+    redis_timeout_seconds: float = Field(0.15, gt=0, le=5)
+    """Timeout of one Redis command. After a timeout, the request continues without Redis."""
+
+    max_concurrent: int = Field(100, ge=1, le=10_000)
+    """Maximum number of concurrent loads from exchanges. Further loads are answered with 503."""
+    request_timeout: float = Field(5, gt=0, le=120)
+    """Timeout of a whole request."""
+    api_keys: ApiKeys = Field({})
+    """Keys that clients send as `X-API-Key`, as `name:key,name:key`. Empty means open access."""
+    admin_token: Token = NO_SECRET
+    """Bearer token of `/admin`. Empty disables `/admin`."""
+    client_rate_limit: int = Field(0, ge=0, le=1_000_000)
+    """Maximum number of requests per minute and client. 0 means no limit."""
+    trusted_proxies: Networks = ()
+    """Addresses and networks of proxies with a trusted `X-Forwarded-For` header."""
+    cors_origins: Names = ()
+    """Origins whose pages may call the API and open `/ws`."""
+    docs_enabled: bool = True
+    """Serve `/docs` and `/openapi.json`."""
+    metrics_enabled: bool = True
+    """Serve `/metrics`."""
+
+    dashboard_symbols: Symbols = tuple(DASHBOARD_SYMBOLS.split())
+    """Symbols that the page shows until the user selects others."""
+    dashboard_outlier_ratio: float = Field(0.01, gt=0, le=1)
+    """The page marks a price that differs by more than this ratio from other exchanges."""
+    grafana_url: PageUrl = ""
+    """URL of Grafana, for links on the page."""
+
+    log_level: LogLevel = "INFO"
+    """Lowest level that is logged."""
+    log_format: LogFormat = "text"
+    """Format of log lines."""
+    gateway_url: Url = "http://127.0.0.1:8000"
+    """URL of the gateway, for `maintenance.py`."""
 
     def exchange(self, name: str) -> ExchangeSettings:
-        """Return the settings of one exchange; raises `KeyError` for a name that is not in `EXCHANGES`."""
-        return {"bybit": self.bybit, "binance": self.binance, "kraken": self.kraken}[name]
+        """Return the settings of one exchange. Raises `KeyError` for an unknown name."""
+        return self.exchanges[name]
 
     @property
     def enabled_exchanges(self) -> tuple[str, ...]:
-        """The enabled exchanges, most preferred first."""
-        order = self.exchange_order + tuple(name for name in EXCHANGES if name not in self.exchange_order)
-        return tuple(name for name in order if self.exchange(name).enabled)
+        """The enabled exchanges in order of preference."""
+        ordered = dict.fromkeys((*self.exchange_order, *EXCHANGES))
+        return tuple(name for name in ordered if self.exchange(name).enabled)
 
     @property
     def redis_address(self) -> str:
-        """The URL of Redis with its password (a secret), or an empty string for memory only."""
+        """The URL of Redis with its password (a secret). Empty means memory only."""
         if url := self.redis_url.get_secret_value():
             return url
         if not self.redis_host:
@@ -277,101 +326,82 @@ class Settings(BaseModel):
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """Every secret text that must never leave the process, longest first."""
-        holders = [self.redis_password, self.redis_url, self.admin_token, self.https_proxy, *self.api_keys.values()]
-        for name in EXCHANGES:
-            holders += [self.exchange(name).api_key, self.exchange(name).api_secret]
-        values = {holder.get_secret_value() for holder in holders}
-        passwords = {urlsplit(value).password or "" for value in values if "://" in value}
-        texts = values | passwords | {unquote(password) for password in passwords}
-        return tuple(sorted((text for text in texts if text), key=len, reverse=True))
+        """All secret texts, longest first. None of them may appear in logs or answers."""
+        secrets = [self.redis_password, self.redis_url, self.admin_token, self.https_proxy]
+        secrets += self.api_keys.values()
+        for exchange in self.exchanges.values():
+            secrets += [exchange.api_key, exchange.api_secret]
+        texts = {secret.get_secret_value() for secret in secrets}
+        passwords = {urlsplit(text).password or "" for text in texts if "://" in text}
+        texts |= passwords | {unquote(password) for password in passwords}
+        return tuple(sorted(texts - {""}, key=len, reverse=True))
 
 
-def load_settings(environment: Mapping[str, str] | None = None, env_file: Path = Path(".env")) -> Settings:
-    """Read the settings from the environment (or the mapping given instead) and, below it, from `env_file`.
+def load_settings(
+    environment: Mapping[str, str] | None = None, env_file: Path = Path(".env")
+) -> Settings:
+    """Read the settings from `environment` (default: the process's) and from `env_file`.
 
-    Raises `ConfigError` with one line for the first bad value; the value of a secret is never in it.
+    Raises `ConfigError` for the first invalid value. Its text never contains a secret.
     """
-    values: dict[str, str | None] = {**dotenv_values(env_file), **(os.environ if environment is None else environment)}
-    found = _pick(values, Settings.model_fields)
-    for name in EXCHANGES:
-        prefix = f"{name.upper()}_"
-        own = _pick(values, ExchangeSettings.model_fields, prefix)
-        for short, full in (("KEY", "api_key"), ("SECRET", "api_secret")):
-            if full not in own and (value := values.get(prefix + short)):
-                own[full] = value
-        found[name] = {"budget": DEFAULT_BUDGETS[name], **own}
+    values = {**dotenv_values(env_file), **(os.environ if environment is None else environment)}
+    texts = {name: (text or "").strip() for name, text in values.items() if name == name.upper()}
+    texts = {name: text for name, text in texts.items() if text or name == "REDIS_HOST"}
+    exchanges = {
+        name: default | _strip_prefix(texts, f"{name.upper()}_")
+        for name, default in DEFAULT_EXCHANGES.items()
+    }
     try:
-        return Settings.model_validate(found)
+        settings = Settings.model_validate(_strip_prefix(texts) | {"exchanges": exchanges})
     except ValidationError as error:
-        raise ConfigError(_explain(error, found)) from None
+        raise ConfigError(_explain(error, texts)) from None
+    if not settings.enabled_exchanges:
+        names = ", ".join(f"{name.upper()}_ENABLED" for name in EXCHANGES)
+        raise ConfigError(f"{names} are all false: expected at least one that is true.")
+    return settings
+
+
+def _strip_prefix(texts: Mapping[str, str], prefix: str = "") -> dict[str, str]:
+    """Map field names to the texts of the environment variables that start with `prefix`."""
+    names = [name for name in texts if name.startswith(prefix)]
+    return {name.removeprefix(prefix).lower(): texts[name] for name in names}
 
 
 def foreign_environment() -> dict[str, str]:
-    """Return the environment without any setting of ours, for a process that has no business with our secrets."""
-    own = set(setting_names()) | {
-        f"{exchange.upper()}_{short}" for exchange in EXCHANGES for short in ("KEY", "SECRET")
-    }
-    return {name: value for name, value in os.environ.items() if name.upper() not in own}
+    """Return the environment without the gateway's settings, for a process that needs no secret."""
+    prefixes = tuple(f"{exchange.upper()}_" for exchange in EXCHANGES)
+    names = {name for name in os.environ if not name.upper().startswith(prefixes)}
+    own_names = setting_names()
+    return {name: os.environ[name] for name in names if name.upper() not in own_names}
 
 
 def setting_names() -> dict[str, tuple[FieldInfo, object]]:
-    """Map each setting's name in the environment to its field and default, in the order they are declared."""
+    """Map the environment variable of each setting to its field and default, in declared order."""
     names: dict[str, tuple[FieldInfo, object]] = {}
-    for exchange in EXCHANGES:
+    for exchange, profile in PROFILES.items():
         for name, field in ExchangeSettings.model_fields.items():
-            default = DEFAULT_BUDGETS[exchange] if name == "budget" else field.default
+            default = profile.default_budget if name == "budget" else field.default
             names[f"{exchange}_{name}".upper()] = (field, default)
     for name, field in Settings.model_fields.items():
-        if name not in EXCHANGES:
+        if name != "exchanges":
             names[name.upper()] = (field, field.default)
     return names
 
 
-def _pick(values: Mapping[str, str | None], fields: Mapping[str, FieldInfo], prefix: str = "") -> dict[str, Any]:
-    """Take the values that are set; LOG_LEVEL and the like are accepted in any case."""
-    picked: dict[str, Any] = {}
-    for name in fields:
-        value = values.get(prefix + name.upper())
-        if value is None or (value.strip() == "" and name != "redis_host"):
-            continue
-        value = value.strip()
-        picked[name] = {"log_level": value.upper(), "log_format": value.lower()}.get(name, value)
-    return picked
-
-
-def _explain(error: ValidationError, found: Mapping[str, Any]) -> str:
-    """Say the first fault in one line: the setting, what is wrong with its value, what is allowed."""
-    first = error.errors(include_url=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        name, message = message.split(": ", 1)
-        return f"{name.upper()} {message}"
-    name = "_".join(str(part) for part in first["loc"] if part in EXCHANGES or str(part) in _ALL_FIELDS)
-    field = setting_names()[name.upper()][0]
-    value: Any = found
-    for part in first["loc"]:
-        value = value.get(part, "") if isinstance(value, dict) else value
-    secret = "SecretStr" in str(field.annotation) or "@" in str(value)  # an address may carry a password
-    shown = "" if secret else f"={str(value)[:60]!r}"
-    if first["type"] == "value_error":
-        return f"{name.upper()}{shown} {message}"
-    return f"{name.upper()}{shown} is not accepted; allowed: {_allowed(field)}"
-
-
-def _allowed(field: FieldInfo) -> str:
-    """Describe what a field takes, from its type and bounds."""
+def _explain(error: ValidationError, texts: Mapping[str, str]) -> str:
+    """Describe the first error in one line: the setting, its value and what is expected."""
+    problem = error.errors(include_url=False)[0]
+    name = "_".join(str(part) for part in problem["loc"] if part != "exchanges").upper()
+    field, _ = setting_names()[name]
+    expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if field.annotation is bool:
-        return "true or false"
-    if field.annotation not in (int, float):
-        return ", ".join(str(choice) for choice in getattr(field.annotation, "__args__", ("a text",)))
-    low, high, strict = -math.inf, math.inf, False
-    for bound in field.metadata:
-        low, strict = getattr(bound, "ge", low), strict or hasattr(bound, "gt")
-        low = getattr(bound, "gt", low)
-        high = getattr(bound, "le", high)
-    kind = "a whole number" if field.annotation is int else "a number"
-    return f"{kind} {'above' if strict else 'from'} {low:.15g} {'up to' if strict else 'to'} {high:.15g}"
-
-
-_ALL_FIELDS = frozenset(Settings.model_fields) | frozenset(ExchangeSettings.model_fields)
+        expected = "true or false"
+    elif field.annotation in (int, float):
+        kind = "a whole number" if field.annotation is int else "a number"
+        minimum, maximum = field.metadata
+        start = f"above {minimum.gt} up" if hasattr(minimum, "gt") else f"from {minimum.ge}"
+        expected = f"{kind} {start} to {maximum.le}"
+    text = texts.get(name, "")
+    is_secret = "SecretStr" in str(field.annotation) or "@" in text  # a URL may have a password
+    value = "" if is_secret else f"={text[:60]!r}"
+    return f"{name}{value} is invalid: expected {expected}."

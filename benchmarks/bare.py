@@ -1,6 +1,7 @@
-"""Partners: a bare ASGI app, the limit; a route of FastAPI; and the gateway itself without its fast path.
+"""Apps that the gateway is compared with: a bare ASGI app, FastAPI, and no fast path.
 
-The first two repeat one recorded answer of the gateway.
+The bare app is the upper limit of what Python under uvicorn can serve. It and the FastAPI route
+repeat a recorded response of the gateway.
 """
 
 import json
@@ -16,9 +17,9 @@ from config import load_settings
 from src.api import create_app
 
 
-def make() -> ASGIApp:
-    """Make the app that answers every request with the recorded answer, and does nothing else."""
-    headers, body = _recorded()
+def create_bare_app() -> ASGIApp:
+    """Create an ASGI app that sends the recorded response to every request."""
+    headers, body = _recorded_response()
     start = {
         "type": "http.response.start",
         "status": 200,
@@ -33,9 +34,9 @@ def make() -> ASGIApp:
     return app
 
 
-def make_fastapi() -> FastAPI:
-    """Make the app that routes and validates as the gateway does, and then sends the recorded answer."""
-    headers, body = _recorded()
+def create_fastapi_app() -> FastAPI:
+    """Create an app with the gateway's ticker route, which sends the recorded response."""
+    headers, body = _recorded_response()
     app = FastAPI()
 
     @app.get("/ticker/{symbol:path}")
@@ -49,11 +50,11 @@ def make_fastapi() -> FastAPI:
     return app
 
 
-def make_app_alone() -> FastAPI:
-    """Make the gateway as it is without its fast path: each request goes through the framework."""
+def create_gateway_without_fast_path() -> FastAPI:
+    """Create the gateway without its fast path: FastAPI handles every request."""
     return create_app(load_settings()).app
 
 
-def _recorded() -> tuple[dict[str, str], bytes]:
-    recorded = json.loads(Path(os.environ["BENCH_ANSWER"]).read_text())
+def _recorded_response() -> tuple[dict[str, str], bytes]:
+    recorded = json.loads(Path(os.environ["BENCH_RESPONSE"]).read_text())
     return recorded["headers"], recorded["body"].encode()

@@ -1,6 +1,7 @@
-"""The time a memory hit takes inside the ASGI app, without any socket, in turn with the bare app in the same process.
+"""Measure the time of a memory hit inside the ASGI app, without sockets, beside the bare app.
 
-Started by `benchmarks.bench` with the environment of a gateway; prints the times of every call in nanoseconds as JSON.
+`benchmarks.bench` starts this module with the environment of a gateway. It prints p50 and p99 in
+milliseconds for each round, and a profile, as JSON.
 """
 
 import argparse
@@ -17,14 +18,20 @@ from starlette.types import ASGIApp, Message
 from uvicorn import Config
 from uvicorn.lifespan.on import LifespanOn
 
-from benchmarks.bare import make
+from benchmarks.bare import create_bare_app
 from benchmarks.figures import percentile
 from benchmarks.servers import PATH
 from src import api
 
+FIRST_HIT_SECONDS = 30.0
+YIELD_EVERY = 100  # calls, after which tasks of the app may run, as they do between requests
+PROFILED_FUNCTIONS = 10
 
-def scope(state: dict[str, Any]) -> dict[str, Any]:
-    """Return what uvicorn makes of one GET request."""
+State = dict[str, Any]
+
+
+def scope(state: State) -> dict[str, Any]:
+    """Return the ASGI scope that uvicorn creates for a GET request."""
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -42,15 +49,15 @@ def scope(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-async def call(app: ASGIApp, state: dict[str, Any], count: int) -> list[int]:
-    """Call the app so often; returns the nanoseconds of each call."""
+async def call(app: ASGIApp, state: State, count: int) -> list[float]:
+    """Call the app `count` times and return the milliseconds of each call."""
     times = []
     for number in range(count):
-        fresh = scope(state)
+        request_scope = scope(state)
         began = time.perf_counter_ns()
-        await app(fresh, receive, send)
-        times.append(time.perf_counter_ns() - began)
-        if number % 100 == 0:  # let the app's own tasks run, as they do between requests
+        await app(request_scope, receive, send)
+        times.append((time.perf_counter_ns() - began) / 1e6)
+        if number % YIELD_EVERY == 0:
             await asyncio.sleep(0)
     return times
 
@@ -60,63 +67,88 @@ async def receive() -> Message:
 
 
 async def send(message: Message) -> None:
-    """Take the answer and do nothing with it."""
+    """Discard a message of the response."""
 
 
-async def found(app: ASGIApp, state: dict[str, Any]) -> tuple[int, bytes]:
-    """Call the app once; returns the status and how the cache found it."""
-    starts: list[Message] = []
+async def request(app: ASGIApp, state: State) -> tuple[int, bytes]:
+    """Call the app once and return the status and the `Cache-Status` header."""
+    messages: list[Message] = []
 
-    async def keep(message: Message) -> None:
-        starts.append(message)
+    async def collect(message: Message) -> None:
+        messages.append(message)
 
-    await app(scope(state), receive, keep)
-    return starts[0]["status"], dict(starts[0]["headers"]).get(b"cache-status", b"")
+    await app(scope(state), receive, collect)
+    start = messages[0]
+    return start["status"], dict(start["headers"]).get(b"cache-status", b"")
 
 
-async def main(pairs: int, calls: int) -> None:
-    """Start the gateway, wait for a hit, measure both apps in turn, and print milliseconds."""
-    app, bare = api.app, make()
+def is_memory_hit(response: tuple[int, bytes]) -> bool:
+    status, cache_status = response
+    return status == 200 and b"detail=memory" in cache_status
+
+
+async def main(rounds: int, calls: int) -> None:
+    """Start the gateway, measure both apps in turn, profile the gateway, and print the results."""
+    app = api.app
     lifespan = LifespanOn(Config(app, log_level="warning"))
     await lifespan.startup()
-    deadline = time.monotonic() + 30
-    while b"detail=memory" not in (await found(app, lifespan.state))[1]:
-        if time.monotonic() > deadline:
-            raise SystemExit(f"no memory hit came: {await found(app, lifespan.state)}")
-        await asyncio.sleep(0.05)
-    await call(app, lifespan.state, calls // 10)
-    measured: dict[str, list[tuple[float, float]]] = {"gateway": [], "bare": []}
-    sides: list[tuple[str, ASGIApp, dict[str, Any]]] = [("gateway", app, lifespan.state), ("bare", bare, {})]
-    for pair in range(pairs):
-        for name, one, state in sides if pair % 2 else sides[::-1]:
-            times = [nanoseconds / 1e6 for nanoseconds in await call(one, state, calls)]
-            measured[name].append((percentile(times, 0.50), percentile(times, 0.99)))
+    state = lifespan.state
+    await wait_for_hit(app, state)
+    await call(app, state, calls // 10)
+    results = await measure(app, state, rounds, calls)
     profiler = cProfile.Profile()
     profiler.enable()
-    await call(app, lifespan.state, calls)
+    await call(app, state, calls)
     profiler.disable()
-    last = await found(app, lifespan.state)
+    last = await request(app, state)
     await lifespan.shutdown()
-    if last[0] != 200 or b"detail=memory" not in last[1]:
-        raise SystemExit(f"the last call was no memory hit: {last}")
-    print(json.dumps({**measured, "profile": shares(profiler)}))
+    if not is_memory_hit(last):
+        raise SystemExit(f"the last response is not a memory hit: {last}")
+    print(json.dumps({**results, "profile": profile_shares(profiler)}))
 
 
-def shares(profiler: cProfile.Profile) -> list[tuple[str, float]]:
-    """Name the functions that take the most time of their own, each with its percentage of the time in the app."""
-    rows = pstats.Stats(profiler).get_stats_profile().func_profiles
-    outside = (__file__, "~")
-    inside = {
-        name: row for name, row in rows.items() if row.file_name not in outside and "asyncio" not in row.file_name
+async def wait_for_hit(app: ASGIApp, state: State) -> None:
+    """Call the app until the response is a memory hit."""
+    deadline = time.monotonic() + FIRST_HIT_SECONDS
+    while not is_memory_hit(response := await request(app, state)):
+        if time.monotonic() > deadline:
+            raise SystemExit(f"no memory hit after {FIRST_HIT_SECONDS:g} s: {response}")
+        await asyncio.sleep(0.05)
+
+
+async def measure(
+    app: ASGIApp, state: State, rounds: int, calls: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Measure the gateway and the bare app in turn; return p50 and p99 of each round."""
+    sides: list[tuple[str, ASGIApp, State]] = [
+        ("bare", create_bare_app(), {}),
+        ("gateway", app, state),
+    ]
+    results: dict[str, list[tuple[float, float]]] = {"gateway": [], "bare": []}
+    for _ in range(rounds):
+        for name, side_app, side_state in sides:
+            times = await call(side_app, side_state, calls)
+            results[name].append((percentile(times, 0.50), percentile(times, 0.99)))
+        sides.reverse()
+    return results
+
+
+def profile_shares(profiler: cProfile.Profile) -> list[tuple[str, float]]:
+    """Return the functions with the most time of their own, as percentages of the app's time."""
+    profiles = pstats.Stats(profiler).get_stats_profile().func_profiles
+    seconds = {
+        f"{Path(profile.file_name).stem}.{name}": profile.tottime
+        for name, profile in profiles.items()
+        if profile.file_name not in (__file__, "~") and "asyncio" not in profile.file_name
     }
-    own = {f"{Path(row.file_name).stem}.{name}": row.tottime for name, row in inside.items()}
-    whole = sum(own.values())
-    return [(name, 100 * own[name] / whole) for name in sorted(own, key=own.__getitem__, reverse=True)[:10]]
+    total = sum(seconds.values())
+    slowest = sorted(seconds, key=seconds.__getitem__, reverse=True)[:PROFILED_FUNCTIONS]
+    return [(name, 100 * seconds[name] / total) for name in slowest]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pairs", type=int)
+    parser.add_argument("rounds", type=int)
     parser.add_argument("calls", type=int)
-    chosen = parser.parse_args()
-    uvloop.run(main(chosen.pairs, chosen.calls))
+    options = parser.parse_args()
+    uvloop.run(main(options.rounds, options.calls))

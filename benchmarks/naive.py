@@ -1,6 +1,7 @@
-"""The naive design, as it is written in an afternoon: FastAPI, a dict with a TTL, Redis behind it, ccxt for misses.
+"""A simple gateway for comparison: FastAPI, a dict with a TTL, Redis behind it, ccxt for misses.
 
-No single flight, no budget, no breaker, no headers about freshness; FastAPI encodes each answer anew.
+It has no request coalescing, budget, breaker or freshness headers. FastAPI encodes each response
+again.
 """
 
 import json
@@ -15,21 +16,24 @@ from fastapi import FastAPI, HTTPException, Query
 from redis.asyncio import Redis
 
 TTL_SECONDS = 3600
+MAX_ENTRIES = 1000
 FIELDS = (
-    "symbol", "timestamp", "datetime", "last", "close", "bid", "bidVolume", "ask", "askVolume", "open", "high", "low",
-    "vwap", "previousClose", "change", "percentage", "average", "baseVolume", "quoteVolume", "markPrice", "indexPrice",
+    "symbol", "timestamp", "datetime", "last", "close", "bid", "bidVolume", "ask", "askVolume",
+    "open", "high", "low", "vwap", "previousClose", "change", "percentage", "average",
+    "baseVolume", "quoteVolume", "markPrice", "indexPrice",
 )  # fmt: skip
 
-cache: TTLCache[str, dict[str, Any]] = TTLCache(1000, TTL_SECONDS)
+cache: TTLCache[str, dict[str, Any]] = TTLCache(MAX_ENTRIES, TTL_SECONDS)
 redis = Redis.from_url(os.environ.get("BENCH_REDIS", "redis://localhost"))
 exchanges: dict[str, Any] = {}
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    """Make the exchange's client, and close what is open at the end."""
-    bybit = exchanges["bybit"] = ccxt.bybit({"options": {"fetchMarkets": {"types": ["spot"]}}})
+    """Create the client of the exchange, and close it and Redis at the end."""
+    bybit = ccxt.bybit({"options": {"fetchMarkets": {"types": ["spot"]}}})
     bybit.urls["api"] = dict.fromkeys(bybit.urls["api"], os.environ["BYBIT_REST_URL"])
+    exchanges["bybit"] = bybit
     yield
     await bybit.close()
     await redis.aclose()
@@ -44,7 +48,7 @@ async def get_ticker(
     exchange: Annotated[str, Query(max_length=32)] = "bybit",
     max_age: Annotated[float | None, Query(ge=0, le=86400, allow_inf_nan=False)] = None,
 ) -> dict[str, Any]:
-    """Answer from the dict, from Redis, or from the exchange."""
+    """Return the ticker from the dict, from Redis or from the exchange."""
     symbol = symbol.upper().replace("-", "/")
     key = f"ticker:{exchange}:{symbol}"
     if max_age != 0:

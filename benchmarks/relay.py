@@ -1,4 +1,4 @@
-"""The bare relay: what an exchange pushes, sent on to everybody as it is by the library `websockets`."""
+"""A bare relay: sends the messages of an exchange to all clients with the `websockets` library."""
 
 import json
 import sys
@@ -7,20 +7,25 @@ import uvloop
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection, broadcast, serve
 
+SUBSCRIBE = {"method": "SUBSCRIBE", "params": ["btcusdt@ticker"], "id": 1}
 
-async def main(upstream: str, port: int) -> None:
-    """Relay one stream of binance for ever."""
+
+async def main(exchange_url: str, port: int) -> None:
+    """Relay one binance stream until the process ends."""
     clients: set[ServerConnection] = set()
 
-    async def hold(client: ServerConnection) -> None:
+    async def serve_client(client: ServerConnection) -> None:
         clients.add(client)
         try:
             await client.wait_closed()
         finally:
             clients.discard(client)
 
-    async with serve(hold, "127.0.0.1", port, compression=None), connect(upstream, compression=None) as exchange:
-        await exchange.send(json.dumps({"method": "SUBSCRIBE", "params": ["btcusdt@ticker"], "id": 1}))
+    async with (
+        serve(serve_client, "127.0.0.1", port, compression=None),
+        connect(exchange_url, compression=None) as exchange,
+    ):
+        await exchange.send(json.dumps(SUBSCRIBE))
         async for message in exchange:
             broadcast(clients, message)
 

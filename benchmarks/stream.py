@@ -1,18 +1,17 @@
-"""How well prices are pushed on, beside a bare relay of the same messages; writes STREAM.md.
+"""Compare streaming with a bare relay of the same messages; write STREAM.md.
 
-`make bench-stream`. Exchange, relay, writer and gateway are one process each; one of them is loaded at a time.
-`--quick` measures next to nothing and only prints: it shows that all of it runs.
+Run with `make bench-stream`. Exchange, relay, writer and gateway are one process each. With
+`--quick`, each measurement is as short as possible, which only shows that everything runs.
 """
 
 import argparse
 import asyncio
-import os
 import re
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -21,252 +20,369 @@ from urllib.parse import urlsplit
 import uvloop
 
 from benchmarks.bench import FOLDER, machine
-from benchmarks.figures import COLUMNS, Figure, interleave, percentile, ratios, table
+from benchmarks.devtools import cpu_seconds
+from benchmarks.figures import (
+    VALUE_COLUMNS,
+    Figure,
+    figure_table,
+    interleave,
+    percentile,
+    ratios,
+)
 from benchmarks.servers import Sandbox, Server, Servers, fetch
-from benchmarks.stalls import Noted, noted
-from benchmarks.watchers import Seen, connect
+from benchmarks.stalls import StallLog, record_stalls
+from benchmarks.stream_clients import Received, connect
 from src.sandbox.demo import free_port
 
-PUSH_MS, ONE_PUSH_MS = 50, 10  # to many clients, and to one
-FULL_PUSH_MS = 10  # to as many, to see what goes through at most
-WANTS = b'{"op":"subscribe","symbols":["BTC/USDT"],"exchange":"binance"}'
-SETTLE_SECONDS = 2.0  # after all are connected
-TRIES = 5  # to measure, on a machine that stands still
+PUSH_MS = 50  # interval of the exchange's updates to many clients
+ONE_PUSH_MS = 10  # interval to one client
+MAX_PUSH_MS = 10  # interval to many clients that shows the highest message rate
+MIN_UPDATES_PER_SECOND = 950 / PUSH_MS  # 95 % of the updates
+SUBSCRIBE_COMMAND = b'{"op":"subscribe","symbols":["BTC/USDT"],"exchange":"binance"}'
+SETTLE_SECONDS = 2.0  # after all clients are connected
+TRIES = 5  # per measurement, if the machine stands still
 T = TypeVar("T")
 
 
-METHOD = f"""binance's sandbox pushes the ticker of one symbol every {PUSH_MS} ms, to one client every {ONE_PUSH_MS} ms;
-{{plan.rounds}} rounds of {{plan.seconds}} s in turn, one client of each side at the same time. The bare relay
-(`relay.py`) sends on what it gets by the library `websockets`; latency is from the exchange's time in a message, in
-whole milliseconds, to when a client has it. The bare writer (`writes.py`) does nothing but write as many bytes to as
-many sockets, as fast as it goes. All clients are in one process, which shares the machine with the others.
+METHOD = f"""\
+The simulated binance pushes the ticker of one symbol every {PUSH_MS} ms, and to one client every
+{ONE_PUSH_MS} ms. There are {{plan.rounds}} rounds of {{plan.seconds}} s in turn; one client of each
+side is measured at the same time. The bare relay (`relay.py`) forwards what it receives with the
+library `websockets`. Latency is the time from the exchange's time in a message, in whole
+milliseconds, until a client receives the message. The bare writer (`writes.py`) writes as many
+bytes to as many sockets at full speed. All clients are in one process, which shares the machine
+with the others.
 
-What was under way while the machine stood still is left out of p50 and p99, on both sides: a process that only sleeps
-tells when (`stalls.py`); `idle` is the share of the time that was left out so. Rates count all of the time. The
-simulated exchange stands still with the machine, and then pushes less often than it should: what goes through at most
-is measured with a push every {FULL_PUSH_MS} ms.
+A process that only sleeps records when the machine stood still (`stalls.py`). Messages of these
+times are left out of p50 and p99 on both sides; "time left out" is their share. Rates include all
+of the time. The simulated exchange stands still with the machine and then pushes less often than it
+should, so the highest message rate is measured with a push every {MAX_PUSH_MS} ms.
 """
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured."""
+    """How long and how often to measure."""
 
     rounds: int = 5
     clients: int = 1000
-    deaf: int = 50  # of them, that never read
+    paused_clients: int = 50  # of them, which read nothing
     seconds: float = 10
 
 
-class StoodStillError(Exception):
-    """The machine stood still as long as was measured."""
+QUICK = Plan(1, 20, 2, 2)
+
+
+class MachineStalledError(Exception):
+    """The machine stood still during the whole measurement."""
 
 
 class Side(NamedTuple):
-    """What clients connect to, and what they say there."""
+    """A server, and the URL and first command of its clients."""
 
     url: str
-    wants: bytes
+    command: bytes
     server: Server
 
 
 class Round(NamedTuple):
-    """What one round brought."""
+    """The result of one round; the values of `ROUND_FIGURES` are in the report."""
 
-    rate: float  # messages a second, to all clients that read
-    p50: float  # ms
+    rate: float
+    p50: float
     p99: float
-    cpu_us: float  # of the server, for each message
-    kb: float  # of the server's memory, for each client
-    lost: int
-    idle: float  # share of the time that was left out, in percent
+    cpu_us: float
+    memory_kb: float
+    left_out: float
+    lost_connections: int
 
 
-def cpu_seconds(server: Server) -> float:
-    """Return the processor time a process took so far."""
-    with open(f"/proc/{server.process.pid}/stat") as file:  # noqa: PTH123
-        fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+ROUND_FIGURES = {
+    "rate": ("message rate", "messages/s"),
+    "p50": ("p50", "ms"),
+    "p99": ("p99", "ms"),
+    "cpu_us": ("processor time per message", "µs"),
+    "memory_kb": ("memory per client", "KB"),
+    "left_out": ("time left out", "%"),
+}
+LATENCY_MEMBERS = ("p50", "p99", "left_out")
+
+Rounds = Sequence[Round]
 
 
-async def watch(side: Side) -> None:
-    """Have what is measured watched already."""
-    watchers = await connect(side.url, side.wants, 1, Seen())
+def values(rounds: Rounds, member: str) -> list[float]:
+    """Return one value of each round."""
+    return [getattr(measured, member) for measured in rounds]
+
+
+async def subscribe_once(side: Side) -> None:
+    """Start the subscription at the exchange, so that it exists before the measurement."""
+    clients = await connect(side.url, side.command, 1, Received())
     await asyncio.sleep(SETTLE_SECONDS)
-    watchers[0].transport.abort()
+    clients[0].transport.abort()
 
 
-async def measure(side: Side, noted: Noted, clients: int, seconds: float, deaf: int = 0) -> Round:
-    """Have so many clients watch for so long; the first `deaf` of them read nothing."""
-    seen, before = Seen(), side.server.rss_mb()
-    watchers = await connect(side.url, side.wants, clients, seen)
+async def measure(
+    side: Side, stall_log: StallLog, clients: int, seconds: float, paused_clients: int = 0
+) -> Round:
+    """Measure connected clients, of which the first `paused_clients` read nothing."""
+    received = Received()
+    memory_before = side.server.rss_mb()
+    connected = await connect(side.url, side.command, clients, received)
     await asyncio.sleep(SETTLE_SECONDS)
-    for watcher in watchers[:deaf]:
-        watcher.transport.pause_reading()
-    memory = (side.server.rss_mb() - before) * 1024 / clients
-    seen.messages, seen.lost = 0, 0
-    seen.came.clear()
-    spent, began = cpu_seconds(side.server), time.time()
+    for client in connected[:paused_clients]:
+        client.transport.pause_reading()
+    memory_kb = (side.server.rss_mb() - memory_before) * 1024 / clients
+    received.reset()
+    cpu_before = cpu_seconds(side.server.process.pid)
+    began = time.time()
     await asyncio.sleep(seconds)
-    ended, spent, lost = time.time(), cpu_seconds(side.server) - spent, seen.lost
-    stalls, messages = noted.read(), seen.messages
-    for watcher in watchers:
-        watcher.transport.abort()  # first of all: an event loop that still reads cannot be closed
+    ended = time.time()
+    cpu = cpu_seconds(side.server.process.pid) - cpu_before
+    messages = received.messages
+    lost_connections = received.lost_connections
+    stalls = stall_log.read()
+    for client in connected:
+        client.transport.abort()  # an event loop cannot close while connections are read
     await asyncio.sleep(1)
-    latencies = seen.latencies(stalls)
+    latencies = received.latencies(stalls)
     if not latencies:
-        raise StoodStillError
+        raise MachineStalledError
     return Round(
         rate=messages / (ended - began),
         p50=percentile(latencies, 0.5),
         p99=percentile(latencies, 0.99),
-        cpu_us=spent * 1e6 / messages,
-        kb=memory,
-        lost=lost,
-        idle=100 * stalls.share(1000 * began, 1000 * ended),
+        cpu_us=cpu * 1e6 / messages,
+        memory_kb=memory_kb,
+        left_out=100 * stalls.share(1000 * began, 1000 * ended),
+        lost_connections=lost_connections,
     )
 
 
-async def together(sides: dict[str, Side], noted: Noted, seconds: float) -> dict[str, Round]:
-    """Measure one client of each side at the same time: whatever else the machine does falls on both."""
-    rounds = await asyncio.gather(*(measure(side, noted, 1, seconds) for side in sides.values()))
+async def measure_one_each(
+    sides: Mapping[str, Side], stall_log: StallLog, seconds: float
+) -> dict[str, Round]:
+    """Measure one client of each side at once, so that other load affects both sides alike."""
+    measurements = (measure(side, stall_log, 1, seconds) for side in sides.values())
+    rounds = await asyncio.gather(*measurements)
     return dict(zip(sides, rounds, strict=True))
 
 
-def patiently(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Measure in an event loop of its own, and again if the machine stood still all the time."""
+def run_with_retries(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a measurement in an event loop, again if the machine stood still all the time."""
     for _ in range(TRIES):
-        with suppress(StoodStillError):
+        with suppress(MachineStalledError):
             return uvloop.run(work())
-    raise RuntimeError("the machine stands still all the time: nothing can be measured on it now")
+    raise RuntimeError(
+        f"The machine stood still in {TRIES} measurements. Repeat the benchmark on an idle machine."
+    )
 
 
-def run(side: Side, noted: Noted, clients: int, seconds: float, deaf: int = 0) -> Round:
-    """Measure so many clients, so long, with so many of them deaf."""
-    return patiently(partial(measure, side, noted, clients, seconds, deaf))
+def run(
+    side: Side, stall_log: StallLog, clients: int, seconds: float, paused_clients: int = 0
+) -> Round:
+    """Run `measure` with retries."""
+    return run_with_retries(partial(measure, side, stall_log, clients, seconds, paused_clients))
 
 
 def metric(server: Server, name: str) -> float:
-    """Read one of the gateway's metrics, summed over its labels."""
+    """Return the value of one of the gateway's metrics, summed over its labels."""
     text = fetch(f"{server.url}/metrics")[1].decode()
-    return sum(float(value) for value in re.findall(rf"^virtuoso_{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+    samples = re.findall(rf"^virtuoso_{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+    return sum(float(sample) for sample in samples)
 
 
-def figures(
-    plan: Plan, sides: dict[str, Side], writer: Side, sandbox: Sandbox, noted: Noted
-) -> tuple[list[Figure], list[Figure]]:
-    """Measure everything; returns the figures with targets, and what lies behind them."""
-    gateway = sides["gateway"].server
+@dataclass
+class Measured:
+    """The rounds of all loads."""
+
+    one: dict[str, list[Round]] = field(default_factory=dict)  # one client, by side
+    many: dict[str, list[Round]] = field(default_factory=dict)  # all clients, by side
+    paused: list[Round] = field(default_factory=list)  # the gateway with paused clients
+    max_rate: list[Round] = field(default_factory=list)  # the gateway with frequent pushes
+    conflated: float = 0  # updates with many clients
+    conflated_at_max_rate: float = 0
+    exchange_calls: float = 0  # with many clients
+
+
+def measure_all(
+    plan: Plan, sides: Mapping[str, Side], writer: Side, sandbox: Sandbox, stall_log: StallLog
+) -> Measured:
+    """Measure one client, many clients, paused clients, and the highest message rate."""
+    measured = Measured()
+    gateway = sides["gateway"]
     sandbox.set("binance", push_ms=ONE_PUSH_MS)
-    rounds_of_one = [patiently(partial(together, sides, noted, plan.seconds)) for _ in range(plan.rounds)]
-    one = {name: [found[name] for found in rounds_of_one] for name in sides}
-    sandbox.set("binance", push_ms=PUSH_MS)
-    asked, conflated = sandbox.calls(), metric(gateway, "stream_conflated_total")
-    loaded = sides | {"bare writer": writer}
-    many = interleave(
-        {name: partial(run, side, noted, plan.clients, plan.seconds) for name, side in loaded.items()}, plan.rounds
-    )
-    writes = many.pop("bare writer")
-    asked, conflated = sandbox.calls() - asked, metric(gateway, "stream_conflated_total") - conflated
-    deaf = [run(sides["gateway"], noted, plan.clients, plan.seconds, plan.deaf) for _ in range(plan.rounds)]
-    sandbox.set("binance", push_ms=FULL_PUSH_MS)
-    replaced = metric(gateway, "stream_conflated_total")
-    full = [run(sides["gateway"], noted, plan.clients, plan.seconds) for _ in range(plan.rounds)]
-    replaced = metric(gateway, "stream_conflated_total") - replaced
-
-    def of(rounds: Sequence[Round], name: str) -> list[float]:
-        return [getattr(each, name) for each in rounds]
-
-    def above(name: str) -> list[float]:
-        return [own - bare for own, bare in zip(of(one["gateway"], name), of(one["bare relay"], name), strict=True)]
-
-    whole = plan.clients * 1000 / PUSH_MS
-    reading = plan.clients - plan.deaf
-    with_deaf = [each.rate / reading for each in deaf]
-    without = [each.rate / plan.clients for each in many["gateway"]]
-    result = [
-        Figure("one client: p50 above a bare relay", above("p50"), "ms", 2, lower=True),
-        Figure("one client: p99 above a bare relay", above("p99"), "ms", 10, lower=True),
-        Figure(f"{plan.clients} clients: updates a second to each", without, "1/s", 950 / PUSH_MS),
-        Figure(f"{plan.clients} clients: what goes through at most", of(full, "rate"), "messages/s"),
-        Figure(f"{plan.clients} clients: p99", of(many["gateway"], "p99"), "ms", 100, lower=True),
-        Figure(f"{plan.clients} clients: conflated updates", [conflated], "updates", 0, lower=True),
-        Figure(
-            f"{plan.clients} clients: processor time per message against a bare relay",
-            ratios(of(many["gateway"], "cpu_us"), of(many["bare relay"], "cpu_us")), "x", 2, lower=True,
-        ),
-        Figure(
-            f"{plan.clients} clients: processor time per message against a bare writer",
-            ratios(of(many["gateway"], "cpu_us"), of(writes, "cpu_us")), "x",
-        ),
-        Figure("memory per client", of(many["gateway"], "kb")[:1], "KB", 60, lower=True),  # kept for the next
-        Figure(f"messages to exchanges for {plan.rounds * plan.clients} clients", [asked], "messages", 0, lower=True),
-        Figure(f"{plan.deaf} of them deaf: messages/s of each other, against none", ratios(with_deaf, without), "x"),
-        Figure(
-            f"{plan.deaf} of them deaf: p99 of the others, against none",
-            ratios(of(deaf, "p99"), of(many["gateway"], "p99")), "x",
-        ),
-    ]  # fmt: skip
-    behind = [
-        Figure(f"pushed to {plan.clients} clients, if none is late", [whole], "messages/s"),
-        Figure(f"{plan.clients} clients, what goes through at most: conflated updates", [replaced], "updates"),
-        Figure(f"{plan.clients} clients, bare writer: rate", of(writes, "rate"), "messages/s"),
-        Figure(f"{plan.clients} clients, bare writer: cpu_us", of(writes, "cpu_us"), "µs"),
+    pairs = [
+        run_with_retries(partial(measure_one_each, sides, stall_log, plan.seconds))
+        for _ in range(plan.rounds)
     ]
-    for name, rounds in (*many.items(), (f"gateway, {plan.deaf} deaf", deaf)):
-        for member, unit in (
-            ("rate", "messages/s"),
-            ("p50", "ms"),
-            ("p99", "ms"),
-            ("cpu_us", "µs"),
-            ("kb", "KB"),
-            ("idle", "%"),
-        ):
-            behind.append(Figure(f"{plan.clients} clients, {name}: {member}", of(rounds, member), unit))
-    for name, rounds in one.items():
-        behind += [
-            Figure(f"one client, {name}: {member}", of(rounds, member), "%" if member == "idle" else "ms")
-            for member in ("p50", "p99", "idle")
-        ]
-    return result, behind
+    measured.one = {name: [pair[name] for pair in pairs] for name in sides}
+
+    sandbox.set("binance", push_ms=PUSH_MS)
+    calls_before = sandbox.calls()
+    conflated_before = metric(gateway.server, "stream_conflated_total")
+    loads = {
+        name: partial(run, side, stall_log, plan.clients, plan.seconds)
+        for name, side in {**sides, "bare writer": writer}.items()
+    }
+    measured.many = interleave(loads, plan.rounds)
+    measured.exchange_calls = sandbox.calls() - calls_before
+    measured.conflated = metric(gateway.server, "stream_conflated_total") - conflated_before
+
+    measured.paused = [
+        run(gateway, stall_log, plan.clients, plan.seconds, plan.paused_clients)
+        for _ in range(plan.rounds)
+    ]
+
+    sandbox.set("binance", push_ms=MAX_PUSH_MS)
+    conflated_before = metric(gateway.server, "stream_conflated_total")
+    measured.max_rate = [
+        run(gateway, stall_log, plan.clients, plan.seconds) for _ in range(plan.rounds)
+    ]
+    conflated = metric(gateway.server, "stream_conflated_total") - conflated_before
+    measured.conflated_at_max_rate = conflated
+    return measured
 
 
-def bare(servers: Servers, module: str, status: int, *arguments: str) -> Side:
-    """Start something to compare with, which answers plain HTTP with `status` when it is ready."""
+def figures(plan: Plan, measured: Measured) -> list[Figure]:
+    """Return the figures of the first table."""
+    at_most = partial(Figure, lower_is_better=True)
+    gateway = measured.many["gateway"]
+    many = f"{plan.clients} clients"
+    paused = f"{plan.paused_clients} of them paused"
+    cpu = values(gateway, "cpu_us")
+    return [
+        at_most("one client: p50 above a bare relay", above_relay(measured, "p50"), "ms", 2),
+        at_most("one client: p99 above a bare relay", above_relay(measured, "p99"), "ms", 10),
+        Figure(
+            f"{many}: updates per second and client",
+            client_rates(gateway, plan.clients),
+            "1/s",
+            MIN_UPDATES_PER_SECOND,
+        ),
+        Figure(f"{many}: highest message rate", values(measured.max_rate, "rate"), "messages/s"),
+        at_most(f"{many}: p99", values(gateway, "p99"), "ms", 100),
+        at_most(f"{many}: conflated updates", [measured.conflated], "updates", 0),
+        at_most(
+            f"{many}: processor time per message against a bare relay",
+            ratios(cpu, values(measured.many["bare relay"], "cpu_us")),
+            "x",
+            2,
+        ),
+        Figure(
+            f"{many}: processor time per message against a bare writer",
+            ratios(cpu, values(measured.many["bare writer"], "cpu_us")),
+        ),
+        # Only the first round: later clients use memory that the process has kept.
+        at_most("memory per client", values(gateway, "memory_kb")[:1], "KB", 60),
+        at_most(
+            f"calls to exchanges for {plan.rounds * plan.clients} clients",
+            [measured.exchange_calls],
+            "calls",
+            0,
+        ),
+        Figure(
+            f"{paused}: message rate of each other client, against no paused clients",
+            ratios(
+                client_rates(measured.paused, plan.clients - plan.paused_clients),
+                client_rates(gateway, plan.clients),
+            ),
+        ),
+        Figure(
+            f"{paused}: p99 of the others, against no paused clients",
+            ratios(values(measured.paused, "p99"), values(gateway, "p99")),
+        ),
+    ]
+
+
+def client_rates(rounds: Rounds, clients: int) -> list[float]:
+    """Return the messages per second and client of each round."""
+    return [rate / clients for rate in values(rounds, "rate")]
+
+
+def above_relay(measured: Measured, member: str) -> list[float]:
+    """Return how much a value of one client is above that of the bare relay, by round."""
+    pairs = zip(
+        values(measured.one["gateway"], member),
+        values(measured.one["bare relay"], member),
+        strict=True,
+    )
+    return [gateway - relay for gateway, relay in pairs]
+
+
+def details(plan: Plan, measured: Measured) -> list[Figure]:
+    """Return the figures without targets."""
+    many = f"{plan.clients} clients"
+    conflated = [measured.conflated_at_max_rate]
+    result = [
+        Figure(f"{many}: pushed updates", [plan.clients * 1000 / PUSH_MS], "messages/s"),
+        Figure(f"{many}, highest message rate: conflated updates", conflated, "updates"),
+    ]
+    result += round_figures(f"{many}, bare writer", measured.many["bare writer"], "rate", "cpu_us")
+    for name in measured.one:
+        result += round_figures(f"{many}, {name}", measured.many[name], *ROUND_FIGURES)
+    title = f"{many}, gateway, {plan.paused_clients} paused"
+    result += round_figures(title, measured.paused, *ROUND_FIGURES)
+    for name, rounds in measured.one.items():
+        result += round_figures(f"one client, {name}", rounds, *LATENCY_MEMBERS)
+    return result
+
+
+def round_figures(title: str, rounds: Rounds, *members: str) -> list[Figure]:
+    """Return one figure for each member of the rounds."""
+    result = []
+    for member in members:
+        name, unit = ROUND_FIGURES[member]
+        result.append(Figure(f"{title}: {name}", values(rounds, member), unit))
+    return result
+
+
+def start_partner(servers: Servers, module: str, ready_status: int, *arguments: str) -> Side:
+    """Start the relay or the writer. `ready_status` is its response to a plain HTTP request."""
     port = free_port()
     process = servers.start([sys.executable, "-m", f"benchmarks.{module}", *arguments, str(port)])
     server = Server(f"http://127.0.0.1:{port}", process)
-    servers.wait(server.url, lambda found, _: found == status)
+    servers.wait(server.url, lambda status, _: status == ready_status)
     return Side(f"ws://127.0.0.1:{port}/", b"", server)
 
 
+def report(plan: Plan, measured: Measured) -> str:
+    """Return the report as Markdown."""
+    lines = [
+        "# Streams\n",
+        f"Generated by `make bench-stream` on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, on",
+        f"{machine()}.\n",
+        METHOD.format(plan=plan),
+        figure_table(figures(plan, measured)),
+        "## Details\n",
+        figure_table(details(plan, measured), VALUE_COLUMNS),
+    ]
+    return "\n".join(lines)
+
+
 def main() -> int:
-    """Measure, print and write; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Measure what is pushed, beside a bare relay.")
-    parser.add_argument("--quick", action="store_true", help="next to nothing, only to see that it runs")
-    plan = Plan(1, 20, 2, 2) if parser.parse_args().quick else Plan()
-    with Servers() as servers, noted() as stalls:
-        sandbox = servers.sandbox()
-        gateway = servers.gateway(sandbox, {"STREAM_MAX_PER_CLIENT": str(plan.clients)})  # all come from one address
-        exchange = sandbox.settings["BINANCE_WS_URL"] + "/stream/ws/0"
-        sides = {
-            "bare relay": bare(servers, "relay", 426, exchange),  # it asks for an upgrade
-            "gateway": Side(f"ws://{urlsplit(gateway.url).netloc}/ws", WANTS, gateway),
-        }
-        uvloop.run(watch(sides["gateway"]))  # from now on
-        found, behind = figures(plan, sides, bare(servers, "writes", 101), sandbox, stalls)
-    text = "\n".join(
-        [
-            "# Streams\n",
-            f"Written by `make bench-stream` on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, on {machine()}.",
-            METHOD.format(plan=plan),
-            table(COLUMNS, [figure.row() for figure in found]),
-            "## Behind them\n",
-            table(COLUMNS[:5], [figure.row()[:5] for figure in behind]),
-        ]
+    """Measure, print and write the report; return the exit code."""
+    parser = argparse.ArgumentParser(description="Compare streaming with a bare relay.")
+    parser.add_argument(
+        "--quick", action="store_true", help="measure briefly, only to see that everything runs"
     )
+    options = parser.parse_args()
+    plan = QUICK if options.quick else Plan()
+    with Servers() as servers, record_stalls() as stall_log:
+        sandbox = servers.sandbox()
+        # All clients have one address.
+        gateway = servers.gateway(sandbox, {"STREAM_MAX_PER_CLIENT": str(plan.clients)})
+        gateway_url = f"ws://{urlsplit(gateway.url).netloc}/ws"
+        exchange_url = sandbox.settings["BINANCE_WS_URL"] + "/stream/ws/0"
+        sides = {
+            "bare relay": start_partner(servers, "relay", 426, exchange_url),
+            "gateway": Side(gateway_url, SUBSCRIBE_COMMAND, gateway),
+        }
+        uvloop.run(subscribe_once(sides["gateway"]))
+        writer = start_partner(servers, "writes", 101)
+        text = report(plan, measure_all(plan, sides, writer, sandbox, stall_log))
     print(text)
-    if plan == Plan():
+    if not options.quick:
         (FOLDER / "STREAM.md").write_text(text)
     return 0
 

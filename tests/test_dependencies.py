@@ -1,4 +1,4 @@
-"""The requirements files: complete, consistent and documented, for every supported Python."""
+"""Tests of the requirements files: complete, consistent and documented for every Python."""
 
 import re
 from importlib import metadata
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FILES = ("requirements.txt", "requirements-demo.txt", "requirements-dev.txt")
 PYTHONS = ("3.11.2", "3.11.9", "3.12.0", "3.13.0", "3.14.0")  # Debian 12 has 3.11.2
 SYSTEMS = {"Linux": "linux", "Darwin": "darwin"}  # platform_system and sys_platform
-TRANSITIVE = "# Required by the package"  # begins the comment above the packages that others require
+TRANSITIVE = "# Required by the package"  # comment above the packages that others require
 
 Pins = dict[str, Requirement]
 Environment = dict[str, str]
@@ -23,7 +23,9 @@ HERE: Environment = {name: str(value) for name, value in default_environment().i
 
 def parse(text: str) -> Pins:
     """Map the normalized name of each package to its line."""
-    lines = [Requirement(line.strip()) for line in re.findall(r"^[A-Za-z][^#\n]*", text, re.MULTILINE)]
+    lines = [
+        Requirement(line.strip()) for line in re.findall(r"^[A-Za-z][^#\n]*", text, re.MULTILINE)
+    ]
     return {canonicalize_name(line.name): line for line in lines}
 
 
@@ -46,24 +48,31 @@ def environment(python: str, system: str) -> Environment:
 
 
 def applies(requirement: Requirement, values: Environment, extra: str = "") -> bool:
-    """True if a requirement applies in an environment."""
+    """Return True if a requirement applies in an environment."""
     return requirement.marker is None or requirement.marker.evaluate(values | {"extra": extra})
 
 
 def required_by(pins: Pins, values: Environment) -> list[tuple[str, Requirement]]:
-    """List the requirements of packages, each with the name of the package that has it.
+    """Return the requirements of all packages, each with the name of the package that has it.
 
-    Read from the metadata of what is installed here: a package that is only for another Python is left out.
+    The requirements come from the metadata of the installed packages, so packages for other Python
+    versions are left out.
     """
-    waiting = [(name, "") for name, pin in pins.items() if applies(pin, values) and applies(pin, HERE)]
+    waiting = [
+        (name, "") for name, pin in pins.items() if applies(pin, values) and applies(pin, HERE)
+    ]
     seen = set(waiting)
     found = []
     while waiting:
         name, extra = waiting.pop()
         requirements = [Requirement(text) for text in metadata.requires(name) or []]
-        active = [requirement for requirement in requirements if applies(requirement, values, extra)]
+        active = [
+            requirement for requirement in requirements if applies(requirement, values, extra)
+        ]
         found += [(name, requirement) for requirement in active]
-        extras = {(canonicalize_name(other.name), extra) for other in active for extra in other.extras} - seen
+        extras = {
+            (canonicalize_name(other.name), extra) for other in active for extra in other.extras
+        } - seen
         seen |= extras
         waiting += extras
     return found
@@ -72,8 +81,10 @@ def required_by(pins: Pins, values: Environment) -> list[tuple[str, Requirement]
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("file", FILES)
-def test_every_requirement_is_pinned_in_a_matching_version(file: str, python: str, system: str) -> None:
-    """`pip install --no-deps -r` of each file installs all that its packages require, on every supported Python."""
+def test_all_requirements_are_pinned_to_matching_versions(
+    file: str, python: str, system: str
+) -> None:
+    """`pip install --no-deps -r` of each file installs every required package."""
     pins = installed_by(file)
     values = environment(python, system)
     unmet = []
@@ -86,22 +97,24 @@ def test_every_requirement_is_pinned_in_a_matching_version(file: str, python: st
 
 
 def test_every_line_pins_one_version() -> None:
-    """Each line is name==version, so that two installations are the same."""
+    """Each line has the form name==version."""
     pins = installed_by(FILES[-1])
     assert len(pins) > 50
-    assert not [str(pin) for pin in pins.values() if [part.operator for part in pin.specifier] != ["=="]]
+    assert not [
+        str(pin) for pin in pins.values() if [part.operator for part in pin.specifier] != ["=="]
+    ]
 
 
-def test_the_pinned_versions_are_installed() -> None:
-    """This environment is the one that the files describe; else run `make test`, which updates it."""
+def test_pinned_versions_are_installed() -> None:
+    """If this fails, run `make test`, which updates the environment."""
     pins = {name: pin for name, pin in installed_by(FILES[-1]).items() if applies(pin, HERE)}
     assert {name: metadata.version(name) for name in pins} == {
         name: next(iter(pin.specifier)).version for name, pin in pins.items()
     }
 
 
-def test_no_package_is_pinned_without_need() -> None:
-    """Each package in the second part of a file is required by another one, on some supported Python."""
+def test_no_superfluous_package_is_pinned() -> None:
+    """Each package in the second part of a file is required by another package."""
     pins = installed_by(FILES[-1])
     pairs = [pair for python in PYTHONS for pair in required_by(pins, environment(python, "Linux"))]
     required = {canonicalize_name(requirement.name) for _, requirement in pairs}
@@ -109,20 +122,31 @@ def test_no_package_is_pinned_without_need() -> None:
     assert set(pins) <= used
 
 
-def test_every_direct_requirement_is_documented() -> None:
-    """docs/dependencies.md has one row per package of the first part of each file, in the same order."""
+def test_direct_requirements_are_documented() -> None:
+    """docs/dependencies.md has one row per direct package, in the order of the files."""
     table = (ROOT / "docs" / "dependencies.md").read_text().partition("## Packages\n")[2]
-    rows = re.findall(r"^\| `([\w.-]+)` \| [^|]+ \| \d{4}-\d{2} \| (?:any|each) \| [^|]+ \|$", table, re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([\w.-]+)` \| [^|]+ \| \d{4}-\d{2} \| (?:any|each) \| [^|]+ \|$", table, re.MULTILINE
+    )
     used = [name for file in FILES for name in direct(file)]
     assert rows == used
 
 
-def test_every_compiled_package_is_documented() -> None:
-    """docs/dependencies.md lists each package with compiled code that others require: a new Python may lack a wheel."""
-    table = (ROOT / "docs" / "dependencies.md").read_text().partition("## Compiled packages")[2].partition("\n## ")[0]
+def test_compiled_packages_are_documented() -> None:
+    """A new Python version may lack a wheel for these packages."""
+    table = (
+        (ROOT / "docs" / "dependencies.md")
+        .read_text()
+        .partition("## Compiled packages")[2]
+        .partition("\n## ")[0]
+    )
     documented = re.findall(r"^\| `([\w.-]+)` \| [^|]+ \| \d{4}-\d{2} \|$", table, re.MULTILINE)
     used = {name for file in FILES for name in direct(file)}
-    others = [name for name, pin in installed_by(FILES[-1]).items() if name not in used and applies(pin, HERE)]
+    others = [
+        name
+        for name, pin in installed_by(FILES[-1]).items()
+        if name not in used and applies(pin, HERE)
+    ]
     wheels = {name: metadata.distribution(name).read_text("WHEEL") or "" for name in others}
     compiled = {name for name, wheel in wheels.items() if "Root-Is-Purelib: false" in wheel}
     assert compiled <= set(documented)

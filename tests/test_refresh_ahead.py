@@ -1,6 +1,6 @@
-"""What is asked for often is refreshed before it expires: what is, what is not, in which calls, and at what cost.
+"""Hot entries are refreshed before they expire: which entries, with which calls, at what cost.
 
-The refresher looks ten times a second of real time at what is due by the clock of the test.
+The refresher runs ten times a second in real time, and uses the clock of the test.
 """
 
 import asyncio
@@ -15,20 +15,35 @@ from src.cache.entry import Entry, Key
 from src.cache.memory import HOT_HITS
 from src.core.metrics import CACHE_RESULTS, REFRESHES
 from src.exchanges.manager import batch_size
-from src.refresh_ahead import BUDGET_RATIO, LEAD_RATIO, LOADS_RATIO, TICK_SECONDS, RefreshAhead
+from src.refresh_ahead import (
+    DUE_RATIO,
+    MAX_BUDGET_RATIO,
+    MAX_LOADS_RATIO,
+    TICK_SECONDS,
+    RefreshAhead,
+)
+from src.sandbox.market import COINS
 from src.sandbox.server import Sandbox
-from src.sandbox.wire import COINS
-from src.store.redis import RedisAway
-from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, make_settings, sample, serve
+from src.store.redis import RedisUnavailable
+from tests.conftest import (
+    FakeClock,
+    Live,
+    RedisServer,
+    StartGateway,
+    eventually,
+    make_settings,
+    sample,
+    serve,
+)
 
 TTL = 15.0
-MAX_REFRESHES = int(100 * LOADS_RATIO)  # under way at once, with the default MAX_CONCURRENT
+MAX_REFRESHES = int(100 * MAX_LOADS_RATIO)  # at once, with the default MAX_CONCURRENT
 DUE = 12.0  # the age at which an entry is due: a fifth of its TTL is left
 OFTEN = HOT_HITS + 1  # a miss, and hits enough to make it hot
 KEY = Key("bybit", "ticker", "BTC/USDT")
 PATH = "/ticker/BTC-USDT?exchange=bybit"
 CANARY = "/trades/BTC-USDT?exchange=bybit&limit=1"
-CANARY_KEY = Key("bybit", "trades", "BTC/USDT", "1")
+CANARY_KEY = Key("bybit", "trades", "BTC/USDT", (1,))
 CANARY_TTL = 0.015625
 MISS, HIT = "fwd=miss; stored", "hit; detail=memory"
 
@@ -37,7 +52,7 @@ StartWatched = Callable[..., Awaitable[Live]]
 
 @pytest.fixture
 def watched(start: StartGateway) -> StartWatched:
-    """Start gateways that refresh ahead; with bybit alone, unless more are named."""
+    """Start gateways that refresh ahead, by default with bybit only."""
 
     async def start_watched(exchanges: tuple[str, ...] = ("bybit",), **overrides: object) -> Live:
         return await start(**(only(*exchanges) | {"ticker_ttl_seconds": TTL} | overrides))
@@ -46,23 +61,27 @@ def watched(start: StartGateway) -> StartWatched:
 
 
 def only(*exchanges: str) -> dict[str, object]:
-    """Settings with these exchanges enabled, which are refreshed ahead."""
+    """Return settings with these exchanges and REFRESH_AHEAD enabled."""
     return {"refresh_ahead": True, **{f"{name}_enabled": name in exchanges for name in EXCHANGES}}
 
 
 class Tally:
-    """How many entries that came due since the test began had which outcome."""
+    """Counts the outcomes of due entries since the test began."""
 
     def __init__(self) -> None:
         self._before = self._read()
 
     def __call__(self) -> tuple[int, ...]:
-        """Count what succeeded, failed and was skipped, in this order."""
-        return tuple(int(now - before) for now, before in zip(self._read(), self._before, strict=True))
+        """Return the counts of success, error and skipped."""
+        return tuple(
+            int(now - before) for now, before in zip(self._read(), self._before, strict=True)
+        )
 
     async def reaches(self, **expected: int) -> None:
-        """Wait until these outcomes were had so often."""
-        await eventually(lambda: expected.items() <= dict(zip(REFRESHES, self(), strict=True)).items())
+        """Wait until the outcomes have these counts."""
+        await eventually(
+            lambda: expected.items() <= dict(zip(REFRESHES, self(), strict=True)).items()
+        )
 
     @staticmethod
     def _read() -> list[float]:
@@ -79,7 +98,7 @@ def results() -> dict[str, float]:
 
 
 async def ask(live: Live, path: str, times: int = OFTEN) -> list[str]:
-    """Ask so often, one after the other; returns how each was answered."""
+    """Send requests one after the other; returns how each was answered."""
     found = []
     for _ in range(times):
         answer = await live.get(path)
@@ -89,13 +108,13 @@ async def ask(live: Live, path: str, times: int = OFTEN) -> list[str]:
 
 
 def born(live: Live, key: Key) -> float | None:
-    """When the entry in memory was asked for, by the clock of the test; None when there is none."""
+    """Return when the entry in memory was born, by the clock of the test, or None."""
     entry = live.gateway.cache.memory.get(key)
     return None if entry is None else entry.born - 1000.0
 
 
 def births(live: Live) -> list[float | None]:
-    """The same for all entries."""
+    """Return `born` of all entries."""
     keys = live.gateway.cache.memory.keys()
     return [born(live, key) for key in keys]
 
@@ -103,14 +122,18 @@ def births(live: Live) -> list[float | None]:
 def hold(live: Live, key: Key, age: float = 0.0, ttl: float = TTL) -> None:
     """Put a hot entry of this age into memory."""
     memory, at = live.gateway.cache.memory, live.gateway.clock.monotonic() - age
-    memory.put(key, Entry.of(b'{"stale":false}', at, at, ttl))
-    assert all(memory.ready(key) for _ in range(HOT_HITS))
+    memory.put(Entry.create(key, b'{"stale":false}', at, at, ttl))
+    for _ in range(HOT_HITS):
+        entry = memory.find_fresh(key)
+        assert entry is not None
+        memory.count_hit(entry)
 
 
 async def seen(live: Live, clock: FakeClock) -> None:
-    """Return when the refresher has looked at all that is due now, and what it began has ended.
+    """Wait until the refresher has checked all entries that are due now, and its refreshes ended.
 
-    Trades of bybit, with a TTL that is nothing beside the others, are made due, and are refreshed in the same look.
+    Trades of bybit, with a TTL that is nothing beside the others, are made due, and are refreshed
+    in the same look.
     """
     await ask(live, CANARY)
     clock.advance(CANARY_TTL * 7 / 8)
@@ -124,54 +147,61 @@ async def idle(live: Live) -> None:
 
 
 async def most_at_once(live: Live, exchange: str, ended: Callable[[], bool]) -> int:
-    """Wait for the end; returns how many calls to the exchange were under way at once until then."""
+    """Return the most calls to the exchange that are under way at once until `ended`."""
     counts: list[int] = []
 
-    def look() -> bool:
+    def check() -> bool:
         counts.append(live.gateway.manager[exchange].in_flight)
         return ended()
 
-    await eventually(look)
+    await eventually(check)
     return max(counts)
 
 
 async def reachable(live: Live, clock: FakeClock) -> None:
-    """Wait until Redis is used: on a busy machine it may have looked slow while the gateway started."""
+    """Wait until Redis is used. On a busy machine its breaker may have opened at start."""
     store = live.gateway.store
     while not store.up:
         clock.advance(20)
-        with contextlib.suppress(RedisAway):
+        with contextlib.suppress(RedisUnavailable):
             await store.run("ping", lambda redis: redis.ping())
 
 
-def names(sandbox: Sandbox, exchange: str) -> list[str]:
-    """The requests an exchange got, in a fixed order."""
+def requests_of(sandbox: Sandbox, exchange: str) -> list[str]:
+    """Return the requests of an exchange, sorted."""
     return sorted(unquote(path) for path, _ in sandbox.requests[exchange])
 
 
-async def test_what_is_asked_for_often_never_misses(
+async def test_a_hot_key_never_misses(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """Over many TTLs every request but the first is a hit, each life costs one call, and no refresh is a request."""
-    live, lives, before = await watched(), 8, results()
+    """Over many TTLs every request but the first is a hit.
+
+    Each TTL costs one call, and no refresh counts as a request.
+    """
+    live, rounds, before = await watched(), 8, results()
     found = await ask(live, PATH)
-    for life in range(1, lives + 1):
+    for round_number in range(1, rounds + 1):
         for _ in range(4):
             found += await ask(live, PATH, 2)
             clock.advance(DUE / 4)
-        await tally.reaches(success=life)
-        assert born(live, KEY) == life * DUE
+        await tally.reaches(success=round_number)
+        assert born(live, KEY) == round_number * DUE
     assert (found[0], set(found[1:])) == (MISS, {HIT})
-    assert (sandbox.count("bybit", "tickers"), tally()) == (1 + lives, (lives, 0, 0))
-    asked = {result: count - before[result] for result, count in results().items() if count != before[result]}
+    assert (sandbox.count("bybit", "tickers"), tally()) == (1 + rounds, (rounds, 0, 0))
+    asked = {
+        result: count - before[result]
+        for result, count in results().items()
+        if count != before[result]
+    }
     assert asked == {"miss": 1, "hit_memory": len(found) - 1}
 
 
 @pytest.mark.parametrize("hits", range(HOT_HITS))
-async def test_what_is_not_asked_for_again_is_not_refreshed(
+async def test_an_entry_below_hot_hits_expires(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, hits: int
 ) -> None:
-    """A value that was asked for once, or given out less often than makes it hot, simply expires."""
+    """An entry that was requested once, or less often than HOT_HITS, is not refreshed."""
     live = await watched(trades_ttl_seconds=CANARY_TTL)
     await ask(live, PATH, 1 + hits)
     clock.advance(DUE)
@@ -181,40 +211,44 @@ async def test_what_is_not_asked_for_again_is_not_refreshed(
     assert await ask(live, PATH, 1) == [MISS]
 
 
-async def test_what_nobody_asks_for_any_more_is_forgotten(
+async def test_a_key_without_requests_stops_being_refreshed(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """However popular it was, it is refreshed for two more lives without a request, and then it expires."""
+    """However often it was requested before: after two more refreshes it expires."""
     live = await watched(trades_ttl_seconds=CANARY_TTL)
     await ask(live, PATH, 50)
-    for life in (1, 2, 3):
-        clock.elapsed = life * DUE
-        await tally.reaches(success=life)
-    for life in (4, 5):
-        clock.elapsed = life * DUE
+    for round_number in (1, 2, 3):
+        clock.elapsed = round_number * DUE
+        await tally.reaches(success=round_number)
+    for round_number in (4, 5):
+        clock.elapsed = round_number * DUE
         await seen(live, clock)
     assert (sandbox.count("bybit", "tickers"), born(live, KEY)) == (1 + 3, 3 * DUE)
     assert await ask(live, PATH, 1) == [MISS]
 
 
-@pytest.mark.parametrize("spellings", [["BTC-USDT"] * 3, ["BTC-USDT", "btc-usdt", "Btc-Usdt"]], ids=["path", "app"])
-async def test_hits_count_whoever_answers_them(
+@pytest.mark.parametrize(
+    "spellings", [["BTC-USDT"] * 3, ["BTC-USDT", "btc-usdt", "Btc-Usdt"]], ids=["path", "app"]
+)
+async def test_hits_of_fast_path_and_app_count_alike(
     watched: StartWatched, clock: FakeClock, tally: Tally, spellings: list[str]
 ) -> None:
-    """Repetitions that are answered in front of the app make a value hot as those do that the app answers."""
+    """Both make an entry hot."""
     live = await watched()
     for spelling in spellings:
         assert KEY not in live.gateway.cache.memory.hot
         await ask(live, f"/ticker/{spelling}", 1)
-    in_front = sum(slot.used for slot in live.front._single.values())
-    assert in_front == (len(set(spellings)) == 1), "which of the two answered"
+    by_fast_path = sum(recipe.was_used for recipe in live.front._singles.values())
+    assert by_fast_path == (len(set(spellings)) == 1), "which of the two answered"
     assert KEY in live.gateway.cache.memory.hot
     clock.advance(DUE)
     await tally.reaches(success=1)
 
 
-async def test_when_it_is_due(watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally) -> None:
-    """An entry is left alone until a fifth of its TTL is left, and is refreshed then, not when somebody asks."""
+async def test_an_entry_is_refreshed_when_a_fifth_of_its_ttl_is_left(
+    watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
+) -> None:
+    """Not before, and not only when it expires."""
     live = await watched(trades_ttl_seconds=CANARY_TTL)
     await ask(live, PATH)
     clock.elapsed = DUE - 0.0625
@@ -225,8 +259,8 @@ async def test_when_it_is_due(watched: StartWatched, sandbox: Sandbox, clock: Fa
     assert (sandbox.count("bybit", "tickers"), tally()[1:]) == (2, (0, 0))
 
 
-def test_looks_are_frequent_enough() -> None:
-    """Between two looks no usual entry goes from not yet due to expired, even if one look comes late."""
+def test_the_tick_is_short_enough() -> None:
+    """No usual entry expires between two ticks, even if one tick is late."""
     settings: Settings = make_settings()
     ttls = (
         settings.ticker_ttl_seconds,
@@ -234,15 +268,22 @@ def test_looks_are_frequent_enough() -> None:
         settings.ohlcv_ttl_seconds,
         settings.trades_ttl_seconds,
     )
-    assert 0 < TICK_SECONDS * 3 < min(ttls) * LEAD_RATIO
+    assert 0 < TICK_SECONDS * 3 < min(ttls) * DUE_RATIO
 
 
-async def test_tickers_of_an_exchange_go_together(
+async def test_tickers_of_an_exchange_are_refreshed_together(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """One call brings all that are due, those along that are nearly, but none that is younger or not asked for."""
+    """One call refreshes all that are due or nearly due, and no entry that is younger or of another
+    exchange.
+    """
     live = await watched(("kraken",))
-    ages = {"BTC": 0.0, "ETH": 0.0, "SOL": 3.0, "XRP": 3.125}  # at 12 s these are 12, 12, 9 and 8.875 s old
+    ages = {
+        "BTC": 0.0,
+        "ETH": 0.0,
+        "SOL": 3.0,
+        "XRP": 3.125,
+    }  # at 12 s these are 12, 12, 9 and 8.875 s old
     for coin, at in ages.items():
         clock.elapsed = at
         await ask(live, f"/ticker/{coin}-USDT?exchange=kraken")
@@ -252,13 +293,13 @@ async def test_tickers_of_an_exchange_go_together(
     await tally.reaches(success=3)
     found = {coin: born(live, Key("kraken", "ticker", f"{coin}/USDT")) for coin in (*ages, "ADA")}
     assert found == {"BTC": DUE, "ETH": DUE, "SOL": DUE, "XRP": 3.125, "ADA": 3.125}
-    assert names(sandbox, "kraken") == ["/0/public/Ticker?pair=XBTUSDT,ETHUSDT,SOLUSDT"]
+    assert requests_of(sandbox, "kraken") == ["/0/public/Ticker?pair=XBTUSDT,ETHUSDT,SOLUSDT"]
 
 
-async def test_what_is_nearly_due_is_no_reason_for_a_call(
+async def test_a_nearly_due_entry_waits_for_one_that_is_due(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock
 ) -> None:
-    """Entries of which nearly half of the TTL is left wait until one of their own exchange is due."""
+    """An entry with nearly half of its TTL left waits until another of its exchange is due."""
     live = await watched(("bybit", "binance"), trades_ttl_seconds=CANARY_TTL)
     await ask(live, "/ticker/ETH-USDT?exchange=binance")
     clock.elapsed = 3.0
@@ -270,39 +311,41 @@ async def test_what_is_nearly_due_is_no_reason_for_a_call(
     assert (sandbox.count("binance"), sandbox.count("bybit", "tickers")) == (1, 0)
 
 
-async def test_each_is_loaded_that_goes_along(
+async def test_a_group_refresh_loads_entries_with_short_ttls_too(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """Of entries with unlike TTLs the call brings every one, also one that is young but expires soon."""
+    """The call refreshes each entry of the group, also a young one that expires soon."""
     live, short = await watched(("kraken",)), Key("kraken", "ticker", "ETH/USDT")
     long = short._replace(symbol="BTC/USDT")
     hold(live, long, age=DUE)
     hold(live, short, age=5.0, ttl=8.0)
     await tally.reaches(success=2)
     assert (born(live, long), born(live, short)) == (0.0, 0.0)
-    assert names(sandbox, "kraken") == ["/0/public/Ticker?pair=XBTUSDT,ETHUSDT"]
+    assert requests_of(sandbox, "kraken") == ["/0/public/Ticker?pair=XBTUSDT,ETHUSDT"]
 
 
-async def test_binance_is_asked_in_lists_of_twenty(
+async def test_binance_tickers_are_refreshed_in_lists_of_twenty(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """Tickers of binance go in calls of 20, of which the documented weight is least, and each goes once."""
+    """Calls for up to 20 tickers have the lowest documented weight. Each ticker is in one call."""
     live = await watched(("binance",))
-    symbols = sorted(market["symbol"] for market in live.gateway.markets.select("binance", None, None))[:45]
+    symbols = sorted(
+        market["symbol"] for market in live.gateway.markets.select("binance", None, None)
+    )[:45]
     assert len(symbols) == 45
     await ask(live, f"/tickers?symbols={','.join(symbols)}")
     sandbox.clear_counts()
     clock.advance(DUE)
     await tally.reaches(success=45)
-    asked = [path.count('"') // 2 for path in names(sandbox, "binance")]
+    asked = [path.count('"') // 2 for path in requests_of(sandbox, "binance")]
     assert sorted(asked) == [5, batch_size("binance"), 20]
     assert {born(live, Key("binance", "ticker", symbol)) for symbol in symbols} == {DUE}
 
 
-async def test_other_exchanges_are_asked_once_for_each_type_of_market(
+async def test_other_exchanges_need_one_call_per_market_type(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """Where a list costs as much as one ticker all that is due is one call; swaps have a list of their own."""
+    """A list costs as much as one ticker there. Swaps have a list of their own."""
     live = await watched(market_types="spot,swap")
     listed = [market["symbol"] for market in live.gateway.markets.select("bybit", None, "USDT")]
     spot, swaps = [[name for name in listed if (":" in name) == swap] for swap in (False, True)]
@@ -311,14 +354,16 @@ async def test_other_exchanges_are_asked_once_for_each_type_of_market(
     sandbox.clear_counts()
     clock.advance(DUE)
     await tally.reaches(success=32)
-    assert names(sandbox, "bybit") == [f"/v5/market/tickers?category={kind}" for kind in ("linear", "spot")]
+    assert requests_of(sandbox, "bybit") == [
+        f"/v5/market/tickers?category={kind}" for kind in ("linear", "spot")
+    ]
     assert {born(live, Key("bybit", "ticker", symbol)) for symbol in symbols} == {DUE}
 
 
-async def test_each_exchange_is_asked_for_its_own(
+async def test_each_exchange_refreshes_its_own_entries(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """A symbol that is asked for by exchange is refreshed at each of them."""
+    """A symbol that is requested by exchange is refreshed at each of them."""
     live = await watched(EXCHANGES)
     await ask(live, "/tickers?symbols=BTC-USDT,ETH-USDT&exchange=all")
     clock.advance(DUE)
@@ -327,29 +372,37 @@ async def test_each_exchange_is_asked_for_its_own(
     assert [sandbox.count(name) for name in live.gateway.manager.names] == [1, 1, 1]
 
 
-async def test_every_kind_is_refreshed_as_it_was_asked_for(
+async def test_every_kind_is_refreshed_with_its_parameters(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """Order books, candles and trades are refreshed each by a call of its own, with the parameters it was first had."""
-    live = await watched(("binance",), orderbook_ttl_seconds=TTL, ohlcv_ttl_seconds=TTL, trades_ttl_seconds=TTL)
-    paths = [f"/orderbook/{what}" for what in ("BTC-USDT?limit=5", "BTC-USDT?limit=50", "ETH-USDT?limit=5")]
-    paths += [f"/ohlcv/{what}" for what in ("BTC-USDT?timeframe=5m&limit=7", "BTC-USDT?timeframe=1h&limit=7")]
+    """Order books, candles and trades each need a call of their own."""
+    live = await watched(
+        ("binance",), orderbook_ttl_seconds=TTL, ohlcv_ttl_seconds=TTL, trades_ttl_seconds=TTL
+    )
+    paths = [
+        f"/orderbook/{what}"
+        for what in ("BTC-USDT?limit=5", "BTC-USDT?limit=50", "ETH-USDT?limit=5")
+    ]
+    paths += [
+        f"/ohlcv/{what}"
+        for what in ("BTC-USDT?timeframe=5m&limit=7", "BTC-USDT?timeframe=1h&limit=7")
+    ]
     paths += ["/trades/BTC-USDT?limit=5", "/trades/ETH-USDT?limit=5", "/ticker/BTC-USDT"]
     for path in paths:
         await ask(live, f"{path}{'&' if '?' in path else '?'}exchange=binance")
-    first = names(sandbox, "binance")
+    first = requests_of(sandbox, "binance")
     sandbox.clear_counts()
     clock.advance(DUE)
     await tally.reaches(success=len(paths))
-    assert names(sandbox, "binance") == first
+    assert requests_of(sandbox, "binance") == first
     assert set(births(live)) == {DUE}
 
 
-async def test_half_of_a_budget_is_left_to_callers(
+async def test_half_of_the_budget_is_reserved_for_requests(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """Above half of the budget nothing is refreshed, once for each entry, and callers' own misses are answered."""
-    assert BUDGET_RATIO == 0.5
+    """Above half of the budget each due entry is skipped once; misses of requests still load."""
+    assert MAX_BUDGET_RATIO == 0.5
     live = await watched(("kraken",), kraken_budget="3/600", trades_ttl_seconds=TTL)
     paths = [f"/{kind}/BTC-USDT?exchange=kraken" for kind in ("ticker", "trades")]
     for path in paths:
@@ -362,10 +415,10 @@ async def test_half_of_a_budget_is_left_to_callers(
     assert (sandbox.count("kraken"), tally()) == (3, (0, 0, 2))
 
 
-async def test_half_of_a_budget_may_be_used(
+async def test_refreshes_may_use_half_of_the_budget(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """At exactly half of the budget an entry is still refreshed, and the next, which finds more of it used, is not."""
+    """At exactly half an entry is refreshed; above it the next one is skipped."""
     live = await watched(("kraken",), kraken_budget="4/600")
     path = "/ticker/BTC-USDT?exchange=kraken"
     await ask(live, "/ticker/ETH-USDT?exchange=kraken", 1)
@@ -398,7 +451,7 @@ TWELVE_TICKERS = [f"/ticker/{coin}-USDT" for coin in COINS[:12]]
     ],
     ids=["a book that fits", "a book that does not", "swaps that do not", "a swap that does"],
 )
-async def test_what_would_not_fit_is_not_tried(
+async def test_a_refresh_over_the_budget_is_skipped(
     watched: StartWatched,
     clock: FakeClock,
     tally: Tally,
@@ -407,12 +460,16 @@ async def test_what_would_not_fit_is_not_tried(
     others: list[str],
     outcome: dict[str, int],
 ) -> None:
-    """A refresh whose documented weight the rest of the budget does not suffice for is skipped, not a failure."""
-    more = {"market_types": "spot,swap", "binance_budget": f"{budget}/10", "orderbook_ttl_seconds": TTL}
+    """By its documented weight; a skipped refresh is no error."""
+    more = {
+        "market_types": "spot,swap",
+        "binance_budget": f"{budget}/10",
+        "orderbook_ttl_seconds": TTL,
+    }
     live = await watched(("binance",), **more)
-    clock.elapsed = 60.0  # what the market list cost is forgotten
+    clock.elapsed = 60.0  # the weight of the market list has left the window
     await ask(live, path)
-    clock.elapsed = 71.5  # and so is the first load
+    clock.elapsed = 71.5  # the weight of the first load, too
     for other in others:
         await ask(live, other, 1)
     assert live.gateway.manager.limiter.used_ratio("binance") <= 0.5
@@ -421,10 +478,10 @@ async def test_what_would_not_fit_is_not_tried(
     assert sum(tally()) == sum(outcome.values())
 
 
-async def test_an_open_breaker_is_left_alone(
+async def test_no_refresh_while_the_breaker_is_open(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """While an exchange is not asked at all nothing of it is refreshed: it is skipped, served, and then expires."""
+    """The refresh is skipped, the entry is served, and the exchange is not asked."""
     live = await watched(cb_threshold=1, cb_reset_seconds=600, cb_max_open_seconds=600)
     await ask(live, PATH)
     await sandbox.set("bybit", status=500, rate_limit=-1)
@@ -439,32 +496,38 @@ async def test_an_open_breaker_is_left_alone(
     assert (sandbox.count("bybit", "tickers"), tally()) == (0, (0, 0, 1))
 
 
-async def test_a_refresh_that_fails_is_tried_once(
+async def test_a_failed_refresh_is_not_repeated(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """A failed refresh is an error; the old entry is served until its TTL, and in its life no other is tried."""
+    """It counts as an error; the old entry is served until its TTL."""
     live = await watched(trades_ttl_seconds=CANARY_TTL)
     await ask(live, PATH)
-    for life in (0.0, TTL):
+    for begin in (0.0, TTL):
         await sandbox.set("bybit", status=500, only="tickers", rate_limit=-1)
         sandbox.clear_counts()
-        clock.elapsed = life + DUE
-        errors = 1 if life == 0.0 else 2
+        clock.elapsed = begin + DUE
+        errors = 1 if begin == 0.0 else 2
         await tally.reaches(error=errors)
         for at in (12.5, 13.0, 14.875):
-            clock.elapsed = life + at
+            clock.elapsed = begin + at
             assert await ask(live, PATH) == [HIT] * OFTEN
             await seen(live, clock)
-        assert (sandbox.count("bybit", "tickers"), tally()[1:], born(live, KEY)) == (1, (errors, 0), life)
+        assert (sandbox.count("bybit", "tickers"), tally()[1:], born(live, KEY)) == (
+            1,
+            (errors, 0),
+            begin,
+        )
         await sandbox.set("bybit", rate_limit=-1)
-        clock.elapsed = life + TTL
-        assert await ask(live, PATH, 1) == [MISS], "the next life, whose entry inherits what makes it hot"
+        clock.elapsed = begin + TTL
+        assert await ask(live, PATH, 1) == [MISS], (
+            "the next entry inherits the hits that make it hot"
+        )
 
 
-async def test_what_is_past_its_ttl_is_refreshed_too(
+async def test_an_expired_hot_entry_is_refreshed(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """After a pause of the process what had been asked for often is brought back, unless somebody was quicker."""
+    """After a pause of the process, hot entries are refreshed unless a request was faster."""
     live = await watched()
     await ask(live, PATH)
     clock.elapsed = 2 * TTL
@@ -473,11 +536,14 @@ async def test_what_is_past_its_ttl_is_refreshed_too(
 
 
 @pytest.mark.parametrize(
-    ("coins", "latency"),  # milliseconds: in the one case the looks of the two come one after the other, or both begin
+    (
+        "coins",
+        "latency",
+    ),  # milliseconds: in the one case the ticks of the two come one after the other, or both begin
     [(["BTC"], 0), (["BTC", "ETH", "SOL", "XRP"], 150)],
     ids=["one", "list"],
 )
-async def test_replicas_refresh_once(
+async def test_replicas_share_a_refresh(
     watched: StartWatched,
     sandbox: Sandbox,
     clock: FakeClock,
@@ -486,10 +552,13 @@ async def test_replicas_refresh_once(
     coins: list[str],
     latency: int,
 ) -> None:
-    """Two gateways with one Redis make one call for what is due on both, be it one value or a list, life after life."""
+    """Two gateways with one Redis make one call for an entry, or a list, that is due on both."""
     replicas = [await watched(redis_url=redis.url) for _ in range(2)]
     orders = [",".join(f"{coin}-USDT" for coin in order) for order in (coins, reversed(coins))]
-    asked = [(live, f"/tickers?symbols={order}&exchange=bybit") for live, order in zip(replicas, orders, strict=True)]
+    asked = [
+        (live, f"/tickers?symbols={order}&exchange=bybit")
+        for live, order in zip(replicas, orders, strict=True)
+    ]
     await sandbox.set("bybit", latency_ms=latency, rate_limit=-1)
     for live in replicas:
         await reachable(live, clock)
@@ -497,33 +566,40 @@ async def test_replicas_refresh_once(
     before = tally()[0]
     for live, path in asked:
         await ask(live, path, OFTEN + 5)
-    for life in (1, 2):
+    for round_number in (1, 2):
         clock.advance(DUE)
-        await tally.reaches(success=before + 2 * len(coins) * life)
+        await tally.reaches(success=before + 2 * len(coins) * round_number)
         for live, path in asked:
             assert set(await ask(live, path, 5)) == {HIT}
-            assert births(live) == pytest.approx([clock.elapsed] * len(coins), abs=0.002), "Redis keeps ms"
+            assert births(live) == pytest.approx([clock.elapsed] * len(coins), abs=0.002), (
+                "Redis keeps ms"
+            )
     assert sandbox.count("bybit", "tickers") == 1 + 2
 
 
-async def test_it_can_be_switched_off(watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally) -> None:
-    """With REFRESH_AHEAD=false what is asked for often expires as everything does."""
+async def test_refresh_ahead_can_be_disabled(
+    watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
+) -> None:
+    """With REFRESH_AHEAD=false hot entries expire."""
     off, on = await watched(refresh_ahead="false"), await watched(("kraken",))
     await ask(off, PATH)
     await ask(on, "/ticker/BTC-USDT?exchange=kraken", 20)
-    for life in (1, 2):  # two looks of the other: in between was one of this, if there were any
-        clock.elapsed = life * DUE
-        await tally.reaches(success=life)
+    # Two ticks of the other gateway: in between was a tick of this one, if it had any.
+    for round_number in (1, 2):
+        clock.elapsed = round_number * DUE
+        await tally.reaches(success=round_number)
     assert (sandbox.count("bybit", "tickers"), list(off.gateway.cache.memory.hot)) == (1, [KEY])
     assert await ask(off, PATH, 1) == [MISS]
 
 
-async def test_few_refreshes_are_under_way_at_once(
+async def test_concurrent_refreshes_are_bounded(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """Of many that are due at most `MAX_REFRESHES` are under way, and the others follow as those end."""
+    """At most `MAX_REFRESHES` are under way; the others follow."""
     live, count = await watched(orderbook_ttl_seconds=TTL), 2 * MAX_REFRESHES + 3
-    symbols = [market["symbol"] for market in live.gateway.markets.select("bybit", None, "USDT")][:count]
+    symbols = [market["symbol"] for market in live.gateway.markets.select("bybit", None, "USDT")][
+        :count
+    ]
     for symbol in symbols:
         await ask(live, f"/orderbook/{symbol}?limit=5&exchange=bybit")
     assert len(live.gateway.cache.memory.hot) == count
@@ -533,15 +609,17 @@ async def test_few_refreshes_are_under_way_at_once(
     assert set(births(live)) == {DUE}
 
 
-async def test_lists_are_bounded_alike(clock: FakeClock, tally: Tally) -> None:
-    """The bound on what is under way counts calls: it holds in the middle of an exchange's lists too."""
+async def test_concurrent_list_refreshes_are_bounded(clock: FakeClock, tally: Tally) -> None:
+    """The bound counts calls, also within the lists of one exchange."""
     lists = MAX_REFRESHES + 2
     sandbox = Sandbox(now=clock.time, filler=lists * batch_size("binance"))
     await sandbox.start()
     await sandbox.set("binance", rate_limit=-1)
     async with serve(make_settings(sandbox, **only("binance")), clock, load_markets=True) as live:
         await eventually(lambda: live.gateway.markets.loaded_at)
-        symbols = [market["symbol"] for market in live.gateway.markets.select("binance", None, "USDT")]
+        symbols = [
+            market["symbol"] for market in live.gateway.markets.select("binance", None, "USDT")
+        ]
         await sandbox.set("binance", latency_ms=150, rate_limit=-1)
         for symbol in symbols[-lists * batch_size("binance") :]:
             hold(live, Key("binance", "ticker", symbol), age=DUE)
@@ -550,11 +628,15 @@ async def test_lists_are_bounded_alike(clock: FakeClock, tally: Tally) -> None:
     await sandbox.stop()
 
 
-async def test_a_clear_ends_it(watched: StartWatched, sandbox: Sandbox, clock: FakeClock) -> None:
-    """What was cleared is not refreshed any more, and has to be asked for often again."""
+async def test_a_cleared_key_is_not_refreshed(
+    watched: StartWatched, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """It has to become hot again; no hits are inherited."""
     live = await watched(trades_ttl_seconds=CANARY_TTL, admin_token="0123456789")
     await ask(live, PATH, 20)
-    cleared = await live.client.post(f"{live.url}/admin/cache/clear", headers={"Authorization": "Bearer 0123456789"})
+    cleared = await live.client.post(
+        f"{live.url}/admin/cache/clear", headers={"Authorization": "Bearer 0123456789"}
+    )
     assert cleared.json()["cleared"] == 1
     clock.elapsed = DUE
     await seen(live, clock)
@@ -562,13 +644,13 @@ async def test_a_clear_ends_it(watched: StartWatched, sandbox: Sandbox, clock: F
     assert await ask(live, PATH, 1) == [MISS]
     clock.elapsed = 2 * DUE
     await seen(live, clock)
-    assert sandbox.count("bybit", "tickers") == 2, "nothing is inherited from before"
+    assert sandbox.count("bybit", "tickers") == 2, "no hits are inherited"
 
 
-async def test_a_clear_is_not_undone_by_a_refresh(
+async def test_a_refresh_from_before_a_clear_is_not_stored(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """What a refresh brings that was under way at a clear is not kept."""
+    """The result of a refresh that was under way at a clear is dropped."""
     live = await watched()
     await ask(live, PATH, 20)
     await sandbox.set("bybit", hang=True, rate_limit=-1)
@@ -580,10 +662,10 @@ async def test_a_clear_is_not_undone_by_a_refresh(
     assert (born(live, KEY), live.gateway.cache.memory.hot) == (None, {})
 
 
-async def test_callers_have_hits_during_a_refresh(
+async def test_requests_hit_the_old_entry_during_a_refresh(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """While a refresh is under way the old entry is served; past its TTL callers wait for that refresh."""
+    """Past its TTL, requests wait for the same refresh."""
     live = await watched()
     await ask(live, PATH)
     await sandbox.set("bybit", hang=True, rate_limit=-1)
@@ -599,13 +681,16 @@ async def test_callers_have_hits_during_a_refresh(
     assert (sandbox.count("bybit", "tickers"), tally()) == (2, (1, 0, 0))
 
 
-async def test_the_end_of_the_app_leaves_nothing(sandbox: Sandbox, clock: FakeClock) -> None:
-    """The app that ends in the middle of refreshes leaves no task and no connection behind."""
+async def test_shutdown_ends_refreshes(sandbox: Sandbox, clock: FakeClock) -> None:
+    """No task and no connection is left."""
     before = asyncio.all_tasks()
     async with serve(
-        make_settings(sandbox, **only("bybit"), ticker_ttl_seconds=TTL, trades_ttl_seconds=TTL), clock
+        make_settings(sandbox, **only("bybit"), ticker_ttl_seconds=TTL, trades_ttl_seconds=TTL),
+        clock,
     ) as live:
-        await eventually(lambda: len(live.gateway.markets.loaded_at) == len(live.gateway.manager.names))
+        await eventually(
+            lambda: len(live.gateway.markets.loaded_at) == len(live.gateway.manager.names)
+        )
         await ask(live, PATH)
         await ask(live, CANARY)
         sandbox.clear_counts()
@@ -615,8 +700,10 @@ async def test_the_end_of_the_app_leaves_nothing(sandbox: Sandbox, clock: FakeCl
     await eventually(lambda: asyncio.all_tasks() <= before)
 
 
-async def test_who_stops_watching_stops_waiting(start: StartGateway, sandbox: Sandbox, clock: FakeClock) -> None:
-    """When the refresher ends so does what it began; a load under way is nobody's, and fills the cache."""
+async def test_stopping_the_refresher_ends_its_tasks(
+    start: StartGateway, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """A load under way belongs to the cache, and still fills it."""
     live = await start(**only("bybit") | {"refresh_ahead": False}, ticker_ttl_seconds=TTL)
     ahead = RefreshAhead(live.gateway)
     running = asyncio.create_task(ahead.run())
@@ -632,23 +719,30 @@ async def test_who_stops_watching_stops_waiting(start: StartGateway, sandbox: Sa
     await eventually(lambda: born(live, KEY) == DUE)
 
 
-async def test_memorys_own_limit_is_an_end_too(watched: StartWatched, sandbox: Sandbox, clock: FakeClock) -> None:
-    """Where memory gives a value out for less than its TTL, and there is no Redis, it is refreshed before that."""
+async def test_memory_ttl_makes_an_entry_due(
+    watched: StartWatched, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """Without Redis, if CACHE_MEMORY_TTL is shorter than the TTL."""
     live = await watched(ohlcv_ttl_seconds=60, cache_memory_ttl=30)
-    path, key = "/ohlcv/BTC-USDT?exchange=bybit", Key("bybit", "ohlcv", "BTC/USDT", "1m:100:")
+    path, key = (
+        "/ohlcv/BTC-USDT?exchange=bybit",
+        Key("bybit", "ohlcv", "BTC/USDT", ("1m", 100, None)),
+    )
     found = await ask(live, path)
-    for life in (1, 2, 3):
+    for round_number in (1, 2, 3):
         clock.advance(24)
-        await eventually(lambda life=life: born(live, key) == 24 * life)  # type: ignore[misc]
+        await eventually(lambda round_number=round_number: born(live, key) == 24 * round_number)  # type: ignore[misc]
         found += await ask(live, path)
     assert (found.count(MISS), sandbox.count("bybit")) == (1, 4)
 
 
-async def test_refreshes_leave_room_for_callers(watched: StartWatched, sandbox: Sandbox, clock: FakeClock) -> None:
-    """However few loads are allowed at once, refreshes are a tenth of them and at least one: callers have the rest."""
+async def test_refreshes_leave_loads_for_requests(
+    watched: StartWatched, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """Refreshes use a tenth of MAX_CONCURRENT, or one if that is less. One load stays free."""
     live = await watched(("bybit", "kraken"), orderbook_ttl_seconds=TTL, max_concurrent=2)
     for market in live.gateway.markets.select("bybit", None, "USDT")[:8]:
-        hold(live, Key("bybit", "orderbook", market["symbol"], "5"))
+        hold(live, Key("bybit", "orderbook", market["symbol"], (5,)))
     await sandbox.set("bybit", hang=True, rate_limit=-1)
     clock.advance(DUE)
     await eventually(lambda: live.gateway.manager["bybit"].in_flight == 1)
@@ -657,29 +751,36 @@ async def test_refreshes_leave_room_for_callers(watched: StartWatched, sandbox: 
     await sandbox.reset()
 
 
-async def test_who_is_sent_away_makes_nothing_hot(watched: StartWatched) -> None:
-    """Requests without the right key, or over the limit, do not count: they could keep the budget busy."""
+async def test_refused_requests_make_nothing_hot(watched: StartWatched) -> None:
+    """Requests without a key or over the limit must not spend the budget of an exchange."""
     live = await watched(api_keys="me:0123456789", client_rate_limit=1)
     assert (await live.get(PATH, headers={"X-API-Key": "0123456789"})).status_code == 200
-    for headers, statuses in (({}, [401, 401, 401]), ({"X-API-Key": "0123456789"}, [429, 429, 429])):
-        assert [(await live.get(PATH, headers=headers)).status_code for _ in range(OFTEN)] == statuses
+    for headers, statuses in (
+        ({}, [401, 401, 401]),
+        ({"X-API-Key": "0123456789"}, [429, 429, 429]),
+    ):
+        assert [
+            (await live.get(PATH, headers=headers)).status_code for _ in range(OFTEN)
+        ] == statuses
     assert not live.gateway.cache.memory.hot
 
 
-async def test_one_request_for_many_counts_once(watched: StartWatched) -> None:
-    """A batch that has to be completed by the app counts once for each of its tickers, not once more for the look."""
+async def test_a_batch_counts_one_hit_per_ticker(watched: StartWatched) -> None:
+    """Also if the app has to load a missing ticker."""
     live = await watched()
     path = "/tickers?symbols=BTC-USDT,ETH-USDT&exchange=bybit"
     await ask(live, path, 1)
-    live.gateway.cache.memory.pop(Key("bybit", "ticker", "ETH/USDT"), "cleared")
+    live.gateway.cache.memory.remove(Key("bybit", "ticker", "ETH/USDT"), "cleared")
     await ask(live, path, 1)
     assert not live.gateway.cache.memory.hot
     await ask(live, path, 1)
     assert list(live.gateway.cache.memory.hot) == [KEY]
 
 
-async def test_of_a_list_each_counts_for_itself(watched: StartWatched, tally: Tally) -> None:
-    """One symbol that can no longer be had is one error; the others of its list are successes."""
+async def test_each_entry_of_a_list_has_its_own_outcome(
+    watched: StartWatched, tally: Tally
+) -> None:
+    """A symbol that fails is one error; the others of its list are successes."""
     live = await watched(("kraken",))
     for coin in ("BTC", "ETH", "SOL", "XRP", "ADA", "LTC", "DOT", "NOPE"):
         hold(live, Key("kraken", "ticker", f"{coin}/USDT"), age=DUE)
@@ -687,11 +788,13 @@ async def test_of_a_list_each_counts_for_itself(watched: StartWatched, tally: Ta
     assert tally() == (7, 1, 0)
 
 
-async def test_replicas_with_different_favourites_share_a_call(
+async def test_replicas_with_different_hot_keys_take_turns(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, redis: RedisServer
 ) -> None:
-    """What is hot on one replica and in the list another one is just refreshing costs no second call."""
-    one, other = replicas = [await watched(redis_url=redis.url, refresh_ahead=False) for _ in range(2)]
+    """A key that another replica is just refreshing in its list needs no second call."""
+    one, other = replicas = [
+        await watched(redis_url=redis.url, refresh_ahead=False) for _ in range(2)
+    ]
     for live in replicas:
         await reachable(live, clock)
     await ask(one, "/tickers?symbols=ADA-USDT,BTC-USDT&exchange=bybit")
@@ -699,30 +802,34 @@ async def test_replicas_with_different_favourites_share_a_call(
     sandbox.clear_counts()
     await sandbox.set("bybit", latency_ms=200, rate_limit=-1)
     clock.advance(DUE)
-    await RefreshAhead(one.gateway).look()
+    await RefreshAhead(one.gateway).refresh_due()
     await eventually(lambda: sandbox.count("bybit") == 1)
-    await RefreshAhead(other.gateway).look()
+    await RefreshAhead(other.gateway).refresh_due()
     now = pytest.approx(clock.elapsed, abs=0.002)  # Redis keeps milliseconds
     await eventually(lambda: born(one, KEY) == now and born(other, KEY) == now)
     assert sandbox.count("bybit") == 1
 
 
-async def test_what_is_under_way_counts_as_spent(watched: StartWatched, clock: FakeClock, tally: Tally) -> None:
-    """Refreshes that come due at once do not together take what is left to callers."""
+async def test_pending_refreshes_count_as_spent(
+    watched: StartWatched, clock: FakeClock, tally: Tally
+) -> None:
+    """Refreshes that come due at once do not use the half that is reserved for requests."""
     live = await watched(("kraken",), kraken_budget="10/60", orderbook_ttl_seconds=TTL)
     for coin in ("BTC", "ETH", "SOL", "XRP", "ADA", "LTC", "DOT", "DOGE", "LINK"):
-        hold(live, Key("kraken", "orderbook", f"{coin}/USDT", "5"))
+        hold(live, Key("kraken", "orderbook", f"{coin}/USDT", (5,)))
     used = live.gateway.manager.limiter.used_ratio("kraken")
     clock.advance(DUE)
     await eventually(lambda: sum(tally()) == 9)
-    assert used < live.gateway.manager.limiter.used_ratio("kraken") <= BUDGET_RATIO + 0.1
+    assert used < live.gateway.manager.limiter.used_ratio("kraken") <= MAX_BUDGET_RATIO + 0.1
     assert await ask(live, "/trades/BTC-USDT?exchange=kraken", 1) == [MISS]
 
 
-async def test_the_only_load_is_for_callers(watched: StartWatched, sandbox: Sandbox, clock: FakeClock) -> None:
-    """Where one load is allowed at a time, nothing is refreshed ahead."""
+async def test_a_single_load_is_reserved_for_requests(
+    watched: StartWatched, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """With MAX_CONCURRENT=1 nothing is refreshed ahead."""
     live = await watched(("bybit",), max_concurrent=1)
     hold(live, KEY, age=DUE)
     refresher = RefreshAhead(live.gateway)
-    await refresher.look()
+    await refresher.refresh_due()
     assert (refresher._tasks, list(live.gateway.cache.memory.hot)) == (set(), [KEY])

@@ -1,12 +1,13 @@
 #!/bin/sh
-# Writes Alertmanager's configuration from the environment and becomes Alertmanager.
+# Write the Alertmanager configuration from environment variables, then start Alertmanager.
 #
-# Where alerts go: ALERT_WEBHOOK_URL, ALERT_SLACK_URL, ALERT_DISCORD_URL; any of them, or none.
-# How soon: ALERT_GROUP_WAIT (30s) before the first word of a group, ALERT_GROUP_INTERVAL (1m) before news of it.
-# For tests: CONFIG, STORAGE, LISTEN, ALERTMANAGER, AMTOOL.
+#   ALERT_WEBHOOK_URL, ALERT_SLACK_URL, ALERT_DISCORD_URL  receivers of alerts; all optional
+#   ALERT_GROUP_WAIT      delay before the first message of a group (30s)
+#   ALERT_GROUP_INTERVAL  delay before a message about changes in a group (1m)
+#   CONFIG, STORAGE, LISTEN, ALERTMANAGER, AMTOOL          for tests
 #
-# The addresses are secrets: whoever has one can write to the channel. They are in this file's output only, which nobody
-# else may read, and in no message.
+# The URLs are secrets: anyone who has a URL can post to the channel. They are written only to the
+# configuration file, which no other user can read, and never to the log.
 set -eu
 umask 077
 
@@ -15,49 +16,49 @@ amtool=${AMTOOL:-/bin/amtool}
 wait=${ALERT_GROUP_WAIT:-30s}
 interval=${ALERT_GROUP_INTERVAL:-1m}
 
-refuse() {
+fail() {
     echo "alertmanager: $1" >&2
     exit 1
 }
 
-# check_url NAME VALUE: an address on one line. What is wrong is named, its value is not.
+# check_url NAME VALUE: exit unless VALUE is a URL on one line. The message never contains VALUE.
 check_url() {
     case $2 in
-    *[[:space:][:cntrl:]]*) refuse "$1 has a space or a control character in it" ;;
+    *[[:space:][:cntrl:]]*) fail "$1 is invalid: it contains a space or a control character" ;;
     http://?* | https://?*) ;;
-    *) refuse "$1 does not begin with http:// or https://" ;;
+    *) fail "$1 is invalid: it must start with http:// or https://" ;;
     esac
 }
 
-# check_time NAME VALUE: a duration as Alertmanager writes it, such as 30s.
-check_time() {
+# check_duration NAME VALUE: exit unless VALUE is a duration of Alertmanager, for example 30s.
+check_duration() {
     case $2 in
     [0-9]*[smh]) ;;
-    *) refuse "$1 is no duration such as 30s or 5m" ;;
+    *) fail "$1=$2 is invalid: expected a duration, for example 30s or 5m" ;;
     esac
     case $2 in
-    *[!0-9smh]*) refuse "$1 is no duration such as 30s or 5m" ;;
+    *[!0-9smh]*) fail "$1=$2 is invalid: expected a duration, for example 30s or 5m" ;;
     esac
 }
 
-# quoted VALUE: as a YAML string in single quotes, in which only the quote itself is special.
-quoted() {
+# quote VALUE: print a YAML string in single quotes, in which only the quote itself is special.
+quote() {
     printf "'%s'" "$(printf '%s' "$1" | sed "s/'/''/g")"
 }
 
 [ -z "${ALERT_WEBHOOK_URL:-}" ] || check_url ALERT_WEBHOOK_URL "$ALERT_WEBHOOK_URL"
 [ -z "${ALERT_SLACK_URL:-}" ] || check_url ALERT_SLACK_URL "$ALERT_SLACK_URL"
 [ -z "${ALERT_DISCORD_URL:-}" ] || check_url ALERT_DISCORD_URL "$ALERT_DISCORD_URL"
-check_time ALERT_GROUP_WAIT "$wait"
-check_time ALERT_GROUP_INTERVAL "$interval"
+check_duration ALERT_GROUP_WAIT "$wait"
+check_duration ALERT_GROUP_INTERVAL "$interval"
 
 write_routes() {
     cat <<EOF
 global:
   resolve_timeout: 5m
 
-# One message for each alert and exchange, however many replicas tell of it. A page that goes on is repeated every hour,
-# a ticket every day.
+# One message per alert and exchange, for any number of replicas. A page is repeated every hour, a
+# ticket every day.
 route:
   receiver: operator
   group_by: [alertname, exchange]
@@ -68,23 +69,24 @@ route:
     - matchers: ['severity="page"']
       repeat_interval: 1h
 
-# What follows from another alert that fires is not told as well.
+# Alerts that are a consequence of another firing alert are suppressed.
 inhibit_rules:
-  # Nothing runs: what is still computed is of the time before.
+  # No replica runs: other alerts are based on old data.
   - source_matchers: ['alertname="VirtuosoTargetAbsent"']
     target_matchers: ['alertname=~"Virtuoso.+"', 'alertname!="VirtuosoTargetAbsent"']
-  # All exchanges are gone: each of them is, and old values stand in.
+  # All exchanges are down: alerts of single exchanges and stale values follow from that.
   - source_matchers: ['alertname="VirtuosoAllCircuitsOpen"']
-    target_matchers: ['alertname=~"VirtuosoCircuitOpen|VirtuosoExchangeErrors|VirtuosoStaleShareHigh|VirtuosoStream.+"']
-  # One exchange is gone: its calls fail, and it pushes nothing.
+    target_matchers:
+      - 'alertname=~"VirtuosoCircuitOpen|VirtuosoExchangeErrors|VirtuosoStaleShareHigh|VirtuosoStream.+"'
+  # One exchange is down: its calls fail and it pushes no updates.
   - source_matchers: ['alertname="VirtuosoCircuitOpen"']
     target_matchers: ['alertname=~"VirtuosoExchangeErrors|VirtuosoStream.+"']
     equal: [exchange]
-  # It pushes nothing: that is why its sockets are opened again and again.
+  # An exchange pushes no updates: the gateway reconnects repeatedly for that reason.
   - source_matchers: ['alertname="VirtuosoStreamStale"']
     target_matchers: ['alertname="VirtuosoStreamFlapping"']
     equal: [exchange]
-  # The budget burns fast: then it burns slowly too.
+  # The fast burn rate of the error budget implies the slow burn rate.
   - source_matchers: ['alertname="VirtuosoErrorBudgetFastBurn"']
     target_matchers: ['alertname="VirtuosoErrorBudgetSlowBurn"']
 
@@ -93,53 +95,54 @@ receivers:
 EOF
 }
 
-# What a chat shows: all alerts of the message, each with its description and where the runbook tells more.
-# shellcheck disable=SC2016 # a template of Alertmanager, not of the shell
-title='[{{ .Status | toUpper }}] {{ .CommonLabels.severity }} {{ .CommonLabels.alertname }} {{ .CommonLabels.exchange }}'
-# shellcheck disable=SC2016
-text='{{ range .Alerts }}{{ .Annotations.summary }}{{ "\n" }}{{ .Annotations.description }}{{ "\n" }}{{ .Annotations.runbook_url }}{{ "\n\n" }}{{ end }}'
+# Text of chat messages: summary, description and runbook section of every alert in the group.
+title='[{{ .Status | toUpper }}] {{ .CommonLabels.severity }} {{ .CommonLabels.alertname }}'
+title="$title {{ .CommonLabels.exchange }}"
+text='{{ range .Alerts }}{{ .Annotations.summary }}{{ "\n" }}{{ .Annotations.description }}{{ "\n" }}'
+text="$text"'{{ .Annotations.runbook_url }}{{ "\n\n" }}{{ end }}'
 
 write_receivers() {
     if [ -n "${ALERT_WEBHOOK_URL:-}" ]; then
         cat <<EOF
     webhook_configs:
-      - url: $(quoted "$ALERT_WEBHOOK_URL")
+      - url: $(quote "$ALERT_WEBHOOK_URL")
         send_resolved: true
 EOF
     fi
     if [ -n "${ALERT_SLACK_URL:-}" ]; then
         cat <<EOF
     slack_configs:
-      - api_url: $(quoted "$ALERT_SLACK_URL")
+      - api_url: $(quote "$ALERT_SLACK_URL")
         send_resolved: true
-        title: $(quoted "$title")
-        text: $(quoted "$text")
+        title: $(quote "$title")
+        text: $(quote "$text")
 EOF
     fi
     if [ -n "${ALERT_DISCORD_URL:-}" ]; then
         cat <<EOF
     discord_configs:
-      - webhook_url: $(quoted "$ALERT_DISCORD_URL")
+      - webhook_url: $(quote "$ALERT_DISCORD_URL")
         send_resolved: true
-        title: $(quoted "$title")
-        message: $(quoted "$text")
+        title: $(quote "$title")
+        message: $(quote "$text")
 EOF
     fi
 }
 
-rm -f "$config" # a file that was there keeps its own mode
+rm -f "$config" # an existing file would keep its permissions
 {
     write_routes
     write_receivers
 } >"$config"
 
 if [ -z "${ALERT_WEBHOOK_URL:-}${ALERT_SLACK_URL:-}${ALERT_DISCORD_URL:-}" ]; then
-    echo "alertmanager: alerts go nowhere: none of ALERT_WEBHOOK_URL, ALERT_SLACK_URL and ALERT_DISCORD_URL is set" >&2
+    echo "alertmanager: alerts are not sent: set ALERT_WEBHOOK_URL, ALERT_SLACK_URL or" \
+        "ALERT_DISCORD_URL" >&2
 fi
 
-# Alertmanager itself would print an address that it cannot read. A message of amtool would too, so it is not shown.
+# Alertmanager and amtool print a URL that they cannot parse, so the output of amtool is discarded.
 if [ -x "$amtool" ] && ! "$amtool" check-config "$config" >/dev/null 2>&1; then
-    refuse "the configuration is not valid; one of the ALERT_*_URL is no address"
+    fail "the configuration is invalid: one of the ALERT_*_URL variables is not a valid URL"
 fi
 
 exec "${ALERTMANAGER:-/bin/alertmanager}" \

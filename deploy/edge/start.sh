@@ -1,69 +1,80 @@
 #!/bin/sh
-# Runs both halves of the edge, and reloads the inner one when the addresses of the gateways change. From nginx 1.27.3 on,
-# `server app:8000 resolve` and a resolver could follow them without a second nginx; this works with every nginx, and with
-# whatever the system resolves names by.
+# Run both halves of the edge, and reload the inner half when the addresses of the gateways change.
+# nginx 1.27.3 and newer could follow the addresses with `server app:8000 resolve` and a resolver.
+# This script works with every nginx version and uses the name resolution of the system.
 #
-#   EDGE_UPSTREAM  name of the gateways (app)
-#   EDGE_INTERVAL  seconds between two look-ups (5)
-#   EDGE_CONFIG    where nginx.conf and upstream.conf are (/etc/nginx)
+#   EDGE_UPSTREAM  DNS name of the gateways (app)
+#   EDGE_INTERVAL  seconds between two DNS lookups (5)
+#   EDGE_CONFIG    folder of nginx.conf and upstream.conf (/etc/nginx)
 set -u
 
 upstream=${EDGE_UPSTREAM:-app}
 interval=${EDGE_INTERVAL:-5}
 config=${EDGE_CONFIG:-/etc/nginx}
 
-say() { printf 'edge: %s\n' "$*" >&2; }
-addresses() { getent ahostsv4 "$upstream" | awk '{print $1}' | sort -u | tr '\n' ' '; }
-# Stops an nginx: QUIT lets requests finish, within worker_shutdown_timeout. While nginx starts it ignores QUIT, so it is repeated.
-quit() { kill -QUIT "$1" 2>/dev/null && sleep 0.1 && while kill -QUIT "$1" 2>/dev/null; do sleep 1; done; }
-stop_inner() { [ -z "$inner" ] || quit "$inner"; }
+log() { printf 'edge: %s\n' "$*" >&2; }
+resolve() { getent ahostsv4 "$upstream" | awk '{print $1}' | sort -u | tr '\n' ' '; }
+# Stop an nginx process. QUIT lets requests finish within worker_shutdown_timeout. nginx ignores
+# QUIT while it starts, so the signal is repeated.
+stop() {
+  kill -QUIT "$1" 2>/dev/null || return 0
+  sleep 0.1
+  while kill -QUIT "$1" 2>/dev/null; do sleep 1; done
+}
+stop_inner() { [ -z "$inner" ] || stop "$inner"; }
 run() { exec nginx -c "$config/$1" -g 'daemon off;'; }
 
-# Starts the inner half once there is an address, and again should it ever end; until then the outer one answers 502.
-# Ends on TERM. It also ends when the outer half is gone: a TERM that arrives before the trap is set is lost.
+# Start the inner half when the name has an address, and restart it if it ends. Until then the outer
+# half answers 502. The loop ends on TERM. It also ends when the outer half is gone, because a TERM
+# that arrives before the trap is set is lost.
 follow() {
-  inner='' known=''
+  inner=''
+  known=''
   trap 'stop_inner; exit 0' TERM
   while kill -0 "$outer" 2>/dev/null; do
-    found=$(addresses)
+    found=$(resolve)
     if [ -n "$inner" ] && ! kill -0 "$inner" 2>/dev/null; then
-      say "the inner nginx has ended"
+      log "the inner nginx has ended, starting it again"
       inner=''
     fi
     if [ -z "$found" ]; then
-      [ -n "$known" ] || say "$upstream cannot be resolved yet"
+      [ -n "$known" ] || log "$upstream cannot be resolved yet"
     elif [ -z "$inner" ]; then
       run upstream.conf &
-      inner=$! known=$found
-      say "$upstream is at $found"
-    # It reads the whole configuration first. When that fails, nothing changes, and the next round tries again.
-    elif [ "$found" != "$known" ] && nginx -c "$config/upstream.conf" -g 'daemon off;' -s reload; then
+      inner=$!
       known=$found
-      say "$upstream is now at $found"
+      log "$upstream is at $found"
+    # A reload reads the configuration first. If that fails, nothing changes and the next round
+    # retries.
+    elif [ "$found" != "$known" ] &&
+      nginx -c "$config/upstream.conf" -g 'daemon off;' -s reload; then
+      known=$found
+      log "$upstream is now at $found"
     fi
     sleep "$interval" &
-    wait $! # a signal ends it at once, as it would not end a sleep
+    wait $! # a signal interrupts wait immediately, but not sleep
   done
   stop_inner
 }
 
 run nginx.conf &
 outer=$!
-# Containers and people send TERM. On TERM nginx would drop the requests that it is answering.
-trap 'quit "$outer"' TERM QUIT INT
-trap 'kill -HUP "$outer"' HUP # after a new certificate
+# Container engines send TERM, but nginx would drop open requests on TERM.
+trap 'stop "$outer"' TERM QUIT INT
+trap 'kill -HUP "$outer"' HUP # reload a renewed certificate
 follow &
 follower=$!
 
-# A signal also ends `wait`, with a code above 128; the next `wait` returns the exit code of nginx. It returns 127 when the
-# code above 128 was that of nginx. The inner half ends last: requests that are being answered need it.
+# A signal also interrupts `wait`, with a code above 128. The next `wait` returns the exit code of
+# nginx, or 127 if the code above 128 was that of nginx. The inner half stops last, because open
+# requests need it.
 wait "$outer"
 code=$?
 while [ "$code" -gt 128 ]; do
   wait "$outer"
-  again=$?
-  [ "$again" -ne 127 ] || break
-  code=$again
+  next_code=$?
+  [ "$next_code" -ne 127 ] || break
+  code=$next_code
 done
 kill "$follower" && wait "$follower"
 exit "$code"

@@ -1,11 +1,12 @@
-"""The dashboards of Grafana: this script writes the JSON files in `dashboards`, beside it.
+"""Generate the Grafana dashboards: writes the JSON files in the folder `dashboards`.
 
     python deploy/grafana/dashboards.py
 
-A panel is one call in `service`, `exchanges` or `cache`: title, unit, what it tells, and its queries by the legend of
-their series. DATA in a query stands for the market data routes, whose objectives are 99.9 % without a 5xx and 99 %
-under 0.5 s. Several replicas are one gateway here: rates are summed, of a state they share the worst or the latest is
-shown, and what each has for itself is shown by instance.
+Each panel is one call in `service`, `exchanges` or `cache` with title, unit, description and
+queries by legend. DATA in a query stands for the market data routes, whose objectives are 99.9 %
+without a 5xx and 99 % under 0.5 s. The dashboards show all replicas as one gateway: rates are
+summed, shared state shows the worst or the latest value, and values of a single replica are shown
+by instance.
 """
 
 from collections.abc import Mapping
@@ -29,49 +30,75 @@ from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models import units
 
 FOLDER = Path(__file__).parent / "dashboards"
-SOURCE = models.DataSourceRef(type_val="prometheus", uid="prometheus")  # of provisioning/datasources/prometheus.yml
+# Defined in provisioning/datasources/prometheus.yml.
+SOURCE = models.DataSourceRef(type_val="prometheus", uid="prometheus")
 DATA = 'route=~"/ticker/.*|/tickers|/orderbook/.*|/ohlcv/.*|/trades/.*"'
-FULL, HALF, THIRD, SIXTH = 24, 12, 8, 4  # widths; the grid has 24 columns
+# Panel widths; the grid has 24 columns.
+FULL = 24
+HALF = 12
+THIRD = 8
+SIXTH = 4
 STACKED = common.StackingConfig().mode(styles.StackingMode.NORMAL)
 
 Kind = TypeVar("Kind", timeseries.Panel, stat.Panel, bargauge.Panel, statetimeline.Panel)
 Queries = Mapping[str, str]  # legend: PromQL
-Steps = Mapping[float | None, str]  # from this value on: this colour; None is the bottom
+Steps = Mapping[float | None, str]  # lower bound of a threshold: colour; None is the base
 Parts = list[dashboard.Row | Builder[models.Panel]]
 BLUE: Steps = {None: "blue"}
 
 
 def panel(
-    kind: Kind, title: str, unit: str, tells: str, queries: Queries, *, width: int = THIRD, steps: Steps = BLUE
+    kind: Kind,
+    title: str,
+    unit: str,
+    description: str,
+    queries: Queries,
+    *,
+    width: int = THIRD,
+    steps: Steps = BLUE,
 ) -> Kind:
-    """Fill a panel of any kind. Numbers and bars show this moment, the others the time range."""
-    moment = isinstance(kind, stat.Panel | bargauge.Panel)
+    """Fill in a panel of any kind.
+
+    Stat and bar gauge panels query the current value, other panels the time range.
+    """
+    is_instant = isinstance(kind, stat.Panel | bargauge.Panel)
     for letter, (legend, expression) in zip("ABCD", queries.items(), strict=False):
         query = prometheus.Dataquery().expr(expression.replace("DATA", DATA)).legend_format(legend)
         query.ref_id(letter).datasource(SOURCE)
-        kind.with_target(query.instant() if moment else query.range())
+        kind.with_target(query.instant() if is_instant else query.range())
     thresholds = [models.Threshold(value, colour) for value, colour in steps.items()]
-    kind.title(title).description(tells).unit(unit).datasource(SOURCE)
-    kind.thresholds(dashboard.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(thresholds))
+    kind.title(title).description(description).unit(unit).datasource(SOURCE)
+    config = dashboard.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(thresholds)
+    kind.thresholds(config)
     return kind.span(width).height(4 if isinstance(kind, stat.Panel) else 8)
 
 
 def graph(
-    title: str, unit: str, tells: str, queries: Queries, *, width: int = THIRD, steps: Steps = BLUE
+    title: str,
+    unit: str,
+    description: str,
+    queries: Queries,
+    *,
+    width: int = THIRD,
+    steps: Steps = BLUE,
 ) -> timeseries.Panel:
-    """Draw series over time, and the steps above the bottom as lines."""
-    drawn = styles.GraphThresholdsStyleMode.LINE if len(steps) > 1 else styles.GraphThresholdsStyleMode.OFF
+    """Return a time series panel that draws each threshold above the base as a line."""
+    style = styles.GraphThresholdsStyleMode.OFF
+    if len(steps) > 1:
+        style = styles.GraphThresholdsStyleMode.LINE
+    tooltip = common.VizTooltipOptions().mode(styles.TooltipDisplayMode.MULTI)
     return (
-        panel(timeseries.Panel(), title, unit, tells, queries, width=width, steps=steps)
-        .thresholds_style(common.GraphThresholdsStyleConfig().mode(drawn))
-        .tooltip(common.VizTooltipOptions().mode(styles.TooltipDisplayMode.MULTI).sort(styles.SortOrder.DESCENDING))
+        panel(timeseries.Panel(), title, unit, description, queries, width=width, steps=steps)
+        .thresholds_style(common.GraphThresholdsStyleConfig().mode(style))
+        .tooltip(tooltip.sort(styles.SortOrder.DESCENDING))
         .legend(common.VizLegendOptions().show_legend(True))
         .fill_opacity(10)
         .axis_soft_min(0)
     )
 
 
-# `or vector(0)`: a 5xx that never happened has no series. `> 0`, `>= 0`: where nobody asked there is nothing, not NaN.
+# `or vector(0)` gives 0 before the first 5xx, when the series does not exist yet. `> 0` and `>= 0`
+# omit values without requests; without them the result is NaN.
 FAILED = (
     '(sum(rate(virtuoso_http_requests_total{DATA, code=~"5.."}[RANGE])) or vector(0))'
     " / (sum(rate(virtuoso_http_requests_total{DATA}[RANGE])) > 0)"
@@ -82,14 +109,16 @@ FAST = (
 )
 LATENCY = (
     "histogram_quantile(QUANTILE, sum by (route, le)"
-    ' (rate(virtuoso_http_request_duration_seconds_bucket{route!~"/stream/.*"}[$__rate_interval]))) >= 0'
+    " (rate(virtuoso_http_request_duration_seconds_bucket"
+    '{route!~"/stream/.*"}[$__rate_interval]))) >= 0'
 )
 AGE = (
     "histogram_quantile(QUANTILE, sum by (route, le)"
     " (rate(virtuoso_cache_served_age_seconds_bucket[$__rate_interval]))) >= 0"
 )
 STREAM_AGE = (
-    "histogram_quantile(QUANTILE, sum by (le) (rate(virtuoso_stream_event_age_seconds_bucket[$__rate_interval]))) >= 0"
+    "histogram_quantile(QUANTILE, sum by (le)"
+    " (rate(virtuoso_stream_event_age_seconds_bucket[$__rate_interval]))) >= 0"
 )
 AGE_OF_ALL = AGE.replace("route, ", "")
 ANSWERED: Steps = {None: "red", 0.999: "green"}
@@ -100,45 +129,48 @@ STALE: Steps = {None: "green", 0.2: "red"}
 
 
 def service() -> Parts:
-    """Is it well, for those who use it, and does it have room?"""
+    """Return the panels about service quality for clients, and capacity."""
     return [
         panel(
-            stat.Panel(), "Answered, 30 days", units.PercentUnit,
-            "Market data requests of 30 days that did not end in a 5xx. The objective is 99.9 %.",
-            {"answered": "1 - " + FAILED.replace("RANGE", "30d")}, width=SIXTH, steps=ANSWERED,
+            stat.Panel(), "Success rate, 30 days", units.PercentUnit,
+            "Market data requests of 30 days without a 5xx response. The objective is 99.9 %.",
+            {"success": "1 - " + FAILED.replace("RANGE", "30d")}, width=SIXTH, steps=ANSWERED,
         ).decimals(3).no_value("no requests"),
         panel(
-            stat.Panel(), "Answered, 7 days", units.PercentUnit,
-            "Market data requests of 7 days that did not end in a 5xx. The objective is 99.9 %.",
-            {"answered": "1 - " + FAILED.replace("RANGE", "7d")}, width=SIXTH, steps=ANSWERED,
+            stat.Panel(), "Success rate, 7 days", units.PercentUnit,
+            "Market data requests of 7 days without a 5xx response. The objective is 99.9 %.",
+            {"success": "1 - " + FAILED.replace("RANGE", "7d")}, width=SIXTH, steps=ANSWERED,
         ).decimals(3).no_value("no requests"),
         panel(
             stat.Panel(), "Under 0.5 s, 30 days", units.PercentUnit,
-            "Market data requests of 30 days that took at most half a second. The objective is 99 %.",
+            "Market data requests of 30 days that took at most 0.5 s. The objective is 99 %.",
             {"fast": FAST.replace("RANGE", "30d")}, width=SIXTH, steps=UNDER_HALF_A_SECOND,
         ).decimals(2).no_value("no requests"),
         panel(
             stat.Panel(), "Under 0.5 s, 7 days", units.PercentUnit,
-            "Market data requests of 7 days that took at most half a second. The objective is 99 %.",
+            "Market data requests of 7 days that took at most 0.5 s. The objective is 99 %.",
             {"fast": FAST.replace("RANGE", "7d")}, width=SIXTH, steps=UNDER_HALF_A_SECOND,
         ).decimals(2).no_value("no requests"),
         panel(
             stat.Panel(), "Error budget left, 30 days", units.PercentUnit,
-            "What is left of the 0.1 % of requests that may fail in 30 days. Below zero the objective is missed.",
+            "Remaining share of the 0.1 % of requests that may fail in 30 days. Below zero the"
+            " objective is missed.",
             {"left": "1 - " + FAILED.replace("RANGE", "30d") + " / 0.001"},
             width=SIXTH, steps={None: "red", 0: "orange", 0.25: "green"},
         ).decimals(1).no_value("no requests"),
         panel(
             stat.Panel(), "Alerts firing", units.Short,
-            "Alerts that fire now. Further down is which ones; docs/runbook.md has a section for each.",
-            {"firing": 'count(ALERTS{alertstate="firing"}) or vector(0)'}, width=SIXTH, steps={None: "green", 1: "red"},
+            "Alerts that fire now. The panel Alerts shows which ones. docs/runbook.md has a"
+            " section for each alert.",
+            {"firing": 'count(ALERTS{alertstate="firing"}) or vector(0)'},
+            width=SIXTH, steps={None: "green", 1: "red"},
         ),
 
         dashboard.Row("Objectives"),
         graph(
             "Burn rate: failed requests", units.Short,
-            "How many times faster than allowed the error budget goes; at 1 it lasts its 30 days. Somebody is called"
-            " when 1 h and 5 min are above 14.4, or 6 h and 30 min above 6.",
+            "Error rate divided by the allowed error rate. At 1 the error budget lasts 30 days. An"
+            " alert pages when 1 h and 5 min are above 14.4, or 6 h and 30 min above 6.",
             {
                 "5 min": "virtuoso:http_errors:ratio_rate5m / 0.001",
                 "30 min": "virtuoso:http_errors:ratio_rate30m / 0.001",
@@ -149,8 +181,8 @@ def service() -> Parts:
         ).no_value("no requests"),
         graph(
             "Burn rate: slow requests", units.Short,
-            "The same for the 1 % of requests that may take longer than 0.5 s. Somebody is called when 1 h and 5 min"
-            " are above 14.4.",
+            "Rate of slow requests divided by the allowed rate: 1 % may take longer than 0.5 s. An"
+            " alert pages when 1 h and 5 min are above 14.4.",
             {
                 "5 min": "virtuoso:http_slow:ratio_rate5m / 0.01",
                 "30 min": "virtuoso:http_slow:ratio_rate30m / 0.01",
@@ -161,52 +193,64 @@ def service() -> Parts:
         ).no_value("no requests"),
         panel(
             statetimeline.Panel(), "Alerts", units.NoUnit,
-            "Alerts whose condition held, as time goes by: pending until it has held for long enough, then firing.",
+            "Alerts over time. An alert is pending until its condition has held for its minimum"
+            " duration, then it fires.",
             {
                 "{{alertname}}":
-                'max by (alertname) (ALERTS{alertstate="pending"} or 2 * ALERTS{alertstate="firing"})',
+                "max by (alertname)"
+                ' (ALERTS{alertstate="pending"} or 2 * ALERTS{alertstate="firing"})',
             },
             width=FULL,
         ).mappings([models.ValueMap({
             "1": models.ValueMappingResult("pending", "yellow"),
             "2": models.ValueMappingResult("firing", "red"),
-        })]).show_value(styles.VisibilityMode.NEVER).no_value("no alert"),
+        })]).show_value(styles.VisibilityMode.NEVER).no_value("no alerts"),
 
         dashboard.Row("Traffic"),
         graph(
-            "Requests by route", units.RequestsPerSecond, "Answers sent, whatever their status.",
-            {"{{route}}": "sum by (route) (rate(virtuoso_http_requests_total[$__rate_interval]))"}, width=HALF,
+            "Requests by route", units.RequestsPerSecond, "Responses sent, with any status.",
+            {"{{route}}": "sum by (route) (rate(virtuoso_http_requests_total[$__rate_interval]))"},
+            width=HALF,
         ).stacking(STACKED),
         graph(
             "Errors by status", units.RequestsPerSecond,
-            "Answers with a status of 400 or more. 4xx are the caller's; 429 is a client over its limit. 5xx are ours.",
-            {"{{code}}": 'sum by (code) (rate(virtuoso_http_requests_total{code=~"4..|5.."}[$__rate_interval]))'},
+            "Responses with a status of 400 or more. 4xx are errors of the caller; 429 is a client"
+            " over its limit. 5xx are errors of the gateway or of exchanges.",
+            {
+                "{{code}}":
+                "sum by (code)"
+                ' (rate(virtuoso_http_requests_total{code=~"4..|5.."}[$__rate_interval]))',
+            },
             width=HALF,
         ).stacking(STACKED).no_value("no errors"),
         graph(
             "Latency by route, p50", units.Seconds,
-            "Half of the requests of a route are answered within this time. A gap: nobody asked.",
+            "50 % of the requests of a route are answered within this time. A gap means no"
+            " requests.",
             {"{{route}}": LATENCY.replace("QUANTILE", "0.5")},
         ),
         graph(
             "Latency by route, p95", units.Seconds,
-            "95 of 100 requests of a route are answered within this time. A gap: nobody asked.",
+            "95 % of the requests of a route are answered within this time. A gap means no"
+            " requests.",
             {"{{route}}": LATENCY.replace("QUANTILE", "0.95")},
         ),
         graph(
             "Latency by route, p99", units.Seconds,
-            "99 of 100 requests of a route are answered within this time. The line is the 0.5 s of the objective.",
+            "99 % of the requests of a route are answered within this time. The line is the"
+            " objective of 0.5 s.",
             {"{{route}}": LATENCY.replace("QUANTILE", "0.99")}, steps={None: "green", 0.5: "red"},
         ),
 
-        dashboard.Row("Room"),
+        dashboard.Row("Capacity"),
         graph(
-            "Requests under way", units.Short, "Requests being answered at a scrape, all replicas together.",
-            {"under way": "sum(virtuoso_http_requests_in_progress)"},
+            "Requests in progress", units.Short, "Requests in progress, sum of all replicas.",
+            {"in progress": "sum(virtuoso_http_requests_in_progress)"},
         ),
         graph(
             "Event loop lag, p99", units.Seconds,
-            "How late the event loop wakes up; every request waits as long. Above the line the replica is too busy.",
+            "Delay of the event loop. Every request waits this long. Above the line the replica is"
+            " overloaded.",
             {
                 "{{instance}}":
                 "histogram_quantile(0.99, sum by (instance, le)"
@@ -215,68 +259,90 @@ def service() -> Parts:
             steps={None: "green", 0.1: "red"},
         ),
         graph(
-            "Replicas", units.Short, "Replicas that Prometheus knows of, and those of them that answer it.",
+            "Replicas", units.Short, "Replicas that Prometheus scrapes, and replicas that answer.",
             {"known": 'count(up{job="virtuoso"})', "answering": 'sum(up{job="virtuoso"})'},
-        ).no_value("no replica"),
+        ).no_value("no replicas"),
         graph(
             "Memory", units.BytesIEC,
-            "Resident memory of a replica, without the child that reads market lists. An alert fires above the line.",
-            {"{{instance}}": 'process_resident_memory_bytes{job="virtuoso"}'}, steps={None: "green", 400e6: "red"},
+            "Resident memory of a replica, without the child process that reads market lists. An"
+            " alert fires above the line.",
+            {"{{instance}}": 'process_resident_memory_bytes{job="virtuoso"}'},
+            steps={None: "green", 400e6: "red"},
         ),
         graph(
             "CPU", units.PercentUnit,
-            "Share of one core that a replica uses; it cannot use two. At the line it is time for another replica.",
+            "Share of one core that a replica uses; a replica cannot use more than one core. Add a"
+            " replica when the line is reached.",
             {"{{instance}}": 'rate(process_cpu_seconds_total{job="virtuoso"}[$__rate_interval])'},
             steps={None: "green", 0.8: "orange"},
         ),
         graph(
-            "Open files", units.Short, "File descriptors a replica holds, connections included.",
+            "Open files", units.Short, "Open file descriptors of a replica, including connections.",
             {"{{instance}}": 'process_open_fds{job="virtuoso"}'},
         ),
         graph(
             "Unexpected errors", units.OpsPerSecond,
-            "Errors of the gateway's own code in work beside requests, by component. The log has their tracebacks."
-            " An alert fires for any.",
-            {"{{component}}": "sum by (component) (rate(virtuoso_internal_errors_total[$__rate_interval]))"},
+            "Unexpected errors of the gateway code in background tasks, by component. The log has"
+            " the tracebacks. An alert fires for every error.",
+            {
+                "{{component}}":
+                "sum by (component) (rate(virtuoso_internal_errors_total[$__rate_interval]))",
+            },
             width=FULL,
         ).stacking(STACKED).no_value("no errors"),
 
         dashboard.Row("Streams"),
         graph(
-            "Clients of streams", units.Short,
-            "Connected now, all replicas together: WebSockets (`ws`) and server-sent events (`sse`). Each replica takes"
-            " STREAM_MAX_CLIENTS.",
+            "Streaming clients", units.Short,
+            "Connected clients, sum of all replicas: WebSockets (`ws`) and server-sent events"
+            " (`sse`). Each replica accepts at most STREAM_MAX_CLIENTS.",
             {"{{transport}}": "sum by (transport) (virtuoso_stream_subscribers)"},
         ).stacking(STACKED),
         graph(
-            "Refused connections of clients", units.RequestsPerSecond,
-            "By the setting whose bound was reached: STREAM_MAX_CLIENTS or STREAM_MAX_PER_CLIENT.",
-            {"{{reason}}": "sum by (reason) (rate(virtuoso_stream_refused_total[$__rate_interval]))"},
+            "Refused client connections", units.RequestsPerSecond,
+            "Refused streaming connections, by the limit that was reached: STREAM_MAX_CLIENTS or"
+            " STREAM_MAX_PER_CLIENT.",
+            {
+                "{{reason}}":
+                "sum by (reason) (rate(virtuoso_stream_refused_total[$__rate_interval]))",
+            },
         ).stacking(STACKED).no_value("none refused"),
         graph(
-            "Updates for clients", units.MessagesPerSecond, "Snapshots and updates given to clients, each counted.",
-            {"{{channel}}": "sum by (channel) (rate(virtuoso_stream_messages_sent_total[$__rate_interval]))"},
+            "Updates sent to clients", units.MessagesPerSecond,
+            "Snapshots and updates sent, counted once per client.",
+            {
+                "{{channel}}":
+                "sum by (channel) (rate(virtuoso_stream_messages_sent_total[$__rate_interval]))",
+            },
         ).stacking(STACKED),
         graph(
-            "Time from exchange's message to clients", units.Seconds,
-            "From when a message of an exchange was read until it was written to clients; by way of another replica,"
-            " too. A gap: nothing was watched.",
-            {"p50": STREAM_AGE.replace("QUANTILE", "0.5"), "p99": STREAM_AGE.replace("QUANTILE", "0.99")},
+            "Latency from exchange message to clients", units.Seconds,
+            "Time from receiving an exchange message to sending the update to clients, also"
+            " through another replica. A gap means that no streams were watched.",
+            {
+                "p50": STREAM_AGE.replace("QUANTILE", "0.5"),
+                "p99": STREAM_AGE.replace("QUANTILE", "0.99"),
+            },
         ),
         graph(
-            "Updates replaced by newer ones", units.MessagesPerSecond,
-            "What slow clients did not get, as something newer came before they could take it.",
+            "Conflated updates", units.MessagesPerSecond,
+            "Updates that slow clients did not get because a newer update replaced them.",
             {"replaced": "sum(rate(virtuoso_stream_conflated_total[$__rate_interval]))"},
         ),
         graph(
-            "Thrown away", units.MessagesPerSecond,
-            "`slow_client`: clients that took nothing and were closed. `implausible`: messages of exchanges without a"
-            " usable price. `bus`: updates that did not reach the other replicas.",
-            {"{{reason}}": "sum by (reason) (rate(virtuoso_stream_dropped_total[$__rate_interval]))"},
-        ).stacking(STACKED).no_value("nothing"),
+            "Dropped messages", units.MessagesPerSecond,
+            "`slow_client`: clients that read nothing and were disconnected. `implausible`:"
+            " exchange messages without a usable price. `bus`: updates that did not reach the"
+            " other replicas.",
+            {
+                "{{reason}}":
+                "sum by (reason) (rate(virtuoso_stream_dropped_total[$__rate_interval]))",
+            },
+        ).stacking(STACKED).no_value("none dropped"),
         panel(
-            bargauge.Panel(), "Leases that changed hands", units.Short,
-            "How often replicas began (`taken`) or ceased (`lost`) to watch a stream for all, in the time shown.",
+            bargauge.Panel(), "Lease changes", units.Short,
+            "How often replicas started (`taken`) or stopped (`lost`) watching a stream for all"
+            " replicas, in the selected time range.",
             {
                 "{{to}}":
                 "round(sum by (to) (increase(virtuoso_stream_lease_changes_total[$__range])))",
@@ -286,50 +352,57 @@ def service() -> Parts:
         dashboard.Row("Clients"),
         graph(
             "Requests by client", units.RequestsPerSecond,
-            "By the name of the API key; `anonymous` where no keys are configured, `/admin` for the admin API.",
+            "Requests by the name of the API key. `anonymous`: no keys are configured. `/admin`:"
+            " the admin API.",
             {
                 "{{client}}":
-                'sum by (client) (rate(virtuoso_client_requests_total{outcome="admitted"}[$__rate_interval]))',
+                "sum by (client)"
+                ' (rate(virtuoso_client_requests_total{outcome="admitted"}[$__rate_interval]))',
             },
             width=HALF,
         ).stacking(STACKED),
         graph(
-            "Clients sent away", units.RequestsPerSecond,
-            "Requests over the limit of a client, and those without a right key (`unknown`) or admin token (`/admin`).",
+            "Rejected client requests", units.RequestsPerSecond,
+            "Requests over the limit of a client, and requests without a valid key (`unknown`) or"
+            " admin token (`/admin`).",
             {
                 "{{client}}, {{outcome}}":
                 "sum by (client, outcome)"
                 ' (rate(virtuoso_client_requests_total{outcome!="admitted"}[$__rate_interval]))',
             },
             width=HALF,
-        ).stacking(STACKED).no_value("nobody"),
+        ).stacking(STACKED).no_value("none rejected"),
         panel(
-            stat.Panel(), "Since the daily maintenance", units.Seconds,
-            "Since the last daily run that succeeded. An alert fires when two runs were missed.",
+            stat.Panel(), "Time since daily maintenance", units.Seconds,
+            "Time since the last successful daily run. An alert fires after two missed runs.",
             {
                 "daily":
                 "time() - max(max_over_time("
                 'virtuoso_maintenance_last_success_timestamp_seconds{task="daily"}[7d]))',
             },
             width=HALF, steps={None: "green", 25 * 3600: "orange", 49 * 3600: "red"},
-        ).no_value("it never ran"),
+        ).no_value("never ran"),
         panel(
             stat.Panel(), "Samples per scrape", units.Short,
-            "The most that one replica exports. An alert fires above 5,000: then a label takes too many values.",
-            {"samples": 'max(scrape_samples_scraped{job="virtuoso"})'}, width=HALF, steps={None: "green", 5000: "red"},
-        ).no_value("no replica"),
+            "Samples of the replica that exports the most. An alert fires above 5,000, when a"
+            " label has too many values.",
+            {"samples": 'max(scrape_samples_scraped{job="virtuoso"})'},
+            width=HALF, steps={None: "green", 5000: "red"},
+        ).no_value("no replicas"),
     ]  # fmt: skip
 
 
 def exchanges() -> Parts:
-    """How are the exchanges, and how much of what they allow is used?"""
+    """Return the panels about the state of the exchanges and the use of their budgets."""
     return [
         panel(
             statetimeline.Panel(), "Circuit breakers", units.NoUnit,
-            "The worst state on any replica. Open: the exchange is not asked. Half-open: the next call decides.",
+            "Worst state of all replicas. Open: no requests go to the exchange. Half-open: the"
+            " result of the next call decides.",
             {
                 "{{exchange}}":
-                'max by (exchange) (virtuoso_circuit_state{exchange=~"$exchange", state="half_open"}'
+                "max by (exchange)"
+                ' (virtuoso_circuit_state{exchange=~"$exchange", state="half_open"}'
                 ' or 2 * virtuoso_circuit_state{exchange=~"$exchange", state="open"})',
             },
             width=FULL,
@@ -339,71 +412,99 @@ def exchanges() -> Parts:
             "2": models.ValueMappingResult("open", "red"),
         })]).show_value(styles.VisibilityMode.NEVER),
         panel(
-            stat.Panel(), "Since the last good answer", units.Seconds,
-            "Since an exchange last answered any replica well: nothing here is newer. It grows when nobody asks, too.",
+            stat.Panel(), "Time since last success", units.Seconds,
+            "Time since an exchange last answered any replica successfully. Also grows without"
+            " requests.",
             {
                 "{{exchange}}":
-                'time() - max by (exchange) (virtuoso_exchange_last_success_timestamp_seconds{exchange=~"$exchange"})',
+                "time() - max by (exchange)"
+                ' (virtuoso_exchange_last_success_timestamp_seconds{exchange=~"$exchange"})',
             },
-        ).no_value("none yet"),
+        ).no_value("no success yet"),
         panel(
-            stat.Panel(), "Markets listed", units.Short,
-            "Markets that can be asked for, on the replica that knows the fewest. 0: its list is not loaded.",
-            {"{{exchange}}": 'min by (exchange) (virtuoso_exchange_markets{exchange=~"$exchange"})'},
+            stat.Panel(), "Available markets", units.Short,
+            "Markets on the replica with the fewest. 0: the market list is not loaded.",
+            {
+                "{{exchange}}":
+                'min by (exchange) (virtuoso_exchange_markets{exchange=~"$exchange"})',
+            },
             steps={None: "red", 1: "green"},
         ),
         panel(
             stat.Panel(), "Budget used now", units.PercentUnit,
-            "Share of the allowed request weight that is used, by the highest count. At 100 % no call is made.",
-            {"{{exchange}}": 'max by (exchange) (virtuoso_exchange_budget_used_ratio{exchange=~"$exchange"})'},
+            "Share of the allowed request weight in use, highest value of all replicas. At 100 %"
+            " no calls are made.",
+            {
+                "{{exchange}}":
+                'max by (exchange) (virtuoso_exchange_budget_used_ratio{exchange=~"$exchange"})',
+            },
             steps={None: "green", 0.5: "yellow", 0.9: "red"},
         ).decimals(0),
 
         dashboard.Row("Calls"),
         graph(
-            "Calls", units.RequestsPerSecond, "Calls made to an exchange, all replicas together.",
+            "Calls", units.RequestsPerSecond, "Calls to an exchange, sum of all replicas.",
             {
                 "{{exchange}}":
-                'sum by (exchange) (rate(virtuoso_exchange_requests_total{exchange=~"$exchange"}[$__rate_interval]))',
+                "sum by (exchange)"
+                " (rate(virtuoso_exchange_requests_total"
+                '{exchange=~"$exchange"}[$__rate_interval]))',
             },
         ),
         graph(
-            "Time of a call, p95", units.Seconds,
-            "95 of 100 calls of the last 5 minutes took at most this long. At EXCHANGE_TIMEOUT_SECONDS it is given up.",
-            {"{{exchange}}": 'virtuoso:exchange_request_duration_seconds:p95_5m{exchange=~"$exchange"}'},
+            "Call duration, p95", units.Seconds,
+            "95 % of the calls of the last 5 minutes took at most this long. Calls time out after"
+            " EXCHANGE_TIMEOUT_SECONDS.",
+            {
+                "{{exchange}}":
+                'virtuoso:exchange_request_duration_seconds:p95_5m{exchange=~"$exchange"}',
+            },
         ).no_value("no calls"),
         graph(
             "Budget used", units.PercentUnit,
-            "Share of the allowed request weight that is used. Above half nothing is refreshed ahead, at 100 % no call"
-            " is made; an alert fires above the line.",
-            {"{{exchange}}": 'max by (exchange) (virtuoso_exchange_budget_used_ratio{exchange=~"$exchange"})'},
+            "Share of the allowed request weight in use. Above 50 % refresh-ahead pauses, at 100 %"
+            " no calls are made. An alert fires above the line.",
+            {
+                "{{exchange}}":
+                'max by (exchange) (virtuoso_exchange_budget_used_ratio{exchange=~"$exchange"})',
+            },
             steps={None: "green", 0.9: "red"},
         ).axis_soft_max(1),
         graph(
             "Outcomes: $exchange", units.RequestsPerSecond,
-            "How the calls ended. Rejected: the exchange refused what was asked for, which is no failure.",
+            "Results of the calls. Rejected: the exchange refused the request because of its"
+            " parameters, which is not a failure.",
             {
                 "{{outcome}}":
-                'sum by (outcome) (rate(virtuoso_exchange_requests_total{exchange=~"$exchange"}[$__rate_interval]))',
+                "sum by (outcome)"
+                " (rate(virtuoso_exchange_requests_total"
+                '{exchange=~"$exchange"}[$__rate_interval]))',
             },
             width=FULL,
         ).stacking(STACKED).repeat("exchange").repeat_direction("h").override_by_name(
-            "success", [models.DynamicConfigValue("color", {"mode": "fixed", "fixedColor": "green"})]
+            "success",
+            [models.DynamicConfigValue("color", {"mode": "fixed", "fixedColor": "green"})],
         ),
         graph(
-            "Calls under way", units.Short, "At the moment of the scrape, all replicas together.",
-            {"{{exchange}}": 'sum by (exchange) (virtuoso_exchange_in_flight{exchange=~"$exchange"})'},
-        ),
-        graph(
-            "Calls a breaker stopped", units.RequestsPerSecond, "Calls not made because the breaker was open.",
+            "Calls in progress", units.Short, "Calls in progress, sum of all replicas.",
             {
                 "{{exchange}}":
-                'sum by (exchange) (rate(virtuoso_circuit_rejected_total{exchange=~"$exchange"}[$__rate_interval]))',
+                'sum by (exchange) (virtuoso_exchange_in_flight{exchange=~"$exchange"})',
+            },
+        ),
+        graph(
+            "Calls blocked by a breaker", units.RequestsPerSecond,
+            "Calls that were not made because the circuit breaker was open.",
+            {
+                "{{exchange}}":
+                "sum by (exchange)"
+                ' (rate(virtuoso_circuit_rejected_total{exchange=~"$exchange"}[$__rate_interval]))',
             },
         ),
         panel(
-            bargauge.Panel(), "Changes of breakers", units.Short,
-            "How often breakers changed into a state in the time shown, all replicas together.",
+            bargauge.Panel(), "Breaker state changes", units.Short,
+            "How often breakers changed to a state in the selected time range, sum of all"
+            " replicas.",
             {
                 "{{exchange}} {{to}}":
                 "round(sum by (exchange, to)"
@@ -415,21 +516,25 @@ def exchanges() -> Parts:
         dashboard.Row("Streams"),
         graph(
             "Sockets", units.Short,
-            "Open to an exchange, all replicas together: one for each kind of data that is watched, more on some.",
+            "Open WebSocket connections to an exchange, sum of all replicas: one per watched"
+            " channel, more on some exchanges.",
             {"{{exchange}}": 'sum by (exchange) (virtuoso_stream_sockets{exchange=~"$exchange"})'},
         ),
         graph(
-            "Messages", units.MessagesPerSecond, "What an exchange pushed, all replicas together.",
+            "Messages", units.MessagesPerSecond,
+            "Messages received from an exchange, sum of all replicas.",
             {
                 "{{exchange}} {{channel}}":
                 "sum by (exchange, channel)"
-                ' (rate(virtuoso_stream_messages_received_total{exchange=~"$exchange"}[$__rate_interval]))',
+                " (rate(virtuoso_stream_messages_received_total"
+                '{exchange=~"$exchange"}[$__rate_interval]))',
             },
         ),
         panel(
             bargauge.Panel(), "Reconnects", units.Short,
-            "How often sockets were lost, or could not be had, in the time shown, by cause: `silent` is one that pushed"
-            " nothing. An alert fires at more than 10 in ten minutes that were closed, lost or junk.",
+            "Lost sockets and failed connection attempts in the selected time range, by cause."
+            " `silent`: the socket pushed no messages. An alert fires at more than 10 in ten"
+            " minutes with the causes closed, lost or junk.",
             {
                 "{{exchange}} {{cause}}":
                 "round(sum by (exchange, cause)"
@@ -438,109 +543,133 @@ def exchanges() -> Parts:
             steps={None: "green", 1: "orange"},
         ).min(0).orientation(styles.VizOrientation.HORIZONTAL),
         graph(
-            "Watched", units.Short, "Streams that are watched, on the replica that watches the most, held or heard of.",
-            {"{{exchange}} {{channel}}": 'max by (exchange, channel) (virtuoso_stream_watched{exchange=~"$exchange"})'},
+            "Watched streams", units.Short,
+            "Streams that a replica watches or receives from other replicas, highest value of all"
+            " replicas.",
+            {
+                "{{exchange}} {{channel}}":
+                'max by (exchange, channel) (virtuoso_stream_watched{exchange=~"$exchange"})',
+            },
             width=HALF,
         ),
         graph(
-            "Stale", units.Short,
-            "Watched streams that an exchange pushes nothing for, on the replica that has the most: those are asked for"
-            " by REST. An alert fires after 5 minutes above zero.",
+            "Stale streams", units.Short,
+            "Watched streams without updates from the exchange, highest value of all replicas. The"
+            " gateway fetches them by REST. An alert fires when more than half of the watched"
+            " streams are stale for 5 minutes.",
             {"{{exchange}}": 'max by (exchange) (virtuoso_stream_stale{exchange=~"$exchange"})'},
             width=HALF, steps={None: "green", 1: "orange"},
         ),
 
-        dashboard.Row("Age of the data, whatever its exchange"),
+        dashboard.Row("Data age, all exchanges"),
         graph(
-            "Age of what was served, p50", units.Seconds,
-            "Half of the answers of a route were at most this old. An exchange that is down shows as old data.",
+            "Age of served data, p50", units.Seconds,
+            "50 % of the responses of a route were at most this old. An exchange that is down"
+            " shows as old data.",
             {"{{route}}": AGE.replace("QUANTILE", "0.5")}, width=HALF,
         ),
         graph(
-            "Age of what was served, p95", units.Seconds,
-            "95 of 100 answers of a route were at most this old. Past its TTL a value is marked stale.",
+            "Age of served data, p95", units.Seconds,
+            "95 % of the responses of a route were at most this old. Values older than their TTL"
+            " are marked stale.",
             {"{{route}}": AGE.replace("QUANTILE", "0.95")}, width=HALF,
         ),
     ]  # fmt: skip
 
 
 def cache() -> Parts:
-    """How much does the cache spare the exchanges, and how old is what it gives out?"""
+    """Return the panels about the calls that the cache saves and the age of its data."""
     return [
         panel(
             stat.Panel(), "Hit rate, 5 minutes", units.PercentUnit,
-            "Values that were fresh in memory or in Redis. Under steady use it is above 90 %.",
+            "Values that were fresh in memory or in Redis. Above 90 % under steady use.",
             {"hits": "virtuoso:cache_hits:ratio_rate5m"}, width=SIXTH, steps=HITS,
         ).decimals(1).no_value("no requests"),
         panel(
             stat.Panel(), "Stale, 10 minutes", units.PercentUnit,
-            "Values that were served past their freshness, marked. An alert fires above 20 %: an exchange fails.",
+            "Values served after their TTL and marked stale. Above 20 % an alert fires: an"
+            " exchange fails.",
             {"stale": "virtuoso:cache_stale:ratio_rate10m"}, width=SIXTH, steps=STALE,
         ).decimals(1).no_value("no requests"),
         panel(
-            stat.Panel(), "Calls spared, 5 minutes", units.PercentUnit,
-            "Values that cost no call of their own: hits, old ones, and those another's call brought along.",
+            stat.Panel(), "Calls saved, 5 minutes", units.PercentUnit,
+            "Values that needed no exchange call: hits, stale values, and values that another call"
+            " returned.",
             {
-                "spared":
+                "saved":
                 '1 - sum(rate(virtuoso_cache_requests_total{result="miss"}[5m]))'
                 " / (sum(rate(virtuoso_cache_requests_total[5m])) > 0)",
             },
             width=SIXTH, steps=HITS,
         ).decimals(1).no_value("no requests"),
         panel(
-            stat.Panel(), "Age of the data, p95", units.Seconds,
-            "95 of 100 answers of the last 5 minutes were at most this old.",
-            {"age": AGE_OF_ALL.replace("QUANTILE", "0.95").replace("$__rate_interval", "5m")}, width=SIXTH,
+            stat.Panel(), "Data age, p95", units.Seconds,
+            "95 % of the responses of the last 5 minutes were at most this old.",
+            {"age": AGE_OF_ALL.replace("QUANTILE", "0.95").replace("$__rate_interval", "5m")},
+            width=SIXTH,
         ).no_value("no requests"),
         panel(
             stat.Panel(), "Entries in memory", units.Short,
-            "On the replica that has the most; CACHE_MEMORY_SIZE is the cap.",
+            "Entries on the replica with the most. CACHE_MEMORY_SIZE is the limit.",
             {"entries": "max(virtuoso_cache_entries)"}, width=SIXTH,
-        ).no_value("no replica"),
+        ).no_value("no replicas"),
         panel(
-            stat.Panel(), "Redis, seen by the replicas", units.NoUnit,
-            "Down as soon as one replica has no answer: then that one caches alone, and clients notice nothing.",
+            stat.Panel(), "Redis, as seen by replicas", units.NoUnit,
+            "Down when at least one replica gets no answer from Redis. That replica caches in"
+            " memory only; clients are still served.",
             {"Redis": 'min(virtuoso_cache_tier_up{tier="redis"})'}, width=SIXTH,
         ).mappings([models.ValueMap({
             "0": models.ValueMappingResult("down", "red"),
             "1": models.ValueMappingResult("up", "green"),
         })]).no_value("memory only"),
 
-        dashboard.Row("Answers"),
+        dashboard.Row("Results"),
         graph(
-            "How values were found", units.PercentUnit,
-            "Shares of all values asked for. coalesced: another's call brought it; negative: a refusal remembered;"
-            " stale_error: it stood in for a failed call; stale_revalidate: served during its refresh.",
+            "Cache results", units.PercentUnit,
+            "Shares of all requested values. coalesced: result of a call for another request;"
+            " negative: a cached refusal; stale_error: a stale value replaced a failed call;"
+            " stale_revalidate: a stale value was served during its refresh.",
             {
                 "{{result}}":
                 "sum by (result) (rate(virtuoso_cache_requests_total[$__rate_interval]))"
-                " / ignoring (result) group_left () (sum(rate(virtuoso_cache_requests_total[$__rate_interval])) > 0)",
+                " / ignoring (result) group_left ()"
+                " (sum(rate(virtuoso_cache_requests_total[$__rate_interval])) > 0)",
             },
             width=HALF,
         ).stacking(STACKED).fill_opacity(60).min(0).max(1),
         graph(
             "Hit rate", units.PercentUnit,
-            "Values of the last 5 minutes that were fresh in memory or in Redis, against the line at 90 %.",
+            "Values of the last 5 minutes that were fresh in memory or in Redis. The line is at 90"
+            " %.",
             {"hits": "virtuoso:cache_hits:ratio_rate5m"}, width=HALF, steps=HITS,
         ).min(0).max(1).no_value("no requests"),
         graph(
-            "Age of what was served", units.Seconds, "Half, and 95 of 100, of all answers were at most this old.",
-            {"p50": AGE_OF_ALL.replace("QUANTILE", "0.5"), "p95": AGE_OF_ALL.replace("QUANTILE", "0.95")},
+            "Age of served data", units.Seconds,
+            "50 % and 95 % of all responses were at most this old.",
+            {
+                "p50": AGE_OF_ALL.replace("QUANTILE", "0.5"),
+                "p95": AGE_OF_ALL.replace("QUANTILE", "0.95"),
+            },
         ),
         graph(
             "Stale share", units.PercentUnit,
-            "Values of the last 10 minutes served past their freshness, marked. An alert fires above the line.",
+            "Values of the last 10 minutes that were served after their TTL and marked stale. An"
+            " alert fires above the line.",
             {"stale": "virtuoso:cache_stale:ratio_rate10m"}, steps=STALE,
         ).no_value("no requests"),
         graph(
-            "Refreshes ahead", units.CountsPerSecond,
-            "What is asked for often is refreshed before it expires. skipped: breaker open or half of the budget used.",
-            {"{{outcome}}": "sum by (outcome) (rate(virtuoso_cache_refreshes_total[$__rate_interval]))"},
+            "Refresh-ahead", units.CountsPerSecond,
+            "Refreshes of frequently requested values before they expire. skipped: the breaker is"
+            " open or half of the budget is used.",
+            {
+                "{{outcome}}":
+                "sum by (outcome) (rate(virtuoso_cache_refreshes_total[$__rate_interval]))",
+            },
         ),
 
         dashboard.Row("Tiers"),
         graph(
-            "Memory", units.OpsPerSecond, "Operations on the memory of all replicas.",
+            "Memory", units.OpsPerSecond, "Operations on the memory caches, sum of all replicas.",
             {
                 "{{operation}} {{outcome}}":
                 "sum by (operation, outcome)"
@@ -549,7 +678,8 @@ def cache() -> Parts:
         ),
         graph(
             "Redis", units.OpsPerSecond,
-            "Operations of all replicas. skipped: Redis failed and is left alone for a moment.",
+            "Redis operations, sum of all replicas. skipped: Redis failed, and its breaker is"
+            " open.",
             {
                 "{{operation}} {{outcome}}":
                 "sum by (operation, outcome)"
@@ -557,44 +687,58 @@ def cache() -> Parts:
             },
         ).no_value("memory only"),
         graph(
-            "Time of an operation on Redis, p95", units.Seconds,
-            "95 of 100 operations took at most this long. A gap: there were none of this kind.",
+            "Redis operation duration, p95", units.Seconds,
+            "95 % of the operations took at most this long. A gap means no operations of this"
+            " kind.",
             {
                 "{{operation}}":
                 "histogram_quantile(0.95, sum by (operation, le)"
-                ' (rate(virtuoso_cache_tier_operation_duration_seconds_bucket{tier="redis"}[$__rate_interval]))) >= 0',
+                " (rate(virtuoso_cache_tier_operation_duration_seconds_bucket"
+                '{tier="redis"}[$__rate_interval]))) >= 0',
             },
         ).no_value("memory only"),
         graph(
-            "Entries in memory, by replica", units.Short, "CACHE_MEMORY_SIZE is the cap of each.",
+            "Entries in memory, by replica", units.Short,
+            "CACHE_MEMORY_SIZE is the limit of each replica.",
             {"{{instance}}": "virtuoso_cache_entries"}, width=HALF,
         ),
         graph(
-            "Entries that left memory", units.CountsPerSecond,
-            "size: memory is full, CACHE_MEMORY_SIZE may be small; expired: too old to stand in; cleared: by /admin.",
-            {"{{reason}}": "sum by (reason) (rate(virtuoso_cache_evictions_total[$__rate_interval]))"}, width=HALF,
+            "Evictions from memory", units.CountsPerSecond,
+            "size: the memory cache is full, CACHE_MEMORY_SIZE may be too small; expired: too old"
+            " to be served as stale; cleared: removed by /admin.",
+            {
+                "{{reason}}":
+                "sum by (reason) (rate(virtuoso_cache_evictions_total[$__rate_interval]))",
+            },
+            width=HALF,
         ),
 
-        dashboard.Row("Redis itself"),
+        dashboard.Row("Redis server"),
         graph(
-            "Memory of Redis", units.BytesIEC,
-            "What it uses and what it may: at the cap it drops what was used longest ago. A cap of 0 is none.",
-            {"used": 'redis_memory_used_bytes{job="redis"}', "cap": 'redis_memory_max_bytes{job="redis"}'},
-        ).no_value("redis-exporter does not answer"),
+            "Redis memory", units.BytesIEC,
+            "Used memory and limit. At the limit Redis evicts the least recently used keys. A"
+            " limit of 0 means no limit.",
+            {
+                "used": 'redis_memory_used_bytes{job="redis"}',
+                "limit": 'redis_memory_max_bytes{job="redis"}',
+            },
+        ).no_value("redis-exporter is down"),
         graph(
-            "Keys Redis dropped for room", units.CountsPerSecond,
-            "0 while it has room. What was dropped is loaded again, but a budget that was dropped counts from nothing.",
-            {"dropped": 'rate(redis_evicted_keys_total{job="redis"}[$__rate_interval])'},
-        ).no_value("redis-exporter does not answer"),
+            "Keys evicted by Redis", units.CountsPerSecond,
+            "0 while Redis has free memory. Evicted values are loaded again. An evicted budget"
+            " starts at zero.",
+            {"evicted": 'rate(redis_evicted_keys_total{job="redis"}[$__rate_interval])'},
+        ).no_value("redis-exporter is down"),
         graph(
-            "Connections to Redis", units.Short, "Of all replicas, and one of the exporter.",
+            "Connections to Redis", units.Short,
+            "Connections of all replicas, and one of the exporter.",
             {"connections": 'redis_connected_clients{job="redis"}'},
-        ).no_value("redis-exporter does not answer"),
+        ).no_value("redis-exporter is down"),
     ]  # fmt: skip
 
 
 def render() -> dict[str, str]:
-    """Make the JSON of every dashboard by the name of its file, to the letter the same each time."""
+    """Return the JSON text of every dashboard by file name. The output is deterministic."""
     exchange = (
         dashboard.QueryVariable("exchange")
         .label("Exchange")
@@ -609,21 +753,31 @@ def render() -> dict[str, str]:
     )
     boards = {
         "service": (dashboard.Dashboard("Virtuoso: Service"), service()),
-        "exchanges": (dashboard.Dashboard("Virtuoso: Exchanges").with_variable(exchange), exchanges()),
+        "exchanges": (
+            dashboard.Dashboard("Virtuoso: Exchanges").with_variable(exchange),
+            exchanges(),
+        ),
         "cache": (dashboard.Dashboard("Virtuoso: Cache"), cache()),
     }
-    links = dashboard.DashboardLink("Virtuoso").type(models.DashboardLinkType.DASHBOARDS).tags(["virtuoso"])
-    note = "What each alert means and what to do about it: `docs/runbook.md` in the repository of the gateway."
+    links = (
+        dashboard.DashboardLink("Virtuoso")
+        .type(models.DashboardLinkType.DASHBOARDS)
+        .tags(["virtuoso"])
+    )
+    note = "`docs/runbook.md` in the repository explains each alert and what to do about it."
     files = {}
     for name, (board, parts) in boards.items():
         for part in parts:
-            _ = board.with_row(part) if isinstance(part, dashboard.Row) else board.with_panel(part)
+            if isinstance(part, dashboard.Row):
+                board.with_row(part)
+            else:
+                board.with_panel(part)
         board.with_panel(text.Panel().content(note).transparent(True).span(FULL).height(2))
         board.uid(f"virtuoso-{name}").tags(["virtuoso"]).link(links.keep_time(True)).readonly()
         board.time("now-1h", "now").refresh("10s").tooltip(models.DashboardCursorSync.CROSSHAIR)
         model = board.build()
-        for number, built in enumerate(model.panels or [], start=1):
-            built.id_val = number
+        for number, built_panel in enumerate(model.panels or [], start=1):
+            built_panel.id_val = number
         files[f"{name}.json"] = JSONEncoder(indent=2, sort_keys=True).encode(model) + "\n"
     return files
 

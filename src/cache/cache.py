@@ -1,340 +1,356 @@
 """Two tiers of ready answers, memory before Redis, and one load per miss.
 
-Entries stay past their freshness for as long as they may stand in for a failed load (RFC 5861). Concurrent lookups of
-one key share one flight: a task nobody owns, so a caller who leaves takes nothing along.
+Entries stay after their TTL while they may replace a failed load (RFC 5861). Concurrent requests
+for one key share one flight. A flight is a task of its own, so a caller that leaves does not cancel
+the load for the others.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from cachetools import TTLCache
 
 from config import Settings
-from src.cache.entry import Entry, Key
+from src.cache.entry import Entry, Key, Served
 from src.cache.memory import Memory
 from src.cache.redis_tier import RedisTier
 from src.core import metrics
 from src.core.background import report_error
 from src.core.clock import Clock
 from src.core.errors import CallerError, DeadlineExceeded, GatewayError, NoPrice, Overloaded, TooOld
-from src.store.redis import RedisAway, RedisStore
+from src.store.redis import RedisStore, RedisUnavailable
 
 log = logging.getLogger(__name__)
 
-NEGATIVE_SIZE = 1000  # refusals remembered at once; only symbols that exist can get here, so more is never useful
-SAME_SECONDS = 0.002  # an entry that went through Redis comes back rounded, and is no older for that
-_MEMORY_HIT, _MEMORY_MISS = (metrics.cache_tier_operations_total.labels("memory", "get", it) for it in ("hit", "miss"))
+MAX_REFUSALS = 1000  # an exchange can refuse only symbols that it lists
+ROUNDING_SECONDS = 0.002  # the times of an entry that comes from Redis are rounded
+_MEMORY_HIT = metrics.cache_tier_operations_total.labels("memory", "get", "hit")
+_MEMORY_MISS = metrics.cache_tier_operations_total.labels("memory", "get", "miss")
 _MEMORY_SET = metrics.cache_tier_operations_total.labels("memory", "set", "success")
 
-
-class Lookup(NamedTuple):
-    """An entry and how it was found: one of `metrics.CACHE_RESULTS`."""
-
-    entry: Entry
-    result: str
+Loaded = dict[Key, Entry | GatewayError]
+Load = Callable[[Sequence[Key]], Awaitable[Loaded]]
+Outcome = Served | GatewayError
 
 
-Outcome = Lookup | GatewayError
-Load = Callable[[Sequence[Key]], Awaitable[dict[Key, Entry | GatewayError]]]
-_Flight = asyncio.Task[dict[Key, Outcome]]
+class AgeLimit(NamedTuple):
+    """How old an answer may be for one caller."""
+
+    max_age: float | None
+    arrived: float
+    """When the caller asked (monotonic seconds). What is received later is never too old."""
+
+    def accepts(self, entry: Entry, now: float) -> bool:
+        """Return True if the entry answers the caller."""
+        if self.max_age is None or entry.received >= self.arrived:
+            return True
+        return entry.age(now) < self.max_age
+
+
+@dataclass(eq=False)
+class Flight:
+    """One load of some keys, shared by all concurrent callers."""
+
+    keys: list[Key]
+    limit: AgeLimit
+    generation: int
+    """The number of clears when the flight began. Results from before a clear are not stored."""
+    loaded: Loaded = field(default_factory=dict)
+    from_redis: set[Key] = field(default_factory=set)
+    error: Exception | None = None
+    task: asyncio.Task[None] = field(init=False)
+
+    def outcome(self, key: Key) -> Entry | GatewayError:
+        """Return what came of one key so far. Raises what ended the flight unexpectedly."""
+        if not self.task.done():
+            text = "no answer within the time of a request; the load continues, ask again"
+            return DeadlineExceeded(text, exchange=key.exchange, symbol=key.symbol)
+        self.task.result()  # raises if the flight was cancelled
+        if key in self.loaded:
+            return self.loaded[key]
+        if isinstance(self.error, GatewayError):
+            return self.error
+        raise self.error or KeyError(key)
 
 
 class Cache:
-    """The two tiers. One object serves all kinds; each lookup brings its TTL and how to load what is missing."""
+    """The two tiers for all kinds of data.
 
-    def __init__(self, settings: Settings, store: RedisStore, clock: Clock) -> None:
-        self.jitter = settings.ttl_jitter_ratio
+    `ttl_of` returns the seconds an answer of a key is fresh. `load` fetches keys of one exchange
+    and kind; its refusals are values, all other errors are raised.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: RedisStore,
+        clock: Clock,
+        *,
+        ttl_of: Callable[[Key], float],
+        load: Load,
+    ) -> None:
         self._clock = clock
+        self._ttl_of = ttl_of
+        self._load = load
+        self._jitter = settings.ttl_jitter_ratio
         self._memory_ttl = settings.cache_memory_ttl
         self._stale_seconds = settings.stale_seconds
         self._revalidate_seconds = settings.revalidate_seconds
-        self._keep_seconds = max(settings.stale_seconds, settings.revalidate_seconds)
-        self._max_loads = settings.max_concurrent
-        self.memory = Memory(settings.cache_memory_size, self._memory_ttl, self._keep_seconds, clock)
-        self._negative: TTLCache[Key, GatewayError] = TTLCache(
-            NEGATIVE_SIZE, settings.negative_ttl_seconds, timer=clock.monotonic
+        keep_seconds = max(settings.stale_seconds, settings.revalidate_seconds)
+        self.memory = Memory(settings.cache_memory_size, self._memory_ttl, keep_seconds, clock)
+        self._refusals: TTLCache[Key, GatewayError] = TTLCache(
+            MAX_REFUSALS, settings.negative_ttl_seconds, timer=clock.monotonic
         )
-        self._redis = RedisTier(
+        self.redis = RedisTier(
             store,
             clock,
-            jitter=self.jitter,
-            keep_seconds=self._keep_seconds,
+            ttl_of=ttl_of,
+            jitter=self._jitter,
+            keep_seconds=keep_seconds,
             lock_seconds=settings.exchange_timeout_seconds,
         )
-        self._flights: dict[Key, _Flight] = {}
-        self._tasks: set[_Flight] = set()  # also the flights that a clear took off the board
-        self._loads = 0
+        self._flights: dict[Key, Flight] = {}
+        self._tasks: set[asyncio.Task[None]] = set()  # also flights that a clear has detached
+        self._load_slots = asyncio.Semaphore(settings.max_concurrent)
         self._generation = 0
 
-    def __len__(self) -> int:
-        """Entries in memory, those that only stand in for failed loads included."""
-        return len(self.memory)
+    def create_entry(self, key: Key, body: bytes, born: float, received: float) -> Entry:
+        """Create an entry with the TTL of its key."""
+        return Entry.create(key, body, born, received, self._ttl_of(key), self._jitter)
 
     def has_fresh(self, key: Key, max_age: float | None = None) -> bool:
-        """Whether memory could answer now."""
+        """Return True if memory has a fresh entry younger than `max_age` seconds."""
+        return self.memory.find_fresh(key, max_age) is not None
+
+    def find_stale(self, key: Key, max_age: float | None = None) -> Entry | None:
+        """Return an entry that may replace a failed load, up to STALE_SECONDS after its TTL."""
         entry = self.memory.get(key)
-        return entry is not None and self._is_fresh_here(entry, max_age)
-
-    def peek(self, key: Key, max_age: float | None = None) -> Entry | None:
-        """Return the entry if memory has it fresh; nothing is awaited and Redis is not asked."""
-        entry = self.memory.ready(key, max_age)
-        (_MEMORY_MISS if entry is None else _MEMORY_HIT).inc()
-        return entry
-
-    def stale(self, key: Key, max_age: float | None = None) -> Entry | None:
-        """Return an entry that may stand in for a failed load: not past `STALE_SECONDS`, nor older than `max_age`."""
-        entry, now = self.memory.get(key), self._clock.monotonic()
+        now = self._clock.monotonic()
         if entry is None or entry.age(now) >= entry.ttl + self._stale_seconds:
             return None
         return entry if max_age is None or entry.age(now) < max_age else None
 
-    async def get(self, key: Key, ttl: float, load: Load, deadline: float, max_age: float | None = None) -> Lookup:
-        """Look one key up as `get_many` does; raises its error."""
-        outcome = (await self.get_many([key], ttl, load, deadline, max_age))[key]
-        if isinstance(outcome, GatewayError):
-            raise outcome
-        return outcome
-
-    def all_ready(self, keys: Collection[Key], max_age: float | None) -> dict[Key, Outcome] | None:
-        """Return the entries of all keys if memory has every one of them fresh, else None; nothing is awaited."""
-        found = [held for key in keys if (held := self.memory.fresh(key, max_age)) is not None]
-        if len(found) < len(keys):
-            return None
-        for held in found:
-            self.memory.use(held)
-        _MEMORY_HIT.inc(len(found))
-        return {held.key: Lookup(held.entry, "hit_memory") for held in found}
-
     async def get_many(
-        self, keys: Sequence[Key], ttl: float, load: Load, deadline: float, max_age: float | None = None
+        self, keys: Sequence[Key], deadline: float, max_age: float | None = None
     ) -> dict[Key, Outcome]:
-        """Find each key in memory, in Redis, in a flight under way, or with one `load` for all that is left.
+        """Return the answer to each key: from memory, Redis, a flight under way, or a new load.
 
-        `deadline` is monotonic; what is not there by then is a `DeadlineExceeded`, and its load goes on. Nothing older
-        than `max_age` seconds is returned, except what arrived after this call began.
+        `deadline` is in monotonic seconds. A key that is not loaded by then is a
+        `DeadlineExceeded`, and its load continues. No answer is older than `max_age` seconds,
+        unless it arrived after this call began.
         """
-        at_hand = {key: outcome for key in keys if (outcome := self._at_hand(key, max_age)) is not None}
-        aging = [key for key, outcome in at_hand.items() if getattr(outcome, "result", "") == "stale_revalidate"]
-        self._start([key for key in aging if key not in self._flights], ttl, load, max_age)
-        missing = [key for key in keys if key not in at_hand]
-        if not missing:
-            return at_hand
-        fetched: dict[Key, Outcome] = {
-            key: TooOld("a newer value could not be had; ask again", symbol=key.symbol) for key in missing
-        }
-        arrived = self._clock.monotonic()
-        for _ in range(2):  # a flight joined may bring what is fresh to others but too old for this caller: once more
-            joined = {key for key in missing if key in self._flights}
-            self._start([key for key in missing if key not in joined], ttl, load, max_age)
-            landed = await self._land(missing, joined, deadline)
-            fetched |= {key: outcome for key, outcome in landed.items() if self._is_ok(outcome, arrived, max_age)}
-            missing = [key for key in missing if isinstance(fetched[key], TooOld)]
+        limit = AgeLimit(max_age, self._clock.monotonic())
+        outcomes: dict[Key, Outcome] = {}
+        for key in keys:
+            outcome = self._find_immediate(key, max_age)
+            if outcome is not None:
+                outcomes[key] = outcome
+        self._start_flight([key for key in outcomes if _is_aging(outcomes[key])], limit)
+        for _ in range(2):  # the result of a flight that was joined may be too old for this caller
+            missing = [key for key in keys if key not in outcomes]
             if not missing:
-                break
-        return at_hand | fetched
+                return outcomes
+            joined = self._flights.keys() & missing
+            self._start_flight(missing, limit)
+            outcomes |= await self._wait_for(missing, joined, deadline, limit)
+        for key in keys:
+            if key not in outcomes:
+                outcomes[key] = TooOld("no newer value was available; ask again", symbol=key.symbol)
+        return outcomes
 
-    @asynccontextmanager
-    async def turn(self, name: Key) -> AsyncIterator[None]:
-        """Wait until no other replica has its turn at `name`; what it brought is in Redis then."""
-        locked, _ = await self._redis.lock_or_find(name, 0.0, lambda _: False)
-        try:
-            yield
-        finally:
-            if locked:
-                self._redis.write(name, None, last=True)
+    def add(self, entry: Entry, *, share: bool) -> None:
+        """Store a pushed entry in memory, unless a newer one is there; with `share`, in Redis."""
+        self._put_newest(entry)
+        self._refusals.pop(entry.key, None)
+        if share:
+            self.redis.write(entry.key, entry)
 
     async def clear(self, exchange: str | None = None, symbol: str | None = None) -> int:
-        """Forget what is cached, all of it or of one exchange or symbol; returns how many entries went.
+        """Remove all entries, or those of one exchange or symbol; returns how many.
 
-        A load under way still answers its callers, but what it brings is not kept. Raises `RedisAway`, after memory is
-        cleared, when Redis could not be.
+        A load under way still answers its callers, but its result is not stored. Raises
+        `RedisUnavailable`, after memory was cleared, if Redis could not be cleared.
         """
-        cleared = self._forget(exchange, symbol)
+        removed = self._forget(exchange, symbol)
         try:
-            return max(cleared, await self._redis.clear(exchange, symbol))
+            return max(removed, await self.redis.clear(exchange, symbol))
         finally:
-            self._forget(exchange, symbol)  # what came back from Redis before it was gone there
+            self._forget(exchange, symbol)  # again: memory may have read from Redis meanwhile
 
     async def start(self) -> None:
-        """Learn which clears are over before the first entry is kept."""
-        with suppress(RedisAway):
-            await self._redis.start()
+        """Read how many clears there were before the first entry is stored."""
+        with suppress(RedisUnavailable):
+            await self.redis.start()
 
     async def follow_clears(self) -> None:
-        """Forget what other replicas clear, until Redis is lost."""
-        with suppress(RedisAway):
-            await self._redis.follow_clears(self._forget)
+        """Apply the clears of other replicas until Redis is lost."""
+        with suppress(RedisUnavailable):
+            await self.redis.follow_clears(self._forget)
 
     async def close(self) -> None:
-        """End every flight, and let the writes under way finish."""
+        """Cancel all flights, and wait for the writes under way."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._redis.drain()
+        await self.redis.drain()
 
     def _forget(self, exchange: str | None, symbol: str | None) -> int:
-        self._generation += 1  # no flight that began before may keep what it brings
-        for key in [key for key in self._flights if _matches(key, exchange, symbol)]:
+        self._generation += 1  # results of flights that began before are not stored
+        for key in _matching(self._flights, exchange, symbol):
             del self._flights[key]
-        gone = [key for key in [*self.memory.keys(), *self._negative] if _matches(key, exchange, symbol)]
-        for key in gone:
-            self.memory.pop(key, "cleared")
-            if self._negative.pop(key, None) is not None:
+        removed = _matching([*self.memory.keys(), *self._refusals], exchange, symbol)
+        for key in removed:
+            self.memory.remove(key, "cleared")
+            if self._refusals.pop(key, None) is not None:
                 metrics.cache_evictions_total.labels("cleared").inc()
-        return len(gone)
+        return len(removed)
 
-    def _is_fresh_here(self, entry: Entry, max_age: float | None) -> bool:
-        return entry.is_fresh(
-            self._clock.monotonic(), self._memory_ttl if max_age is None else min(self._memory_ttl, max_age)
-        )
-
-    def _is_ok(self, outcome: Outcome, since: float, max_age: float | None) -> bool:
-        """Whether a value from a flight or another replica will do for a caller who came at `since`; errors do."""
-        if max_age is None or isinstance(outcome, GatewayError) or outcome.entry.received >= since:
-            return True
-        return outcome.entry.age(self._clock.monotonic()) < max_age
-
-    def _at_hand(self, key: Key, max_age: float | None) -> Outcome | None:
-        """What needs no waiting: a fresh entry, a remembered refusal, or an old entry that a refresh can follow."""
-        if (entry := self.peek(key, max_age)) is not None:
-            return Lookup(entry, "hit_memory")
+    def _find_immediate(self, key: Key, max_age: float | None) -> Outcome | None:
+        """Return a fresh entry, a remembered refusal, or an old entry that a refresh follows."""
+        now = self._clock.monotonic()
+        entry = self.memory.find_fresh(key, max_age)
+        if entry is not None:
+            _MEMORY_HIT.inc()
+            self.memory.count_hit(entry)
+            return Served.from_entry(entry, "hit_memory", now)
+        _MEMORY_MISS.inc()
         if max_age is not None:
             return None
-        if (refusal := self._negative.get(key)) is not None:
+        refusal = self._refusals.get(key)
+        if refusal is not None:
             return refusal
-        entry, now = self.memory.get(key), self._clock.monotonic()
-        if entry is None or not entry.ttl <= entry.age(now) < entry.ttl + self._revalidate_seconds:
+        entry = self.memory.get(key)
+        if entry is None or not 0 <= entry.age(now) - entry.ttl < self._revalidate_seconds:
             return None
-        return Lookup(entry, "stale_revalidate")
+        return Served.from_entry(entry, "stale_revalidate", now)
 
-    def _start(self, keys: list[Key], ttl: float, load: Load, max_age: float | None) -> None:
-        if not keys:
-            return
-        task = asyncio.create_task(self._fly(keys, ttl, load, max_age))
-        self._flights |= dict.fromkeys(keys, task)
-        self._tasks.add(task)
-        task.add_done_callback(self._landed)
+    def _start_flight(self, keys: Iterable[Key], limit: AgeLimit) -> None:
+        """Start a flight for the keys that have none."""
+        keys = [key for key in keys if key not in self._flights]
+        if keys:
+            flight = Flight(keys, limit, self._generation)
+            flight.task = asyncio.create_task(self._fly(flight))
+            self._flights |= dict.fromkeys(keys, flight)
+            self._tasks.add(flight.task)
+            flight.task.add_done_callback(self._tasks.discard)
 
-    def _landed(self, flight: _Flight) -> None:
-        """Take the flight off the board, and its error out of asyncio's hands, whether or not anybody waits for it."""
-        self._tasks.discard(flight)
-        for key in [key for key, other in self._flights.items() if other is flight]:
-            del self._flights[key]
-        if flight.cancelled() or (error := flight.exception()) is None:
-            return
-        if isinstance(error, GatewayError):
-            log.debug("load failed", extra={"error": type(error).__name__, "code": error.code})
-        else:
-            report_error("loads", error)
-
-    async def _land(self, keys: Sequence[Key], joined: set[Key], deadline: float) -> dict[Key, Outcome]:
-        """Wait for the flights of the keys until the deadline; leaving early disturbs none of them."""
+    async def _wait_for(
+        self, keys: Sequence[Key], joined: set[Key], deadline: float, limit: AgeLimit
+    ) -> dict[Key, Outcome]:
+        """Wait for the flights of the keys, and return the outcomes that the limit accepts."""
         flights = {key: self._flights[key] for key in keys}
-        await asyncio.wait(set(flights.values()), timeout=max(0.0, deadline - self._clock.monotonic()))
-        landed: dict[Key, Outcome] = {}
+        timeout = max(0.0, deadline - self._clock.monotonic())
+        await asyncio.wait({flight.task for flight in flights.values()}, timeout=timeout)
+        outcomes: dict[Key, Outcome] = {}
         for key, flight in flights.items():
-            if not flight.done():
-                landed[key] = DeadlineExceeded(
-                    "no answer within the time of a request; the load goes on, ask again",
-                    exchange=key.exchange,
-                    symbol=key.symbol,
-                )
-            elif isinstance(error := flight.exception(), GatewayError):
-                landed[key] = error
-            else:
-                outcome = flight.result()[key]
-                if key in joined and isinstance(outcome, Lookup):
-                    outcome = Lookup(outcome.entry, "coalesced")
-                landed[key] = outcome
-        return landed
+            value = flight.outcome(key)
+            now = self._clock.monotonic()
+            if isinstance(value, GatewayError):
+                outcomes[key] = value
+            elif limit.accepts(value, now):
+                result = "hit_redis" if key in flight.from_redis else "miss"
+                result = "coalesced" if key in joined else result
+                outcomes[key] = Served.from_entry(value, result, now)
+        return outcomes
 
-    async def _fly(self, keys: list[Key], ttl: float, load: Load, max_age: float | None) -> dict[Key, Outcome]:
-        """Bring the keys from Redis or upstream, into memory too."""
-        generation, started = self._generation, self._clock.monotonic()
-        results = await self._read(keys, ttl, generation, started, max_age)
-        missing = [key for key in keys if key not in results]
-        if not missing:
-            return results
-        if self._loads >= self._max_loads:
-            raise Overloaded(f"{self._loads} loads are in flight, as many as are allowed; ask again shortly")
-        self._loads += 1
+    async def _fly(self, flight: Flight) -> None:
+        """Run a flight: read its keys from Redis, load the others, and store the results."""
         try:
-            return results | await self._load(missing, ttl, load, max_age, generation, started)
+            await self._read_redis(flight, flight.keys)
+            if len(flight.loaded) < len(flight.keys):
+                await self._load_missing(flight)
+        except GatewayError as error:
+            log.debug("load failed", extra={"error": type(error).__name__, "code": error.code})
+            flight.error = error
+        except Exception as error:  # noqa: BLE001 - reported, and raised to the callers
+            report_error("loads", error)
+            flight.error = error
         finally:
-            self._loads -= 1
+            for key in flight.keys:
+                if self._flights.get(key) is flight:
+                    del self._flights[key]
 
-    async def _load(
-        self, keys: Sequence[Key], ttl: float, load: Load, max_age: float | None, generation: int, started: float
-    ) -> dict[Key, Outcome]:
-        """Load what neither tier has, once for all replicas: the lock of its first key stands for a whole batch."""
-        results: dict[Key, Outcome] = {}
-        locked, entry = await self._redis.lock_or_find(
-            keys[0], ttl, lambda entry: self._promote(keys[0], entry, generation, started, max_age)
-        )
-        if entry is not None:  # another replica has just loaded it, and the rest of the batch too if it was the same
-            results = await self._read(keys[1:], ttl, generation, started, max_age)
-            results[keys[0]] = Lookup(entry, "hit_redis")
-            keys = [key for key in keys if key not in results]
-        loaded: dict[Key, Entry | GatewayError] = {}
-        try:
-            loaded = await load(keys) if keys else {}
-        finally:
-            kept = {key: value for key, value in loaded.items() if generation == self._generation}
-            for key in reversed(keys):  # the lock goes last: who waits for it finds the others there
-                self._keep(key, kept.get(key), locked and key == keys[0])
-        return results | {
-            key: Lookup(value, "miss") if isinstance(value, Entry) else value for key, value in loaded.items()
-        }
+    async def _load_missing(self, flight: Flight) -> None:
+        """Load what neither tier has, once for all replicas.
 
-    async def _read(
-        self, keys: Sequence[Key], ttl: float, generation: int, started: float, max_age: float | None
-    ) -> dict[Key, Outcome]:
-        """Take over from Redis what will do."""
-        entries = await self._redis.read(keys, ttl) if keys else {}
-        return {
-            key: Lookup(entry, "hit_redis")
-            for key, entry in entries.items()
-            if self._promote(key, entry, generation, started, max_age)
-        }
+        The lock of the first key stands for a whole batch.
+        """
+        if self._load_slots.locked():
+            raise Overloaded("MAX_CONCURRENT loads are in flight; ask again shortly")
+        async with self._load_slots:
+            keys = [key for key in flight.keys if key not in flight.loaded]
+            first = keys[0]
+            accept = partial(self._accept, flight)
+            is_locked, entry = await self.redis.lock_or_find(first, accept)
+            if entry is not None:  # another replica has just loaded it, perhaps with the other keys
+                flight.loaded[first] = entry
+                flight.from_redis.add(first)
+                await self._read_redis(flight, keys[1:])
+                keys = [key for key in keys if key not in flight.loaded]
+            loaded: Loaded = {}
+            try:
+                loaded = await self._load(keys) if keys else {}
+            finally:
+                kept = loaded if flight.generation == self._generation else {}
+                # The lock is released last: a replica that waits for it finds the others in Redis.
+                for key in reversed(keys):
+                    self._store(key, kept.get(key), is_locked and key == first)
+            flight.loaded |= loaded
 
-    def _keep(self, key: Key, value: Entry | GatewayError | None, locked: bool) -> None:
-        """Put what was loaded into both tiers, and give up the lock even if nothing was."""
+    async def _read_redis(self, flight: Flight, keys: Sequence[Key]) -> None:
+        """Add the entries of Redis that answer the flight."""
+        entries = await self.redis.read(keys) if keys else {}
+        for key, entry in entries.items():
+            if self._accept(flight, entry):
+                flight.loaded[key] = entry
+                flight.from_redis.add(key)
+
+    def _accept(self, flight: Flight, entry: Entry) -> bool:
+        """Store an entry of Redis in memory, where even an old one can be served as stale.
+
+        Returns True if the entry answers the flight.
+        """
+        if flight.generation != self._generation or not self._put_newest(entry):
+            return False
+        now = self._clock.monotonic()
+        return entry.is_fresh(now) and flight.limit.accepts(entry, now)
+
+    def _store(self, key: Key, value: Entry | GatewayError | None, is_locked: bool) -> None:
+        """Store what was loaded in both tiers, and release the lock even if nothing was."""
         entry = value if isinstance(value, Entry) else None
         if entry is not None:
-            self._remember(key, entry)
-            self._negative.pop(key, None)
+            self._put_newest(entry)
+            self._refusals.pop(key, None)
         elif isinstance(value, CallerError | NoPrice):
-            self._negative[key] = value
-        if entry is not None or locked:
-            self._redis.write(key, entry, last=locked)
+            self._refusals[key] = value
+        if entry is not None or is_locked:
+            self.redis.write(key, entry, last=is_locked)
 
-    def adopt(self, key: Key, entry: Entry, *, spread: bool) -> None:
-        """Keep what came unasked; with `spread` in Redis, too."""
-        self._remember(key, entry)
-        self._negative.pop(key, None)
-        if spread:
-            self._redis.write(key, entry)
-
-    def _remember(self, key: Key, entry: Entry) -> bool:
-        """Keep an entry in memory unless a newer one is there; returns whether it is the newest now."""
-        known = self.memory.get(key)
-        if known is not None and known.born > entry.born + SAME_SECONDS:
-            return False
-        if known is not None and known.born >= entry.born - SAME_SECONDS and known.etag == entry.etag:
-            return True  # it is the one we have, and its popularity with it
-        self.memory.put(key, entry)
+    def _put_newest(self, entry: Entry) -> bool:
+        """Store an entry in memory unless a newer one is there. Return True if it is the newest."""
+        known = self.memory.get(entry.key)
+        if known is not None:
+            newer_by = known.born - entry.born
+            if newer_by > ROUNDING_SECONDS:
+                return False
+            if newer_by >= -ROUNDING_SECONDS and known.etag == entry.etag:
+                return True  # the same entry, whose hits are kept
+        self.memory.put(entry)
         _MEMORY_SET.inc()
         return True
 
-    def _promote(self, key: Key, entry: Entry, generation: int, started: float, max_age: float | None) -> bool:
-        """Take an entry of Redis into memory, where even an old one can stand in; returns whether it will do now."""
-        if generation != self._generation or not self._remember(key, entry):
-            return False
-        return entry.is_fresh(self._clock.monotonic()) and self._is_ok(Lookup(entry, "hit_redis"), started, max_age)
+
+def _is_aging(outcome: Outcome) -> bool:
+    """Return True if a refresh has to follow the answer."""
+    return isinstance(outcome, Served) and outcome.result == "stale_revalidate"
 
 
-def _matches(key: Key, exchange: str | None, symbol: str | None) -> bool:
-    return exchange in (None, key.exchange) and symbol in (None, key.symbol)
+def _matching(keys: Iterable[Key], exchange: str | None, symbol: str | None) -> list[Key]:
+    """Return the keys of an exchange and symbol; None matches all."""
+    found = [key for key in keys if exchange in (None, key.exchange)]
+    return [key for key in found if symbol in (None, key.symbol)]

@@ -1,4 +1,4 @@
-"""One cached answer and its name: bytes that can be sent as they are, and how old they are."""
+"""One cached answer: ready bytes, their age, and the key that names them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,81 +11,140 @@ from src.core.clock import Clock
 from src.core.models import MarketData
 from src.store.redis import PREFIX
 
-# A replica whose clock is further ahead writes values that would be new again at every look: they are a miss.
+# A replica whose clock is further ahead writes entries that would look new again and again. They
+# count as a miss.
 MAX_SKEW_SECONDS = 1.0
-_FRESH_TAIL, _STALE_TAIL = b'"stale":false}', b'"stale":true}'
+_FRESH_TAIL = b'"stale":false}'
+_STALE_TAIL = b'"stale":true}'
+Param = int | str | None
 
 
 class Key(NamedTuple):
-    """Names one answer by validated, canonical values."""
+    """The name of one answer, made of validated, canonical values."""
 
     exchange: str
     kind: str
     symbol: str
-    variant: str = ""  # the parameters of the kind, such as `1m:100`
+    params: tuple[Param, ...] = ()
+    """The parameters of the kind, such as `("1m", 100, None)` for candles."""
 
-    def redis(self, what: str = "data") -> str:
-        """The key in Redis; the part in braces keeps a value and its lock in one slot of a cluster."""
-        return f"{PREFIX}{what}:{{{self.exchange}|{self.kind}|{self.symbol}|{self.variant}}}"
+    def redis_name(self, purpose: str = "data") -> str:
+        """Return the key in Redis.
+
+        The braces keep an entry and its lock in one slot of a cluster.
+        """
+        params = ":".join("" if param is None else str(param) for param in self.params)
+        return f"{PREFIX}{purpose}:{{{self.exchange}|{self.kind}|{self.symbol}|{params}}}"
 
 
-@dataclass(frozen=True, slots=True)
+NO_KEY = Key("", "", "")  # of answers that are not cached under a key, such as batches
+
+
+@dataclass(slots=True, eq=False)
 class Entry:
-    """A ready answer: a JSON object in bytes whose last member is `stale`. Its moments are monotonic seconds."""
+    """A ready answer: a JSON object in bytes whose last member is `stale`.
 
+    Times are monotonic seconds.
+    """
+
+    key: Key
     body: bytes
     etag: str
-    born: float  # when the request for it began: age counts from here (RFC 9111 section 4.2.3)
+    born: float
+    """When the request for the data began. Age counts from here (RFC 9111 section 4.2.3)."""
     received: float
     ttl: float
+    hits: int = 0
+    """Requests answered from memory, including those inherited from the entry before."""
+    earlier_hits: int = 0
+    """Requests answered by the entries before this one that are not part of `hits`."""
 
     @classmethod
-    def of(cls, body: bytes, born: float, received: float, ttl: float, jitter: float = 0.0) -> Self:
-        """Make an entry; `jitter` is the largest share of the TTL taken off."""
+    def create(
+        cls, key: Key, body: bytes, born: float, received: float, ttl: float, jitter: float = 0.0
+    ) -> Self:
+        """Create an entry whose TTL is shortened by up to the share `jitter`.
+
+        The share depends on the content. So replicas agree on the TTL, and entries that were loaded
+        together do not expire together.
+        """
         etag = etag_of(body)
-        # Spread by content, not by chance: replicas agree, and entries loaded together do not expire together.
-        return cls(body, etag, born, received, ttl * (1 - jitter * int(etag[1:5], 16) / 0xFFFF))
+        return cls(
+            key, body, etag, born, received, ttl * (1 - jitter * int(etag[1:5], 16) / 0xFFFF)
+        )
 
     @classmethod
-    def joined(cls, body: bytes, parts: Sequence["Entry"]) -> Self:
-        """Make an entry of others: as old as the oldest of them, and fresh as long as all of them are."""
+    def join(cls, body: bytes, parts: Sequence["Entry"]) -> Self:
+        """Create an entry from others: as old as the oldest, fresh while all of them are."""
         born = min(part.born for part in parts)
         received = min(part.received for part in parts)
-        return cls(body, etag_of(body), born, received, min(part.born - born + part.ttl for part in parts))
+        ttl = min(part.born - born + part.ttl for part in parts)
+        return cls(NO_KEY, body, etag_of(body), born, received, ttl)
 
     def age(self, now: float) -> float:
-        """Seconds since it was asked for."""
+        """Return the seconds since the data was requested."""
         return max(0.0, now - self.born)
 
     def is_fresh(self, now: float, limit: float | None = None) -> bool:
-        """Whether it is younger than its TTL and the limit; at exactly the limit it is not."""
+        """Return True if the entry is younger than its TTL and `limit` seconds."""
         return self.age(now) < (self.ttl if limit is None else min(self.ttl, limit))
 
     def marked_stale(self) -> bytes:
-        """The body saying that it is old."""
+        """Return the body with `"stale":true`."""
         return self.body[: -len(_FRESH_TAIL)] + _STALE_TAIL
 
     def dump(self, clock: Clock) -> bytes:
-        """Write it for Redis: born and received as 16 digits of UTC ms each, the tag as a checksum, then the body."""
+        """Return the entry as Redis stores it.
+
+        16 digits each for `born` and `received` (UTC ms), then the entity tag, which is also a
+        checksum, then the body.
+        """
         offset = clock.time() - clock.monotonic()
-        moments = ((self.born + offset) * 1000, (self.received + offset) * 1000)
-        return b"%016d%016d%b%b" % (*moments, self.etag.encode(), self.body)
+        born_ms = (self.born + offset) * 1000
+        received_ms = (self.received + offset) * 1000
+        return b"%016d%016d%b%b" % (born_ms, received_ms, self.etag.encode(), self.body)
 
     @classmethod
-    def parse(cls, raw: object, ttl: float, jitter: float, clock: Clock) -> Self | None:
-        """Read what `dump` wrote; anything else, however broken, is None."""
-        if not isinstance(raw, bytes) or not raw[:32].isdigit() or etag_of(raw[50:]).encode() != raw[32:50]:
+    def parse(cls, key: Key, raw: object, ttl: float, jitter: float, clock: Clock) -> Self | None:
+        """Return the entry that `dump` wrote, or None for other data and future times."""
+        if not isinstance(raw, bytes) or not raw[:32].isdigit():
+            return None
+        if etag_of(raw[50:]).encode() != raw[32:50]:
             return None
         now = clock.monotonic()
         offset = now - clock.time()
-        born, received = (int(raw[at : at + 16]) / 1000 + offset for at in (0, 16))
+        born = int(raw[:16]) / 1000 + offset
+        received = int(raw[16:32]) / 1000 + offset
         if received > now + MAX_SKEW_SECONDS:
             return None
-        return cls.of(raw[50:], min(born, now), min(received, now), ttl, jitter)
+        return cls.create(key, raw[50:], min(born, now), min(received, now), ttl, jitter)
+
+
+class Served(NamedTuple):
+    """An answer as it is sent to a client."""
+
+    body: bytes
+    etag: str | None
+    """None if the body was changed and its tag is not known yet."""
+    age: float
+    ttl: float
+    """Seconds the answer stays fresh; negative if it is stale."""
+    result: str
+    """How the answer was found: one of `metrics.CACHE_RESULTS`."""
+    keys: tuple[Key, ...] = ()
+    """All keys that could have answered, most preferred first. Empty if `max_age` was given."""
+
+    @classmethod
+    def from_entry(cls, entry: Entry, result: str, now: float) -> Self:
+        """Return an entry as it is sent at `now`, marked as stale if the `result` says so."""
+        age = entry.age(now)
+        if result.startswith("stale"):
+            return cls(entry.marked_stale(), None, age, min(entry.ttl - age, -1.0), result)
+        return cls(entry.body, entry.etag, age, entry.ttl - age, result)
 
 
 def encode(data: MarketData) -> bytes:
-    """Encode an answer once, as it will be sent: members that were not given are left out, `stale` comes last."""
+    """Encode an answer as it is sent. Members that were not given are left out; `stale` is last."""
     document = data.model_dump(exclude_unset=True, exclude={"source", "stale"})
     return orjson.dumps(document | {"source": data.source, "stale": False})
 

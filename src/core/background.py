@@ -1,4 +1,4 @@
-"""Work that runs beside requests: endless loops, and errors that no request reports."""
+"""Background work: endless loops, and errors that no request reports."""
 
 import asyncio
 import logging
@@ -10,29 +10,30 @@ from src.core import metrics
 
 log = logging.getLogger(__name__)
 
-ERROR_SECONDS = 1.0  # pause of a loop after an unexpected exception
-LOG_SECONDS = 10.0  # between two log lines for one kind of error: some come with every pushed message
+ERROR_SECONDS = 1.0  # pause of a loop after an unexpected error
+LOG_SECONDS = 10.0  # shortest time between two log lines for the same kind of error
 
 _logged_at: dict[tuple[str, type[BaseException]], float] = {}
 
 
 def report_error(component: str, error: BaseException) -> None:
-    """Count an unexpected exception of our own code, and log it with its traceback.
+    """Count an unexpected error of `component` and log its traceback.
 
-    `component` is one of `metrics.COMPONENTS`. Every error is counted; the same class of error in the same component is
-    logged once in `LOG_SECONDS`.
+    `component` is one of `metrics.COMPONENTS`. All errors are counted. Errors of the same class in
+    the same component are logged once per `LOG_SECONDS`, because some occur with every message.
     """
     metrics.internal_errors_total.labels(component).inc()
-    kind, now = (component, type(error)), time.monotonic()
+    kind = (component, type(error))
+    now = time.monotonic()
     if now - _logged_at.get(kind, -math.inf) >= LOG_SECONDS:
         _logged_at[kind] = now
         log.error("unexpected error", extra={"component": component}, exc_info=error)
 
 
 async def repeat(component: str, step: Callable[[], Awaitable[object]], pause: float = 0) -> None:
-    """Run `step` for ever, with `pause` seconds before each run.
+    """Run `step` forever, with `pause` seconds before each run.
 
-    An unexpected exception is reported as an error of `component`, and does not end the loop.
+    An unexpected error is reported for `component` and does not end the loop.
     """
     while True:
         await asyncio.sleep(pause)

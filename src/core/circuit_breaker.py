@@ -1,169 +1,194 @@
-"""The circuit breaker: after failures in a row it stops asking for a while, then lets one call try.
+"""The circuit breaker: one state machine with the states closed, open and half-open.
 
-One state machine with three outcomes: success, failure, and no verdict (cancelled, or an error that says nothing about
-the other side). Every outcome carries the generation it began in; one from an older generation changes nothing.
-The rules are those of resilience4j, Polly and gobreaker where these agree.
+Closed, the breaker admits every call. After `threshold` failures in a row it opens and rejects
+every call. When the open time is over it is half-open and admits one call, the probe, whose outcome
+closes or opens the breaker.
+
+A call ends in success, failure or no verdict (cancelled, or an error that says nothing about the
+other side). A change of state begins a new generation. The outcome of a call from an older
+generation is ignored. The rules are those of resilience4j, Polly and gobreaker where these agree.
 """
 
 import logging
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import ParamSpec, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar, TypeVarTuple
 
 from src.core.clock import Clock
-from src.core.errors import CircuitOpen
+from src.core.errors import RETRY_ADVICE, CircuitOpen
 
 log = logging.getLogger(__name__)
-P = ParamSpec("P")
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
-CLOSED, OPEN, HALF_OPEN = "closed", "open", "half_open"
+CLOSED = "closed"
+OPEN = "open"
+HALF_OPEN = "half_open"
 STATES = (CLOSED, OPEN, HALF_OPEN)
-OnChange = Callable[[str, str, str | None], None]  # called with the old state, the new state and the cause
+REJECTION_SECONDS = 1.0  # retry_after of a rejection when the end of the open time is unknown
+MAX_DOUBLINGS = 32  # avoids an overflow; the maximum decides long before
+
+OnChange = Callable[[str, str, str | None], object]
+"""Receives the old state, the new state and the cause."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """When a breaker opens, and for how long.
+
+    Raises `ValueError` for a threshold or a duration that is not positive.
+    """
+
+    threshold: int = 5
+    """Failures in a row that open the breaker."""
+    window_seconds: float = 60
+    """Older failures do not count."""
+    reset_seconds: float = 60
+    """First open time. Each further trip in a row doubles the open time."""
+    max_open_seconds: float = 600
+    """Longest open time. If it is shorter than `reset_seconds`, that is the longest."""
+    neutral: tuple[type[Exception], ...] = ()
+    """Errors without a verdict."""
+
+    def __post_init__(self) -> None:
+        durations = (self.window_seconds, self.reset_seconds, self.max_open_seconds)
+        if self.threshold < 1 or min(durations) <= 0:
+            raise ValueError("a breaker needs a threshold of at least 1 and positive durations")
+
+    def is_failure(self, error: BaseException) -> bool:
+        """True if an error counts as a failure. A cancellation has no verdict."""
+        return isinstance(error, Exception) and not isinstance(error, self.neutral)
+
+    def is_exceeded(self, failures: deque[float]) -> bool:
+        """True if the last `threshold` failures in a row are within the window."""
+        is_row = len(failures) == self.threshold
+        return is_row and failures[-1] - failures[0] < self.window_seconds
+
+    def open_seconds(self, trips: int) -> float:
+        """Return the open time after a number of trips in a row."""
+        return exponential_backoff(trips, self.reset_seconds, self.max_open_seconds)
+
+
+@dataclass(eq=False, slots=True)
+class _Generation:
+    """The time between two changes of state."""
+
+    state: str = CLOSED
+    is_probing: bool = False
 
 
 class CircuitBreaker:
-    """Guards calls to one other side; durations are seconds of the monotonic clock.
+    """Guard calls to another system.
 
-    `threshold` failures in a row within `window_seconds` open it for `reset_seconds`, doubled for each trip in a row
-    up to `max_open_seconds`. Errors of the classes in `neutral` pass through without a verdict.
-    Raises `ValueError` for settings that cannot work.
+    Times are those of the monotonic clock, except `opened_at` (UTC seconds).
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        clock: Clock,
-        threshold: int = 5,
-        reset_seconds: float = 60,
-        window_seconds: float = 60,
-        max_open_seconds: float = 600,
-        neutral: tuple[type[Exception], ...] = (),
-        on_change: OnChange | None = None,
-    ) -> None:
-        if threshold < 1 or not (reset_seconds > 0 and window_seconds > 0 and max_open_seconds > 0):
-            raise ValueError("a breaker needs a threshold of at least 1 and positive durations")
+    def __init__(self, name: str, clock: Clock, policy: Policy, on_change: OnChange) -> None:
         self.name = name
         self.cause: str | None = None
-        self.opened_at: float | None = None  # UTC seconds, for people
+        self.opened_at: float | None = None
+        self.open_until = 0.0
+        self.trips = 0  # in a row
         self._clock = clock
-        self._threshold = threshold
-        self._reset_seconds = reset_seconds
-        self._window_seconds = window_seconds
-        self._max_open_seconds = max(max_open_seconds, reset_seconds)
-        self._neutral = neutral
-        self._on_change = on_change
-        self._state = CLOSED
-        self._generation = 0
-        self._failures: deque[float] = deque(maxlen=threshold)
-        self.trips = 0  # in a row; the open time doubles with each
-        self._open_until = 0.0
-        self._probing = False
+        self._policy = policy
+        self.on_change = on_change
+        self._generation = _Generation()
+        self._failures: deque[float] = deque(maxlen=policy.threshold)  # times of the last ones
 
     @property
     def state(self) -> str:
-        """The state now; reading it takes no permit, and sees that the open time is over without any traffic."""
-        if self._state == OPEN and self._clock.monotonic() >= self._open_until:
+        """The current state. An open breaker becomes half-open by time, without a call."""
+        if self._generation.state == OPEN and self._clock.monotonic() >= self.open_until:
             self._change(HALF_OPEN)
-        return self._state
+        return self._generation.state
 
     @property
-    def admits(self) -> bool:
-        """Whether a call would be let through now."""
-        return self.state == CLOSED or (self._state == HALF_OPEN and not self._probing)
+    def is_admitting(self) -> bool:
+        """True if a call would be admitted now."""
+        return self.state != OPEN and not self._generation.is_probing
 
     @property
     def retry_after(self) -> float:
-        """Seconds until a call may be let through; 0 when one may be now."""
-        return max(0.0, self._open_until - self._clock.monotonic()) if self.state == OPEN else 0.0
+        """Seconds until a call may be admitted. 0 if the breaker is not open."""
+        return self.open_until - self._clock.monotonic() if self.state == OPEN else 0.0
 
-    def is_idle(self, seconds: float) -> bool:
-        """True if it has been half-open for `seconds` and no call is trying the other side."""
-        waited = self._clock.monotonic() - self._open_until
-        return self.state == HALF_OPEN and not self._probing and waited >= seconds
-
-    async def call(self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call the function if the breaker admits it, and learn from the outcome.
-
-        Raises `CircuitOpen` without calling it otherwise; its own errors come through as they are.
-        """
-        generation = self._admit()
+    async def call(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
+        """Call the function and record the outcome. Raises `CircuitOpen` if it is not admitted."""
+        if not self.is_admitting:
+            raise _rejection(self)
+        generation = self._generation
+        generation.is_probing = generation.state == HALF_OPEN
         try:
-            result = await function(*args, **kwargs)
-        except self._neutral:
-            self._no_verdict(generation)
+            result = await function(*args)
+        except BaseException as error:
+            generation.is_probing = False
+            if generation is self._generation and self._policy.is_failure(error):
+                self._record_failure(str(getattr(error, "cause", "error")))
             raise
-        except Exception as error:
-            self._failure(generation, str(getattr(error, "cause", "error")))
-            raise
-        except BaseException:  # cancelled: the caller left, the other side is not to blame
-            self._no_verdict(generation)
-            raise
-        self._success(generation)
+        if generation is self._generation:
+            self.reset()
         return result
 
-    def open_until(self, until: float, cause: str) -> None:
-        """Keep it open at least until the monotonic time `until`, as a ban or a `Retry-After` demands."""
-        if self.state != OPEN:
-            self._open_until, self.cause = until, cause
+    def trip(self, until: float, cause: str) -> None:
+        """Open until the monotonic time `until`, from any state."""
+        self.open_until = until
+        self.cause = cause
+        if self._generation.state != OPEN:
+            self.opened_at = self._clock.time()
             self._change(OPEN)
-        elif until > self._open_until:
-            self._open_until, self.cause = until, cause
 
     def reset(self) -> None:
-        """Close it with a full failure budget."""
+        """Close, and forget all failures and trips."""
         self._failures.clear()
         self.trips = 0
-        if self._state != CLOSED:
+        self.cause = None
+        self.opened_at = None
+        if self._generation.state != CLOSED:
             self._change(CLOSED)
 
-    def _admit(self) -> int:
-        if not self.admits:
-            wait = self.retry_after
-            raise CircuitOpen(
-                f"the circuit breaker of {self.name} is {self._state} ({self.cause}); wait, or ask another exchange",
-                exchange=self.name,
-                retry_after=wait if 0 < wait < math.inf else 1.0,
-                cause=self.cause,
-            )
-        self._probing = self._state == HALF_OPEN
-        return self._generation
-
-    def _success(self, generation: int) -> None:
-        if generation == self._generation:
-            self.reset()
-
-    def _failure(self, generation: int, cause: str) -> None:
-        if generation != self._generation:
-            return
+    def _record_failure(self, cause: str) -> None:
         now = self._clock.monotonic()
-        self._failures.append(now)  # holds the last `threshold` failures, so only the oldest needs a look
-        recent = self._failures[0] > now - self._window_seconds
-        if self._state == HALF_OPEN or (len(self._failures) == self._threshold and recent):
+        self._failures.append(now)
+        if self._generation.state == HALF_OPEN or self._policy.is_exceeded(self._failures):
+            until = now + self._policy.open_seconds(self.trips)
             self.trips += 1
-            self.open_until(now + self._open_seconds(), cause)
-
-    def _open_seconds(self) -> float:
-        growth = 2.0 ** min(self.trips - 1, 32)  # a longer exponent only risks overflow: the cap decides
-        return min(self._reset_seconds * growth, self._max_open_seconds)
-
-    def _no_verdict(self, generation: int) -> None:
-        if generation == self._generation:
-            self._probing = False
+            self.trip(until, cause)
 
     def _change(self, new: str) -> None:
-        old, self._state = self._state, new
-        self._generation += 1
-        self._probing = False
-        if new == OPEN:
-            self.opened_at = self._clock.time()
-        elif new == CLOSED:
-            self.cause = self.opened_at = None
-            self._open_until = 0.0
-        if self._on_change is not None:
-            try:
-                self._on_change(old, new, self.cause)
-            except Exception:
-                log.exception("a breaker's listener failed", extra={"breaker": self.name})
+        old = self._generation.state
+        self._generation = _Generation(new)
+        _notify(self, old, new)
+
+
+def hold(breaker: CircuitBreaker, until: float, cause: str) -> None:
+    """Keep a breaker open until the monotonic time `until`, as a ban or Retry-After asks.
+
+    A hold never shortens the open time. When it ends the breaker is half-open.
+    """
+    if breaker.state != OPEN or until > breaker.open_until:
+        breaker.trip(until, cause)
+
+
+def exponential_backoff(failures: int, initial: float, maximum: float) -> float:
+    """Return `initial`, doubled for each of the `failures`, up to `maximum`."""
+    return min(initial * 2.0 ** min(failures, MAX_DOUBLINGS), max(initial, maximum))
+
+
+def _rejection(breaker: CircuitBreaker) -> CircuitOpen:
+    seconds = breaker.retry_after
+    state = f"{breaker.state} ({breaker.cause})"
+    return CircuitOpen(
+        f"the circuit breaker of {breaker.name} is {state}; {RETRY_ADVICE}",
+        exchange=breaker.name,
+        retry_after=seconds if 0 < seconds < math.inf else REJECTION_SECONDS,
+        cause=breaker.cause,
+    )
+
+
+def _notify(breaker: CircuitBreaker, old: str, new: str) -> None:
+    try:
+        breaker.on_change(old, new, breaker.cause)
+    except Exception:
+        log.exception("breaker callback failed", extra={"breaker": breaker.name})

@@ -1,21 +1,21 @@
-"""Time as an argument: everything that ages, expires or waits asks a clock it was given."""
+"""Clocks are passed as arguments, so that tests control the time."""
 
 import time
 from typing import Protocol
 
 
 class Clock(Protocol):
-    """Where the time comes from; tests hand in one they can move."""
+    """A source of time."""
 
     def monotonic(self) -> float:
-        """Seconds from an unknown start, never going back: for durations."""
+        """Return seconds since an arbitrary start that never decrease, for durations."""
 
     def time(self) -> float:
-        """UTC seconds since 1970: for what a client or another replica sees."""
+        """Return UTC seconds since 1970, for times that clients or other replicas see."""
 
 
 class SystemClock:
-    """The machine's own clocks."""
+    """The clock of the operating system."""
 
     monotonic = staticmethod(time.monotonic)
     time = staticmethod(time.time)

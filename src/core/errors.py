@@ -1,53 +1,61 @@
-"""The errors a client can see; each knows its HTTP status, its code and whether asking again helps.
+"""The errors that a client can receive. Each error class has its HTTP status and its code.
 
 GatewayError
-|-- CallerError            the request is at fault: never counted against an exchange, never masked by an old value
-|   |-- MalformedRequest       400 malformed_request
-|   |-- Unauthorized           401 unauthorized
-|   |   `-- AdminTokenMissing  401 unauthorized
-|   |-- OriginRefused          403 origin_refused
-|   |-- NotFound               404 not_found
-|   |   |-- UnknownSymbol      404 unknown_symbol
-|   |   `-- UnknownExchange    404 unknown_exchange
-|   |-- MethodNotAllowed       405 method_not_allowed
-|   |-- UriTooLong             414 uri_too_long
-|   |-- InvalidParameter       422 invalid_parameter
-|   |-- RequestRejected        422 request_rejected
-|   |-- TooManyRequests        429 too_many_requests
-|   |   `-- TooManyFailedLogins 429 too_many_requests
-|   |-- TooManySubscriptions   429 too_many_subscriptions
-|   |-- TooManyConnections     429 too_many_connections
-|   `-- HeadersTooLarge        431 headers_too_large
-`-- UpstreamError          502 upstream_error: the exchange is at fault, or the way to it
-    |-- BadUpstreamData        502 bad_upstream_data
-    |-- NoPrice                502 no_price
-    |-- ExchangeUnavailable    502 exchange_unavailable
-    |-- ExchangeTimeout        504 exchange_timeout
-    |-- DeadlineExceeded       504 deadline_exceeded
-    |-- GeoBlocked             451 geo_blocked
-    `-- Unavailable            503: known without asking the exchange, or said by it; try again later
-        |-- ExchangeRateLimited    503 exchange_rate_limited
-        |   `-- ExchangeBanned     503 exchange_banned
-        |-- CircuitOpen            503 circuit_open
-        |-- BudgetSpent            503 budget_spent
-        |-- Overloaded             503 overloaded
-        |-- TooManyStreams         503 too_many_streams
-        |-- MarketsLoading         503 markets_loading
-        |-- NoExchangeAvailable    503 no_exchange_available
-        `-- TooOld                 503 too_old
+|-- CallerError               the request is wrong: no exchange is blamed, no stale value is served
+|   |-- MalformedRequest          400 malformed_request
+|   |-- Unauthorized              401 unauthorized
+|   |   `-- AdminTokenMissing     401 unauthorized
+|   |-- OriginRefused             403 origin_refused
+|   |-- NotFound                  404 not_found
+|   |   |-- UnknownSymbol         404 unknown_symbol
+|   |   `-- UnknownExchange       404 unknown_exchange
+|   |-- MethodNotAllowed          405 method_not_allowed
+|   |-- UriTooLong                414 uri_too_long
+|   |-- InvalidParameter          422 invalid_parameter
+|   |-- RequestRejected           422 request_rejected
+|   |-- TooManyRequests           429 too_many_requests
+|   |   `-- TooManyFailedLogins   429 too_many_requests
+|   |-- TooManySubscriptions      429 too_many_subscriptions
+|   |-- TooManyConnections        429 too_many_connections
+|   `-- HeadersTooLarge           431 headers_too_large
+`-- UpstreamError             502 upstream_error: the exchange, or the connection to it, failed
+    |-- BadUpstreamData           502 bad_upstream_data
+    |-- NoPrice                   502 no_price
+    |-- ExchangeUnavailable       502 exchange_unavailable
+    |-- ExchangeTimeout           504 exchange_timeout
+    |-- DeadlineExceeded          504 deadline_exceeded
+    |-- GeoBlocked                451 geo_blocked
+    `-- Unavailable               503: a temporary state of the gateway or the exchange
+        |-- ExchangeRateLimited       503 exchange_rate_limited
+        |   `-- ExchangeBanned        503 exchange_banned
+        |-- CircuitOpen               503 circuit_open
+        |-- BudgetSpent               503 budget_spent
+        |-- Overloaded                503 overloaded
+        |-- TooManyStreams            503 too_many_streams
+        |-- MarketsLoading            503 markets_loading
+        |-- NoExchangeAvailable       503 no_exchange_available
+        `-- TooOld                    503 too_old
 
-`InternalError` (500 internal_error) stands apart: it is the form an unforeseen exception takes. One place
-raises it: where a process that reads a market list died.
+An unexpected exception is answered as `InternalError` (500 internal_error). Code raises
+`InternalError` itself only if a process that reads market lists dies.
 """
 
 import math
+import re
 from typing import Any, ClassVar
+
+RETRY_ADVICE = "try again later or use another exchange"
 
 
 class GatewayError(Exception):
-    """An error with an answer: `detail` says what was wrong and what would have worked, and holds no foreign text.
+    """An error that is answered as an RFC 9457 problem document.
 
-    `retry_after` is in seconds; `exchange` and `symbol` are set where the error is about one.
+    `detail` says what is wrong and what to do. It contains no text from an exchange. `exchange`
+    and `symbol` are given if the error concerns one. `retry_after` is in seconds. `extra` holds
+    further members of the problem document.
+
+    A subclass inherits `status`, `title` and `code`. If its class statement sets the status or the
+    title, its code is its name in snake case, unless its body sets another.
     """
 
     status: ClassVar[int] = 500
@@ -55,59 +63,60 @@ class GatewayError(Exception):
     title: ClassVar[str] = "The gateway failed"
     default_retry_after: ClassVar[float | None] = None
 
-    def __init__(
-        self,
-        detail: str,
-        *,
-        exchange: str | None = None,
-        symbol: str | None = None,
-        retry_after: float | None = None,
-        **extra: Any,
-    ) -> None:
+    def __init_subclass__(cls, status: int | None = None, title: str | None = None) -> None:
+        cls.status = status or cls.status
+        cls.title = title or cls.title
+        if (status or title) and "code" not in vars(cls):
+            cls.code = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+    def __init__(self, detail: str, *, retry_after: float | None = None, **extra: Any) -> None:
         super().__init__(detail)
         self.detail = detail
-        self.exchange = exchange
-        self.symbol = symbol
+        self.exchange: str | None = extra.pop("exchange", None)
+        self.symbol: str | None = extra.pop("symbol", None)
         self.retry_after = self.default_retry_after if retry_after is None else retry_after
         self.extra = extra
 
     @property
     def retry_after_seconds(self) -> int | None:
-        """Whole seconds to wait, at least 1, as `Retry-After` takes them (RFC 9110 section 10.2.3)."""
+        """Value of `Retry-After`: whole seconds, at least 1 (RFC 9110 section 10.2.3)."""
         return None if self.retry_after is None else max(1, math.ceil(self.retry_after))
 
     def problem(self) -> dict[str, Any]:
-        """Return the RFC 9457 problem document; members that do not apply are left out."""
-        document: dict[str, Any] = {
+        """Return the problem document. Members without a value are left out."""
+        document = {
             "type": f"urn:virtuoso:error:{self.code}",
             "title": self.title,
             "status": self.status,
             "code": self.code,
             "detail": self.detail,
+            "exchange": self.exchange,
+            "symbol": self.symbol,
+            "retry_after": self.retry_after_seconds,
+            **self.extra,
         }
-        optional = {"exchange": self.exchange, "symbol": self.symbol, "retry_after": self.retry_after_seconds}
-        return document | {name: value for name, value in (optional | self.extra).items() if value is not None}
+        return {name: value for name, value in document.items() if value is not None}
 
 
 class InternalError(GatewayError):
-    """Something nobody foresaw; its text stays in the log."""
+    """An unexpected error occurred. The log has its details."""
 
 
-class CallerError(GatewayError):
-    """The request is at fault; asking the same again will not help."""
+class CallerError(GatewayError, status=400, title="The request is malformed"):
+    """The request is wrong. The same request will fail again."""
 
-    status, code, title = 400, "malformed_request", "The request is malformed"
+    code = "malformed_request"
 
 
 class MalformedRequest(CallerError):
-    """The request cannot be read."""
+    """The request cannot be parsed."""
 
 
-class Unauthorized(CallerError):
-    """A key or token is missing or wrong."""
+class Unauthorized(CallerError, status=401, title="A valid key is needed"):
+    """The API key is missing or wrong."""
 
-    status, code, title = 401, "unauthorized", "A valid key is needed"
-    challenge: ClassVar[str] = 'ApiKey header="X-API-Key"'  # for WWW-Authenticate, which a 401 has to carry
+    challenge: ClassVar[str] = 'ApiKey header="X-API-Key"'
+    """Value of the `WWW-Authenticate` header, which a 401 answer must have."""
 
 
 class AdminTokenMissing(Unauthorized):
@@ -116,187 +125,148 @@ class AdminTokenMissing(Unauthorized):
     challenge = 'Bearer realm="admin"'
 
 
-class OriginRefused(CallerError):
-    """A browser's page may not connect from where it came."""
-
-    status, code, title = 403, "origin_refused", "Pages of this origin may not connect"
+class OriginRefused(CallerError, status=403, title="Pages of this origin may not connect"):
+    """Pages of this origin may not open a WebSocket."""
 
 
-class NotFound(CallerError):
-    """Nothing is served at this path."""
-
-    status, code, title = 404, "not_found", "There is nothing here"
+class NotFound(CallerError, status=404, title="There is nothing here"):
+    """The path does not exist."""
 
 
-class UnknownSymbol(NotFound):
-    """No exchange that was asked about lists the symbol."""
-
-    code, title = "unknown_symbol", "The symbol is not listed"
+class UnknownSymbol(NotFound, title="The symbol is not listed"):
+    """None of the requested exchanges lists the symbol."""
 
 
-class UnknownExchange(NotFound):
-    """No exchange of this name is configured."""
-
-    code, title = "unknown_exchange", "The exchange is not configured"
+class UnknownExchange(NotFound, title="The exchange is not configured"):
+    """No exchange of this name is enabled."""
 
 
-class MethodNotAllowed(CallerError):
-    """The path exists, the verb does not."""
-
-    status, code, title = 405, "method_not_allowed", "The method is not allowed here"
+class MethodNotAllowed(CallerError, status=405, title="The method is not allowed here"):
+    """The path exists, but does not support this method."""
 
 
-class UriTooLong(CallerError):
-    """Path and query are longer than anything the gateway serves."""
-
-    status, code, title = 414, "uri_too_long", "The URL is too long"
+class UriTooLong(CallerError, status=414, title="The URL is too long"):
+    """The path and query are too long."""
 
 
-class InvalidParameter(CallerError):
-    """A parameter has a value outside what is allowed."""
-
-    status, code, title = 422, "invalid_parameter", "A parameter is invalid"
+class InvalidParameter(CallerError, status=422, title="A parameter is invalid"):
+    """The value of a parameter is not allowed."""
 
 
-class RequestRejected(CallerError):
-    """The exchange itself refused the parameters."""
-
-    status, code, title = 422, "request_rejected", "The exchange refused the request"
+class RequestRejected(CallerError, status=422, title="The exchange refused the request"):
+    """The exchange rejected the parameters."""
 
 
-class TooManyRequests(CallerError):
-    """This client asked more often than the gateway allows."""
-
-    status, code, title = 429, "too_many_requests", "The client limit is reached"
+class TooManyRequests(CallerError, status=429, title="The client limit is reached"):
+    """The client exceeded its request limit."""
 
 
-class TooManyFailedLogins(TooManyRequests):
-    """More wrong keys or admin tokens came from this address than are answered with 401."""
+class TooManyFailedLogins(TooManyRequests, title="Too many wrong keys or tokens"):
+    """This address sent too many wrong API keys or admin tokens."""
 
-    title = "Too many wrong keys or tokens"
-
-
-class TooManySubscriptions(CallerError):
-    """One connection wants more streams than it may have."""
-
-    status, code, title = 429, "too_many_subscriptions", "This connection has as many streams as it may"
+    code = TooManyRequests.code
 
 
-class TooManyConnections(CallerError):
-    """One client, by key or address, has as many connections for streams as it may."""
+class TooManySubscriptions(CallerError, status=429):
+    """The connection has the maximum number of streams."""
 
-    status, code, title = 429, "too_many_connections", "This client has as many connections as it may"
-
-
-class HeadersTooLarge(CallerError):
-    """The headers are larger than anything the gateway reads."""
-
-    status, code, title = 431, "headers_too_large", "The headers are too large"
+    title = "This connection has as many streams as it may"
 
 
-class UpstreamError(GatewayError):
-    """The exchange answered with an error, or not in a way that can be used."""
+class TooManyConnections(CallerError, status=429):
+    """The client (API key or address) has the maximum number of streaming connections."""
 
-    status, code, title = 502, "upstream_error", "The exchange failed"
+    title = "This client has as many connections as it may"
+
+
+class HeadersTooLarge(CallerError, status=431, title="The headers are too large"):
+    """The request headers are too large."""
+
+
+class UpstreamError(GatewayError, status=502, title="The exchange failed"):
+    """The exchange answered with an error or with an answer that cannot be used."""
+
     default_retry_after = 1
-    cause: ClassVar[str] = "error"  # why a breaker opened: a word of a fixed set, it is shown and is a log field
+    cause: ClassVar[str] = "error"
+    """Why a circuit breaker opened: a fixed word, which is shown and logged."""
 
 
-class BadUpstreamData(UpstreamError):
-    """The exchange's answer is implausible: empty, cut, crossed or not a number."""
+class BadUpstreamData(UpstreamError, title="The exchange sent implausible data"):
+    """The exchange sent data that is empty, incomplete, crossed or not numeric."""
 
-    code, title, cause = "bad_upstream_data", "The exchange sent implausible data", "bad_data"
+    cause = "bad_data"
 
 
-class NoPrice(UpstreamError):
-    """The market is listed but has never traded: a fact about the symbol, no failure of the exchange."""
+class NoPrice(UpstreamError, title="The market has no price"):
+    """The market is listed but has never traded. This is not a failure of the exchange."""
 
-    code, title = "no_price", "The market has no price"
     default_retry_after = 60
 
 
-class ExchangeUnavailable(UpstreamError):
-    """The exchange cannot be reached or says that it is down."""
+class ExchangeUnavailable(UpstreamError, title="The exchange is unavailable"):
+    """The exchange cannot be reached, or reports that it is down."""
 
-    code, title, cause = "exchange_unavailable", "The exchange is unavailable", "unavailable"
+    cause = "unavailable"
 
 
-class ExchangeTimeout(UpstreamError):
+class ExchangeTimeout(UpstreamError, status=504, title="The exchange did not answer in time"):
     """The exchange did not answer in time."""
 
-    status, code, title, cause = 504, "exchange_timeout", "The exchange did not answer in time", "timeout"
+    cause = "timeout"
 
 
-class DeadlineExceeded(UpstreamError):
-    """The time of the whole request ran out."""
-
-    status, code, title = 504, "deadline_exceeded", "The request ran out of time"
+class DeadlineExceeded(UpstreamError, status=504, title="The request ran out of time"):
+    """The request exceeded its time limit."""
 
 
-class GeoBlocked(UpstreamError):
-    """The exchange does not serve this server's place (RFC 7725)."""
+class GeoBlocked(UpstreamError, status=451, title="The exchange refuses this location"):
+    """The exchange refuses requests from the location of this server. Status 451: RFC 7725."""
 
-    status, code, title, cause = 451, "geo_blocked", "The exchange refuses this location", "geo_blocked"
+    cause = "geo_blocked"
     default_retry_after = 900
 
 
-class Unavailable(UpstreamError):
-    """Cannot be answered now; waiting helps."""
-
-    status, code, title = 503, "unavailable", "Not available now"
+class Unavailable(UpstreamError, status=503, title="Not available now"):
+    """The request cannot be answered now. A later request may succeed."""
 
 
-class ExchangeRateLimited(Unavailable):
-    """The exchange told this address to slow down, for a time."""
+class ExchangeRateLimited(Unavailable, title="The exchange limits this address"):
+    """The exchange limits requests from this address for some time."""
 
-    code, title, cause = "exchange_rate_limited", "The exchange limits this address", "rate_limited"
+    cause = "rate_limited"
     default_retry_after = 60
 
 
-class ExchangeBanned(ExchangeRateLimited):
-    """The exchange banned this address for a time (binance: status 418)."""
+class ExchangeBanned(ExchangeRateLimited, title="The exchange banned this address"):
+    """The exchange banned this address for some time (Binance: status 418)."""
 
-    code, title, cause = "exchange_banned", "The exchange banned this address", "banned"
+    cause = "banned"
     default_retry_after = 120
 
 
-class CircuitOpen(Unavailable):
-    """The breaker of the exchange is open: it was not asked."""
-
-    code, title = "circuit_open", "The circuit breaker is open"
+class CircuitOpen(Unavailable, title="The circuit breaker is open"):
+    """The circuit breaker of the exchange is open. The exchange was not called."""
 
 
-class BudgetSpent(Unavailable):
-    """Asking now would exceed what the exchange allows this address."""
-
-    code, title = "budget_spent", "The request budget of the exchange is spent"
+class BudgetSpent(Unavailable, title="The request budget of the exchange is spent"):
+    """The call would exceed the request budget of the exchange."""
 
 
-class Overloaded(Unavailable):
-    """As many loads are in flight as the gateway allows."""
-
-    code, title = "overloaded", "Too many loads in flight"
+class Overloaded(Unavailable, title="Too many loads in flight"):
+    """The maximum number of concurrent loads is reached."""
 
 
-class TooManyStreams(Unavailable):
-    """As many streams are watched, or clients connected, as the gateway allows."""
-
-    code, title = "too_many_streams", "Too many streams are watched"
+class TooManyStreams(Unavailable, title="Too many streams are watched"):
+    """The maximum number of streams or connections is reached."""
 
 
-class MarketsLoading(Unavailable):
-    """The market list is not there yet, so the symbol cannot be judged."""
-
-    code, title = "markets_loading", "The market list is still loading"
+class MarketsLoading(Unavailable, title="The market list is still loading"):
+    """The market list is still loading, so the symbol cannot be checked."""
 
 
-class NoExchangeAvailable(Unavailable):
-    """Every exchange that lists the symbol failed; `attempts` says how."""
-
-    code, title = "no_exchange_available", "No exchange could answer"
+class NoExchangeAvailable(Unavailable, title="No exchange could answer"):
+    """All exchanges that list the symbol failed. `attempts` has the error of each."""
 
 
-class TooOld(Unavailable):
-    """Only a value older than `max_age` is there, and no newer one could be had."""
-
-    code, title = "too_old", "Nothing new enough is available"
+class TooOld(Unavailable, title="Nothing new enough is available"):
+    """Only a value older than `max_age` is available."""

@@ -1,8 +1,9 @@
-"""What clients get: built from ccxt's dicts by name, inventing nothing, and only if it is plausible.
+"""Models of the market data that clients receive, built from ccxt's unified dicts.
 
-ccxt answers "success" with every field empty when an exchange sends an empty, cut or foreign body, so each builder is a
-gate: it raises `BadUpstreamData` rather than let such a thing near the cache. Prices and amounts are floats in units of
-quote and base; times are UTC milliseconds.
+ccxt reports success with empty fields if an exchange sends an empty, incomplete or unrelated body.
+So each `from_ccxt` checks that the data is plausible, and raises `BadUpstreamData` before
+implausible data reaches the cache. Prices are floats in the quote currency, amounts are floats in
+the base currency, times are UTC milliseconds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,17 +14,27 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from src.core.errors import BadUpstreamData, NoPrice
 
-TIMEFRAMES = {"1m": 60, "5m": 300, "15m": 900, "30m": 1800, "1h": 3600, "4h": 14400, "1d": 86400, "1w": 604800}
-LARGEST = 1e300  # beyond it sums overflow, and no figure of a market is that large
-EXACT = 2**53  # integers from here on are not exact in every client's JSON; no time or sequence number is that large
+TIMEFRAMES = {  # seconds
+    "1m": 60, "5m": 300, "15m": 900, "30m": 1800, "1h": 3600, "4h": 14400, "1d": 86400,
+    "1w": 604800,
+}  # fmt: skip
+MAX_NUMBER = 1e300  # sums of larger numbers overflow; no market has them
+MAX_INTEGER = 2**53  # JSON clients cannot represent all larger integers; no time or nonce is larger
+EMPTY_TIMEFRAMES = 2  # after a `since` no longer ago than this, there may be no candle yet
+Since = int | None  # UTC milliseconds
+Raw = Mapping[str, Any]  # a dict of ccxt
 Level = Annotated[list[float], Field(min_length=2, max_length=2)]  # price, amount
+Candle = Annotated[list[int | float], Field(min_length=6, max_length=6)]
 
 
 def _describe_as_sent(schema: dict[str, Any]) -> None:
-    """Correct a generated JSON schema: members with the default None are absent, not null; all others are required."""
+    """Correct a generated JSON schema: members with the default None are absent instead of null.
+
+    All other members are required.
+    """
     schema["required"] = []
     for name, member in schema["properties"].items():
-        member.pop("title", None)  # "Bidvolume"
+        member.pop("title", None)  # a generated title such as "Bidvolume"
         if member.pop("default", ...) is not None:
             schema["required"].append(name)
         else:
@@ -32,31 +43,39 @@ def _describe_as_sent(schema: dict[str, Any]) -> None:
 
 
 class Document(BaseModel):
-    """A JSON object that clients receive. Its schema in the OpenAPI document allows no other members."""
+    """A JSON object for clients. Its JSON schema allows no further members."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra=_describe_as_sent)
-
-
-class MarketData(Document):
-    """What every answer about one market carries."""
-
-    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
-
-    symbol: str = Field(description="Canonical symbol, as in `BTC/USDT` or `BTC/USDT:USDT` for a swap.")
-    exchange: str = Field(description="The exchange it comes from.")
-    fetched_at: int = Field(description="When the gateway received it, UTC milliseconds.")
-    timestamp: int | None = Field(None, description="The exchange's own time of it; absent when it gave none.")
-    source: Literal["rest", "stream"] = Field("rest", description="Whether it was asked for or pushed.")
-    stale: bool = Field(
-        False, description="True when it is older than it should be because nothing newer could be had."
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra=_describe_as_sent, use_attribute_docstrings=True
     )
 
 
-class Ticker(MarketData):
-    """Price and 24 hour figures of one market: ccxt's unified fields, and `price`, which is `last`."""
+class MarketData(Document):
+    """Members of all answers about one market."""
 
-    price: float = Field(description="The last traded price.")
-    datetime: str | None = Field(None, description="`timestamp` as ISO 8601; absent when there is none.")
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    symbol: str
+    """Canonical symbol, such as `BTC/USDT`, or `BTC/USDT:USDT` for a swap."""
+    exchange: str
+    """The exchange that sent the data."""
+    fetched_at: int
+    """When the gateway received the data, in UTC milliseconds."""
+    timestamp: int | None = None
+    """The exchange's own time in UTC milliseconds. Absent if the exchange sent none."""
+    source: Literal["rest", "stream"] = "rest"
+    """`rest`: the gateway requested the data. `stream`: the exchange pushed it."""
+    stale: bool = False
+    """True if the data is older than its TTL because no newer data is available."""
+
+
+class Ticker(MarketData):
+    """Price and 24-hour statistics of one market. Fields are those of ccxt, and `price`."""
+
+    price: float
+    """Last traded price, the same as `last`."""
+    datetime: str | None = None
+    """`timestamp` in ISO 8601. Absent if there is no timestamp."""
     last: float | None
     close: float | None
     bid: float | None
@@ -69,7 +88,8 @@ class Ticker(MarketData):
     vwap: float | None
     previous_close: float | None = Field(alias="previousClose")
     change: float | None
-    percentage: float | None = Field(description="Change over 24 hours in percent.")
+    percentage: float | None
+    """Change over 24 hours in percent."""
     average: float | None
     base_volume: float | None = Field(alias="baseVolume")
     quote_volume: float | None = Field(alias="quoteVolume")
@@ -77,78 +97,114 @@ class Ticker(MarketData):
     index_price: float | None = Field(alias="indexPrice")
 
     @classmethod
-    def from_ccxt(cls, raw: Mapping[str, Any], exchange: str, symbol: str, fetched_at: int) -> Self:
-        """Build it. Raises `NoPrice` for a market that never traded, `BadUpstreamData` for what cannot be true."""
-        names = [field.alias or name for name, field in cls.model_fields.items()]
-        values: dict[str, Any] = {name: _number(raw.get(name)) for name in names if name not in _OWN_FIELDS}
-        if raw.get("symbol") != symbol:
-            raise BadUpstreamData(f"{exchange} answered for another symbol", exchange=exchange, symbol=symbol)
+    def from_ccxt(cls, raw: Raw, exchange: str, symbol: str, fetched_at: int) -> Self:
+        """Convert a ccxt ticker. Values that are not finite numbers become None.
+
+        Raises `NoPrice` if the market has never traded, and `BadUpstreamData` if the ticker is for
+        another symbol, has no price or a bid above the ask.
+        """
+        values: dict[str, Any] = {name: _to_number(raw.get(name)) for name in _TICKER_NUMBERS}
         last, bid, ask = values["last"], values["bid"], values["ask"]
+        if raw.get("symbol") != symbol:
+            raise _bad_data(exchange, symbol, "answered for another symbol")
         if last in (None, 0) and values["baseVolume"] == 0:
-            raise NoPrice(f"{symbol} has never traded on {exchange}", exchange=exchange, symbol=symbol)
+            raise _no_price(exchange, symbol, "has never traded")
         if last is None or last <= 0:
-            raise BadUpstreamData(f"{exchange} sent no usable price", exchange=exchange, symbol=symbol)
+            raise _bad_data(exchange, symbol, "sent no usable price")
         if bid is not None and ask is not None and 0 < ask < bid:
-            raise BadUpstreamData(f"{exchange} sent a bid above the ask", exchange=exchange, symbol=symbol)
+            raise _bad_data(exchange, symbol, "sent a bid above the ask")
         values |= {"symbol": symbol, "exchange": exchange, "price": last, "fetched_at": fetched_at}
-        if timestamp := _milliseconds(raw.get("timestamp")):
+        if timestamp := _to_positive_integer(raw.get("timestamp")):
             values |= {"timestamp": timestamp, "datetime": raw.get("datetime")}
         return cls.model_validate(values)
 
 
+_OWN_FIELDS = {*MarketData.model_fields, "price", "datetime"}
+_TICKER_NUMBERS = tuple(
+    field.alias or name for name, field in Ticker.model_fields.items() if name not in _OWN_FIELDS
+)
+
+
 class OrderBook(MarketData):
-    """Both sides of the book, best first, as `[price, amount]`."""
+    """Bids and asks as `[price, amount]`, best price first."""
 
     bids: list[Level]
     asks: list[Level]
-    nonce: int | None = Field(None, description="The exchange's sequence number; absent when it gave none.")
+    nonce: int | None = None
+    """The exchange's sequence number. Absent if the exchange sent none."""
 
     @classmethod
-    def from_ccxt(cls, raw: Mapping[str, Any], exchange: str, symbol: str, fetched_at: int, limit: int) -> Self:
-        """Build its best `limit` levels. Raises `BadUpstreamData` for one that is empty, crossed or no numbers."""
-        bids, asks = (_rows(raw.get(side), 2, exchange, symbol)[:limit] for side in ("bids", "asks"))
+    def from_ccxt(cls, raw: Raw, exchange: str, symbol: str, fetched_at: int, limit: int) -> Self:
+        """Convert the best `limit` levels of a ccxt order book.
+
+        Raises `BadUpstreamData` if the book is empty, crossed or not numeric.
+        """
+        bids = _to_rows(raw.get("bids"), 2, exchange, symbol)[:limit]
+        asks = _to_rows(raw.get("asks"), 2, exchange, symbol)[:limit]
         if not (bids or asks):
-            raise BadUpstreamData(f"{exchange} sent an empty order book", exchange=exchange, symbol=symbol)
+            raise _bad_data(exchange, symbol, "sent an empty order book")
         if bids and asks and bids[0][0] >= asks[0][0]:
-            raise BadUpstreamData(f"{exchange} sent a crossed order book", exchange=exchange, symbol=symbol)
-        values = {"symbol": symbol, "exchange": exchange, "fetched_at": fetched_at, "bids": bids, "asks": asks}
-        optional = {"timestamp": _milliseconds(raw.get("timestamp")), "nonce": _milliseconds(raw.get("nonce"))}
-        return cls.model_validate(values | {name: value for name, value in optional.items() if value is not None})
+            raise _bad_data(exchange, symbol, "sent a crossed order book")
+        numbers = {name: _to_positive_integer(raw.get(name)) for name in ("timestamp", "nonce")}
+        values: dict[str, Any] = {name: number for name, number in numbers.items() if number}
+        values |= {"symbol": symbol, "exchange": exchange, "fetched_at": fetched_at}
+        return cls(bids=bids, asks=asks, **values)
 
 
 class Candles(MarketData):
-    """Candles, oldest first, as `[time, open, high, low, close, volume]`; the newest may still be growing."""
+    """Candles as `[time, open, high, low, close, volume]`, oldest first.
+
+    The newest candle may be incomplete.
+    """
 
     timeframe: str
-    candles: list[Annotated[list[int | float], Field(min_length=6, max_length=6)]]
+    candles: list[Candle]
 
     @classmethod
     def from_ccxt(
-        cls, raw: object, exchange: str, symbol: str, fetched_at: int, *, timeframe: str, since: int | None
+        cls, raw: Any, exchange: str, symbol: str, fetched_at: int, timeframe: str, since: Since
     ) -> Self:
-        """Build it. Raises `BadUpstreamData` for rows that are missing, out of order or not made of numbers."""
-        rows = _rows(raw, 6, exchange, symbol)
-        may_be_empty = since is not None and since > fetched_at - 2000 * TIMEFRAMES[timeframe]
-        ascending = all(earlier[0] < later[0] for earlier, later in pairwise(rows))
-        if (
-            not ascending
-            or any(row[3] > row[2] or row[4] <= 0 or row[0] >= EXACT for row in rows)
-            or not (rows or may_be_empty)
-        ):
-            raise BadUpstreamData(f"{exchange} sent implausible candles", exchange=exchange, symbol=symbol)
+        """Convert ccxt's OHLCV rows.
+
+        Raises `BadUpstreamData` if rows are missing, out of order or not numeric. No rows are
+        plausible if `since` is so recent that there may be no candle yet.
+        """
+        rows = _to_rows(raw, 6, exchange, symbol)
+        empty_ms = EMPTY_TIMEFRAMES * TIMEFRAMES[timeframe] * 1000
+        may_be_empty = since is not None and since > fetched_at - empty_ms
+        is_ascending = all(earlier[0] < later[0] for earlier, later in pairwise(rows))
+        is_plausible = is_ascending and not any(
+            low > high or close <= 0 or time >= MAX_INTEGER for time, _, high, low, close, _ in rows
+        )
+        if not is_plausible or not (rows or may_be_empty):
+            raise _bad_data(exchange, symbol, "sent implausible candles")
+        values: dict[str, Any] = {"symbol": symbol, "exchange": exchange, "fetched_at": fetched_at}
         candles = [[int(row[0]), *row[1:]] for row in rows]
-        values = {"symbol": symbol, "exchange": exchange, "fetched_at": fetched_at, "timeframe": timeframe}
-        return cls.model_validate(values | {"candles": candles})
+        return cls(timeframe=timeframe, candles=candles, **values)
 
 
 class Trade(Document):
     """One public trade."""
 
     id: str | None
-    timestamp: int = Field(description="When it happened, UTC milliseconds.")
-    side: Literal["buy", "sell"] | None = Field(description="Of the taker; null when the exchange does not say.")
+    timestamp: int
+    """Time of the trade in UTC milliseconds."""
+    side: Literal["buy", "sell"] | None
+    """Side of the taker. Null if the exchange does not send it."""
     price: float
     amount: float
+
+    @classmethod
+    def from_ccxt(cls, raw: Raw, exchange: str, symbol: str) -> Self:
+        """Convert a ccxt trade. Raises `BadUpstreamData` if a number is missing or implausible."""
+        price = _to_number(raw.get("price"))
+        amount = _to_number(raw.get("amount"))
+        timestamp = _to_positive_integer(raw.get("timestamp"))
+        if price is None or price <= 0 or amount is None or timestamp is None:
+            raise _bad_data(exchange, symbol, "sent an implausible trade")
+        identity = None if raw.get("id") is None else str(raw["id"])
+        side = raw["side"] if raw.get("side") in ("buy", "sell") else None
+        return cls(id=identity, timestamp=timestamp, side=side, price=price, amount=amount)
 
 
 class Trades(MarketData):
@@ -157,50 +213,41 @@ class Trades(MarketData):
     trades: list[Trade]
 
     @classmethod
-    def from_ccxt(cls, raw: Sequence[Mapping[str, Any]], exchange: str, symbol: str, fetched_at: int) -> Self:
-        """Build it. Raises `NoPrice` when there are none, `BadUpstreamData` when one is not made of numbers."""
+    def from_ccxt(cls, raw: Sequence[Raw], exchange: str, symbol: str, fetched_at: int) -> Self:
+        """Convert ccxt trades. Raises `NoPrice` without trades, `BadUpstreamData` if one is bad."""
         if not raw:
-            raise NoPrice(f"{symbol} has no trades on {exchange}", exchange=exchange, symbol=symbol)
-        trades = []
-        for item in raw:
-            price, amount = (_number(item.get(name)) for name in ("price", "amount"))
-            time = _milliseconds(item.get("timestamp"))
-            if price is None or price <= 0 or amount is None or time is None:
-                raise BadUpstreamData(f"{exchange} sent an implausible trade", exchange=exchange, symbol=symbol)
-            side = item.get("side") if item.get("side") in ("buy", "sell") else None
-            identity = item.get("id")
-            trades.append(
-                Trade(
-                    id=None if identity is None else str(identity),
-                    timestamp=time,
-                    side=side,
-                    price=price,
-                    amount=amount,
-                )
-            )
+            raise _no_price(exchange, symbol, "has no trades")
+        trades = [Trade.from_ccxt(trade, exchange, symbol) for trade in raw]
         return cls(symbol=symbol, exchange=exchange, fetched_at=fetched_at, trades=trades)
 
 
-_OWN_FIELDS = frozenset({"symbol", "exchange", "fetched_at", "timestamp", "datetime", "stale", "price", "source"})
+def _bad_data(exchange: str, symbol: str, fault: str) -> BadUpstreamData:
+    return BadUpstreamData(f"{exchange} {fault}", exchange=exchange, symbol=symbol)
 
 
-def _number(value: object) -> float | None:
-    """Return a finite number, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST < value < LARGEST:
-        return None
-    return value
+def _no_price(exchange: str, symbol: str, reason: str) -> NoPrice:
+    return NoPrice(f"{symbol} {reason} on {exchange}", exchange=exchange, symbol=symbol)
 
 
-def _milliseconds(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < EXACT else None
+def _to_number(value: Any) -> float | None:
+    """Return a finite number unchanged, and None for anything else."""
+    is_number = type(value) in (int, float)  # not a bool
+    return value if is_number and -MAX_NUMBER < value < MAX_NUMBER else None
 
 
-def _rows(raw: object, width: int, exchange: str, symbol: str) -> list[list[float]]:
-    """Take the first `width` numbers of every row; raises `BadUpstreamData` where they are not numbers."""
+def _to_positive_integer(value: Any) -> int | None:
+    return value if type(value) is int and 0 < value < MAX_INTEGER else None
+
+
+def _to_rows(raw: object, width: int, exchange: str, symbol: str) -> list[list[float]]:
+    """Return the first `width` numbers of each row.
+
+    Raises `BadUpstreamData` if one of them is not a number or negative.
+    """
     rows = []
     for row in raw if isinstance(raw, list) else ():
-        numbers = [_number(value) for value in row[:width]]
+        numbers = [_to_number(value) for value in row[:width]]
         if len(numbers) < width or any(number is None or number < 0 for number in numbers):
-            raise BadUpstreamData(f"{exchange} sent rows that are no numbers", exchange=exchange, symbol=symbol)
+            raise _bad_data(exchange, symbol, "sent rows that are not numbers")
         rows.append(numbers)
     return rows  # type: ignore[return-value]

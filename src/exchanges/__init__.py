@@ -9,7 +9,7 @@ __all__ = ["ExchangeManager"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `ExchangeManager` on first use, so that the market reader's process does not load it (PEP 562)."""
+    """Import `ExchangeManager` on first use: the market reader does not need it (PEP 562)."""
     if name != "ExchangeManager":
         raise AttributeError(name)
     from src.exchanges.manager import ExchangeManager

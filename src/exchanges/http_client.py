@@ -1,7 +1,7 @@
-"""The HTTP session under ccxt: bodies are bounded, redirects refused, and the answer's status can be asked for.
+"""The HTTP sessions that ccxt uses: bodies are bounded and redirects are refused.
 
-ccxt keeps the last status and headers in attributes all tasks share, and reads any body to its end. Here each task
-finds its own answer in a context variable.
+ccxt keeps the last status and headers in attributes that all tasks share, and reads bodies of any
+length. Here each task finds its own `Answer` in a context variable.
 """
 
 import ssl
@@ -13,62 +13,59 @@ from functools import cache
 import aiohttp
 import certifi
 
-MAX_DATA_BYTES = 4 * 1024 * 1024  # a list of 419 tickers was 0.12 MB: room for thirty times that
-MAX_MARKETS_BYTES = 64 * 1024 * 1024  # a list of 1,695 markets was 1.9 MB, and what a market tells of itself grows
+MAX_DATA_BYTES = 4 * 1024 * 1024  # a list of 419 tickers has 0.12 MB
+MAX_MARKETS_BYTES = 64 * 1024 * 1024  # a list of 1,695 markets has 1.9 MB, and descriptions grow
+MAX_SOCKETS = 100
+BODY_START_BYTES = 1000
 
 
 @dataclass(slots=True)
 class Answer:
-    """What one call brought back; `max_bytes` is set by the caller, the rest by the session."""
+    """The response to one call. The caller sets `max_bytes`, the session sets the rest."""
 
     max_bytes: int = MAX_DATA_BYTES
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     is_json: bool = False
-    says_too_frequent: bool = False  # how bybit's 403 for a limit differs from its 403 for a country
+    body_start: bytes = b""
+    """Beginning of the body, in lower case."""
 
 
-answer: ContextVar[Answer] = ContextVar("answer")
+answer: ContextVar[Answer | None] = ContextVar("answer", default=None)
 
 
 class AnswerRefused(aiohttp.ClientPayloadError):
-    """The answer is one we do not take; the text is ours and may be shown."""
+    """A response that is not accepted. Its text is ours and may be shown to clients."""
 
 
 class BoundedResponse(aiohttp.ClientResponse):
-    """Reads no more than the task's answer allows."""
+    """A response that reads no more than the answer of the task allows."""
 
     async def read(self) -> bytes:
-        """Return the body; raises `AnswerRefused` when it is longer than allowed."""
+        """Return the body. Raises `AnswerRefused` if it is longer than allowed."""
         if self._body is None:
-            body, mine = bytearray(), answer.get()
+            current = answer.get() or Answer()
+            body = bytearray()
             async for chunk in self.content.iter_any():
                 body += chunk
-                if len(body) > mine.max_bytes:
+                if len(body) > current.max_bytes:
                     self.close()
-                    raise AnswerRefused("its body is too long")
+                    raise AnswerRefused("its response is too long")
             self._body = bytes(body)
             text = self._body.strip()
-            mine.is_json = text[:1] + text[-1:] in (b"{}", b"[]")
-            mine.says_too_frequent = b"too frequent" in text[:1000].lower()
+            current.is_json = text[:1] + text[-1:] in (b"{}", b"[]")
+            current.body_start = text[:BODY_START_BYTES].lower()
         return await super().read()
 
 
-async def _note_status(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    response = await handler(request)
-    mine = answer.get()
-    mine.status, mine.headers = response.status, response.headers
-    if 300 <= response.status < 400:  # an exchange's API has no reason to send us elsewhere
-        response.close()
-        raise AnswerRefused("it sent a redirect")
-    return response
-
-
-async def _refuse_redirect(
+async def _record_and_refuse_redirects(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
     response = await handler(request)
-    if 300 <= response.status < 400:
+    current = answer.get() or Answer()
+    current.status = response.status
+    current.headers = response.headers
+    if 300 <= response.status < 400:  # an exchange's API does not move
         response.close()
         raise AnswerRefused("it sent a redirect")
     return response
@@ -76,24 +73,24 @@ async def _refuse_redirect(
 
 @cache
 def tls_context() -> ssl.SSLContext:
-    """Return the TLS context that all clients share: building one blocks the event loop for 16 ms or more."""
+    """Return the shared TLS context. Creating one blocks the event loop for 16 ms or more."""
     return ssl.create_default_context(cafile=certifi.where())
 
 
-def open_session(max_connections: int) -> aiohttp.ClientSession:
-    """Open a session; it has no cookies, and no timeouts of its own as every call carries a deadline."""
-    connector = aiohttp.TCPConnector(ssl=tls_context(), limit=max_connections, happy_eyeballs_delay=0.25)
+def open_session(
+    max_connections: int, response_class: type[aiohttp.ClientResponse] = BoundedResponse
+) -> aiohttp.ClientSession:
+    """Open a session without cookies. It has no timeouts, because every call has a deadline."""
     return aiohttp.ClientSession(
-        connector=connector,
+        connector=aiohttp.TCPConnector(
+            ssl=tls_context(), limit=max_connections, happy_eyeballs_delay=0.25
+        ),
         cookie_jar=aiohttp.DummyCookieJar(),
-        response_class=BoundedResponse,
-        middlewares=(_note_status,),
+        response_class=response_class,
+        middlewares=(_record_and_refuse_redirects,),
     )
 
 
 def open_socket_session() -> aiohttp.ClientSession:
-    """Open a session for WebSockets, of which there are as many as there are exchanges, kinds and types of market."""
-    connector = aiohttp.TCPConnector(ssl=tls_context(), happy_eyeballs_delay=0.25)
-    return aiohttp.ClientSession(
-        connector=connector, cookie_jar=aiohttp.DummyCookieJar(), middlewares=(_refuse_redirect,)
-    )
+    """Open a session for WebSockets: one per exchange, kind of data and market type."""
+    return open_session(MAX_SOCKETS, aiohttp.ClientResponse)

@@ -1,8 +1,4 @@
-"""The exchanges: breaker, budget, deadline and error translation meet here, around every call.
-
-A call goes: the breaker admits it, the budget admits it, a deadline runs, ccxt asks, the answer passes the
-plausibility gate.
-"""
+"""Calls to the exchanges: through the breaker, the budget, a deadline and error translation."""
 
 import asyncio
 import contextlib
@@ -16,56 +12,36 @@ from typing import Any, Generic, TypeVar
 import aiohttp
 
 from config import Settings
-from src.core import metrics
+from src.core import errors, metrics
 from src.core.background import report_error
-from src.core.circuit_breaker import CircuitBreaker
+from src.core.circuit_breaker import CLOSED, HALF_OPEN, OPEN, CircuitBreaker, Policy, hold
 from src.core.clock import Clock
-from src.core.errors import (
-    BadUpstreamData,
-    BudgetSpent,
-    CallerError,
-    CircuitOpen,
-    ExchangeRateLimited,
-    GatewayError,
-    GeoBlocked,
-    InternalError,
-    NoPrice,
-    UpstreamError,
-)
-from src.core.models import Candles, OrderBook, Ticker, Trades
+from src.core.models import Ticker
+from src.exchanges import ccxt_client
 from src.exchanges.budget import RateLimiter
-from src.exchanges.ccxt_client import CcxtClient, check_answer, make_client, reason_of, translate
 from src.exchanges.http_client import Answer, answer, open_session
 from src.exchanges.markets import Markets
+from src.exchanges.profiles import PROFILES
+from src.exchanges.translation import check_answer, describe, translate
 from src.store.redis import RedisStore
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MAX_TRADES = {"bybit": 60}  # bybit refuses more for spot
-HOLDS = ("rate_limited", "banned")  # causes of an open breaker that are an exchange's own word
-# A breaker that is half-open for so long without a call is probed. Requests come first: they show whether the data is
-# right, and the probe only asks for the time.
+# Pauses that the exchange asked for. Calling earlier may lengthen a ban.
+HOLD_CAUSES = (errors.ExchangeRateLimited.cause, errors.ExchangeBanned.cause)
+# A breaker that has been half-open for this long is probed with a request for the time. Clients'
+# requests come first, because they show whether the data is right.
 PROBE_DELAY_SECONDS = 2.0
-PROBE_TICK_SECONDS = 0.5  # how often a breaker is checked for that
-# Calls at once beside the loads that MAX_CONCURRENT bounds: order book snapshots for streams (50 at a time) and probes.
-# Without connections of their own they would wait for loads that hang, and be counted as timeouts of their exchange.
-OTHER_CALLS = 64
-MAX_BATCH = 100  # tickers in one call: kraken's list of pairs goes into the URL
-
-# Documented request weights of binance; the others count calls.
-BINANCE_TICKERS = ((20, 2), (100, 40))
-BINANCE_DEPTH = ((100, 5), (500, 25), (1000, 50), (5000, 250))
-BINANCE_WEIGHTS = {"ticker": 2, "ohlcv": 2, "trades": 4, "markets": 20, "time": 1}
-# Its swaps have a pool of their own, 2,400 a minute, and cost 1, 40, 20, 10 and 20 there. Times 2.5 they are charged to
-# the one budget we keep, whose 6,000 then cannot be more than theirs.
-BINANCE_SWAP_WEIGHTS = {"ticker": 3, "tickers": 100, "orderbook": 50, "ohlcv": 25, "trades": 50}
-BINANCE_SWAP_DEPTHS = (5, 10, 20, 50, 100, 500)  # it refuses any other number of levels
+PROBE_TICK_SECONDS = 0.5
+# Connections besides those of the MAX_CONCURRENT loads: 50 order book snapshots for streams at
+# once, and probes. Behind loads that hang, these calls would count as timeouts of their exchange.
+EXTRA_CONNECTIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched(Generic[T]):
-    """What an exchange sent, and when it was asked and had answered (monotonic seconds)."""
+    """Data from an exchange, and when the call started and ended (monotonic seconds)."""
 
     value: T
     started: float
@@ -74,46 +50,68 @@ class Fetched(Generic[T]):
 
 @dataclass
 class Exchange:
-    """What belongs to one exchange."""
+    """The state of one exchange."""
 
-    client: CcxtClient
+    client: ccxt_client.CcxtClient
     breaker: CircuitBreaker
-    last_success: float | None = None  # UTC seconds
+    last_success: float | None = None
+    """UTC seconds."""
     in_flight: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ExchangeCall(Generic[T]):
-    """One call to make: `ask(client)` brings ccxt's answer, `build(raw, fetched_at=ms)` makes ours of it, or raises."""
+    """One call to an exchange."""
 
     exchange: str
     operation: str
-    weight: int
-    ask: Callable[[CcxtClient], Awaitable[Any]]
+    fetch: Callable[[ccxt_client.CcxtClient], Awaitable[Any]]
+    """Returns ccxt's result."""
     build: Callable[..., T]
-    seconds: float | None = None  # longer than EXCHANGE_TIMEOUT_SECONDS for what no request waits for
-    got: Answer = field(default_factory=Answer)
+    """Converts ccxt's result to our model, given `fetched_at` (UTC ms). Raises `GatewayError`."""
+    symbol: str = ""
+    """A symbol of the market type, on which the request weight depends."""
+    size: int = 1
+    """Number of symbols or levels, on which the request weight depends."""
+    timeout_seconds: float | None = None
+    """Replaces EXCHANGE_TIMEOUT_SECONDS for calls that no request waits for."""
+    answer: Answer = field(default_factory=Answer)
 
 
 class ExchangeManager:
-    """Asks the enabled exchanges. Every method that asks raises `UpstreamError` or `CallerError`, and nothing else."""
+    """Calls the enabled exchanges. Methods that call one raise `UpstreamError` or `CallerError`."""
 
     def __init__(self, settings: Settings, store: RedisStore, clock: Clock) -> None:
         self.names = settings.enabled_exchanges
         self.markets = Markets(self.names, settings.market_types)
-        self.limiter = RateLimiter({name: settings.exchange(name).budget for name in self.names}, store, clock)
-        self._settings = settings
-        self._clock = clock
+        budgets = {name: settings.exchange(name).budget for name in self.names}
+        self.limiter = RateLimiter(budgets, store, clock)
+        self.settings = settings
+        self.clock = clock
         self._exchanges: dict[str, Exchange] = {}
-        self._probe_at = dict.fromkeys(self.names, 0.0)  # earliest time of the next probe, monotonic seconds
+        # Earliest time of the next probe, monotonic seconds.
+        self._probe_at = dict.fromkeys(self.names, 0.0)
         self._session: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
-        """Make the clients; nothing connects yet."""
-        self._session = open_session(self._settings.max_concurrent + OTHER_CALLS)
+        """Create the clients. Nothing connects yet."""
+        self._session = open_session(self.settings.max_concurrent + EXTRA_CONNECTIONS)
+        policy = Policy(
+            threshold=self.settings.cb_threshold,
+            reset_seconds=self.settings.cb_reset_seconds,
+            window_seconds=self.settings.cb_window_seconds,
+            max_open_seconds=self.settings.cb_max_open_seconds,
+            neutral=(errors.CallerError, errors.NoPrice, errors.BudgetSpent, errors.InternalError),
+        )
         for name in self.names:
-            client = make_client(name, self._settings, self._session)
-            self._exchanges[name] = Exchange(client, self._make_breaker(name))
+            options = ccxt_client.ClientOptions.from_settings(name, self.settings)
+            client = ccxt_client.make_client(options, self._session)
+            breaker = CircuitBreaker(name, self.clock, policy, partial(self._log_change, name))
+            self._exchanges[name] = Exchange(client, breaker)
+        missing = ccxt_client.missing_internals(client)
+        if missing:
+            fields = {"missing": missing, "tested": ccxt_client.TESTED_CCXT_VERSION}
+            log.warning("ccxt internals are missing; slower alternatives are used", extra=fields)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -125,226 +123,217 @@ class ExchangeManager:
     def __getitem__(self, name: str) -> Exchange:
         return self._exchanges[name]
 
-    def is_available(self, name: str, cost: int = 1) -> bool:
-        """Whether a call would get past the breaker and the budget now, as far as this process knows."""
-        return self._exchanges[name].breaker.admits and not self.limiter.is_spent(name, cost)
+    def is_available(self, name: str, weight: int = 1) -> bool:
+        """True if breaker and budget would admit a call now, as far as this process knows."""
+        is_spent = self.limiter.is_spent(name, weight)
+        return self._exchanges[name].breaker.is_admitting and not is_spent
 
-    async def ticker(self, name: str, symbol: str) -> Fetched[Ticker]:
-        """Fetch one ticker."""
-        build = partial(Ticker.from_ccxt, exchange=name, symbol=symbol)
-        ask = methodcaller("fetch_ticker", symbol)
-        return await self.call(ExchangeCall(name, "ticker", weight_of(name, "ticker", symbol=symbol), ask, build))
+    def is_refused(self, name: str) -> bool:
+        """True while the exchange has asked for a pause or refuses this location."""
+        breaker = self._exchanges[name].breaker
+        return breaker.state == OPEN and breaker.cause in (*HOLD_CAUSES, errors.GeoBlocked.cause)
 
-    async def tickers(self, name: str, symbols: Sequence[str]) -> Fetched[dict[str, Ticker | GatewayError]]:
-        """Fetch several tickers of one type of market with one call; what is wrong with one is its value."""
-        build = partial(_tickers, exchange=name, symbols=symbols)
-        ask = methodcaller("fetch_tickers", list(symbols))
-        weight = weight_of(name, "tickers", len(symbols), symbols[0])
-        return await self.call(ExchangeCall(name, "tickers", weight, ask, build))
+    async def tickers(
+        self, name: str, symbols: Sequence[str]
+    ) -> Fetched[dict[str, Ticker | errors.GatewayError]]:
+        """Fetch several tickers of one market type with one call.
 
-    async def order_book(self, name: str, symbol: str, limit: int) -> Fetched[OrderBook]:
-        """Fetch the best `limit` levels of both sides."""
-        build = partial(OrderBook.from_ccxt, exchange=name, symbol=symbol, limit=limit)
-        if name == "binance" and is_swap(symbol):
-            limit = next(depth for depth in BINANCE_SWAP_DEPTHS if depth >= limit)
-        ask = methodcaller("fetch_order_book", symbol, limit)
-        return await self.call(ExchangeCall(name, "orderbook", weight_of(name, "orderbook", limit, symbol), ask, build))
+        Where one ticker is unusable, its value is the error.
+        """
+        build = partial(_build_tickers, exchange=name, symbols=symbols)
+        fetch = methodcaller("fetch_tickers", list(symbols))
+        call = ExchangeCall(name, "tickers", fetch, build, symbols[0], len(symbols))
+        return await self.call(call)
 
     async def raw_order_book(self, name: str, symbol: str, limit: int) -> dict[str, Any]:
-        """Fetch a book as ccxt has it, to which what is pushed is added."""
-        ask = methodcaller("fetch_order_book", symbol, limit)
-        call = ExchangeCall(
-            name, "orderbook", weight_of(name, "orderbook", limit, symbol), ask, lambda raw, fetched_at: raw
-        )
+        """Fetch ccxt's order book, to which streamed updates are applied."""
+        fetch = methodcaller("fetch_order_book", symbol, limit)
+        call = ExchangeCall(name, "orderbook", fetch, keep, symbol, limit)
         fetched: Fetched[dict[str, Any]] = await self.call(call)
         return fetched.value
 
-    async def ohlcv(self, name: str, symbol: str, timeframe: str, limit: int, since: int | None) -> Fetched[Candles]:
-        """Fetch up to `limit` candles, from `since` (UTC ms) or the newest ones."""
-        build = partial(Candles.from_ccxt, exchange=name, symbol=symbol, timeframe=timeframe, since=since)
-        ask = methodcaller("fetch_ohlcv", symbol, timeframe, since, limit)
-        return await self.call(ExchangeCall(name, "ohlcv", weight_of(name, "ohlcv", symbol=symbol), ask, build))
-
-    async def trades(self, name: str, symbol: str, limit: int) -> Fetched[Trades]:
-        """Fetch up to `limit` of the newest trades."""
-        build = partial(Trades.from_ccxt, exchange=name, symbol=symbol)
-        ask = methodcaller("fetch_trades", symbol, None, min(limit, MAX_TRADES.get(name, limit)))
-        return await self.call(ExchangeCall(name, "trades", weight_of(name, "trades", symbol=symbol), ask, build))
-
     async def clock_skew(self, name: str) -> float:
-        """Return how many seconds the exchange's clock is ahead of ours, half the round trip taken off."""
-        before = self._clock.time()
-        call = ExchangeCall(name, "time", weight_of(name, "time"), methodcaller("fetch_time"), _server_time)
+        """Return the seconds that the exchange's clock is ahead, without half the round trip."""
+        before = self.clock.time()
+        call = ExchangeCall(name, "time", methodcaller("fetch_time"), _build_time)
         fetched = await self.call(call)
-        return fetched.value / 1000 - (before + self._clock.time()) / 2
+        return fetched.value / 1000 - (before + self.clock.time()) / 2
 
     async def probe(self, name: str) -> None:
-        """Ask an exchange for its time if its breaker is half-open and no request tries it.
+        """Request an exchange's time if its breaker is half-open and no request has tried it.
 
-        The breaker decides what follows: a success closes it, a failure opens it for longer. A probe without a verdict,
-        such as one without budget, is repeated after CB_RESET_SECONDS at the earliest.
+        A probe without a verdict, for example without budget, is repeated after CB_RESET_SECONDS.
         """
-        now = self._clock.monotonic()
+        now = self.clock.monotonic()
         breaker = self._exchanges[name].breaker
-        if now >= self._probe_at[name] and breaker.is_idle(PROBE_DELAY_SECONDS):
-            self._probe_at[name] = now + self._settings.cb_reset_seconds
+        due = max(self._probe_at[name], breaker.open_until + PROBE_DELAY_SECONDS)
+        if breaker.state == HALF_OPEN and breaker.is_admitting and now >= due:
+            self._probe_at[name] = now + self.settings.cb_reset_seconds
             trips = breaker.trips
-            with contextlib.suppress(GatewayError):
+            with contextlib.suppress(errors.GatewayError):
                 await self.clock_skew(name)
                 breaker.trips = trips  # the next failure of data doubles the open time again
 
     async def reset_breakers(self, *, keep_holds: bool = False) -> list[str]:
-        """Close every breaker and forget every hold; returns the exchanges whose breaker was not closed.
+        """Close all breakers and forget all holds. Return the exchanges whose breaker changed.
 
-        With `keep_holds` what an exchange asked for stays: asking again too soon may lengthen a ban.
+        With `keep_holds`, pauses that an exchange asked for stay.
         """
         changed = []
         for name, exchange in self._exchanges.items():
-            if keep_holds and exchange.breaker.cause in HOLDS:
+            if keep_holds and exchange.breaker.cause in HOLD_CAUSES:
                 continue
-            if exchange.breaker.state != "closed":
+            if exchange.breaker.state != CLOSED:
                 changed.append(name)
             exchange.breaker.reset()
-            if not keep_holds:  # it may be another replica's
+            if not keep_holds:  # the hold may be another replica's
                 await self.limiter.release(name)
         return changed
 
     async def call(self, call: ExchangeCall[T]) -> Fetched[T]:
-        """Ask an exchange through its breaker; a limit or block it tells of keeps that open as long as it says."""
-        name, breaker = call.exchange, self._exchanges[call.exchange].breaker
+        """Call an exchange through its breaker. Rate limits, bans and geo-blocks hold it open."""
+        name = call.exchange
+        breaker = self._exchanges[name].breaker
         try:
-            return await breaker.call(self._ask, call)
-        except CircuitOpen as rejected:
+            return await breaker.call(self._execute, call)
+        except errors.CircuitOpen as error:
             metrics.circuit_rejected_total.labels(name).inc()
-            if breaker.cause != GeoBlocked.cause:
+            if breaker.cause != errors.GeoBlocked.cause:
                 raise
-            told = f"{name} refuses this location; ask another exchange"  # waiting changes nothing: say so each time
-            raise GeoBlocked(told, exchange=name, retry_after=rejected.retry_after) from None
-        except (GeoBlocked, ExchangeRateLimited) as error:
-            self.keep_away(name, error)
+            detail = f"{name} refuses this location; use another exchange"
+            raise errors.GeoBlocked(detail, exchange=name, retry_after=error.retry_after) from None
+        except (errors.GeoBlocked, errors.ExchangeRateLimited) as error:
+            self.hold(name, error)
             raise
 
-    def keep_away(self, name: str, error: UpstreamError) -> None:
-        """Keep the breaker open for as long as an exchange's refusal says."""
-        self._exchanges[name].breaker.open_until(self._clock.monotonic() + self._pause(error), error.cause)
+    def hold(self, name: str, error: errors.UpstreamError) -> None:
+        """Keep the breaker open for as long as an exchange's refusal asks."""
+        until = self.clock.monotonic() + self._pause_seconds(error)
+        hold(self._exchanges[name].breaker, until, error.cause)
 
-    async def _ask(self, call: ExchangeCall[T]) -> Fetched[T]:
-        name, got = call.exchange, call.got
-        await self.limiter.acquire(name, call.weight)
-        exchange, started, outcome, reason = self._exchanges[name], self._clock.monotonic(), "error", ""
-        token = answer.set(got)
+    async def _execute(self, call: ExchangeCall[T]) -> Fetched[T]:
+        """Call an exchange within its budget and the deadline."""
+        weight = weight_of(call.exchange, call.operation, call.size, call.symbol)
+        await self.limiter.acquire(call.exchange, weight)
+        exchange = self._exchanges[call.exchange]
+        started = self.clock.monotonic()
+        outcome = "error"
+        reason = ""
+        token = answer.set(call.answer)
         exchange.in_flight += 1
         try:
-            # asyncio.timeout, not wait_for: the call stays in this task, where its answer is noted.
-            async with asyncio.timeout(call.seconds or self._settings.exchange_timeout_seconds):
-                raw = await call.ask(exchange.client)
-            check_answer(name, got)
-            result = Fetched(self._build(call, raw), started, self._clock.monotonic())
-        except Exception as error:  # noqa: BLE001 - every one is translated and raised again
-            ours, reason = translate(name, error, got), reason_of(error, got) or type(error).__name__
-            outcome = "rejected" if isinstance(ours, CallerError | NoPrice) else getattr(ours, "cause", "error")
-            if isinstance(ours, ExchangeRateLimited | GeoBlocked):
-                ours.retry_after = self._pause(ours)
-            if isinstance(ours, ExchangeRateLimited):
-                await self.limiter.hold(name, self._pause(ours), ours.cause)
-            raise ours from None
-        else:
-            outcome, exchange.last_success = "success", self._clock.time()
-            return result
+            value = await self._fetch(call, exchange)
+            outcome = "success"
+            exchange.last_success = self.clock.time()
+            return Fetched(value, started, self.clock.monotonic())
+        except Exception as raised:  # noqa: BLE001 - translated and raised again
+            error = translate(call.exchange, raised, call.answer)
+            outcome = _outcome_of(error)
+            reason = describe(raised, call.answer) or type(raised).__name__
+            await self._share_pause(call.exchange, error)
+            raise error from None
         finally:
             exchange.in_flight -= 1
             answer.reset(token)
-            self._observe(call, outcome, reason, self._clock.monotonic() - started)
-            await self._correct_budget(name, got)
+            _observe(call, outcome, reason, self.clock.monotonic() - started)
+            await self._correct_budget(call)
 
-    def _build(self, call: ExchangeCall[T], raw: object) -> T:
-        """Convert ccxt's result. Report an unexpected exception before it is translated: it may be our own fault."""
+    async def _fetch(self, call: ExchangeCall[T], exchange: Exchange) -> T:
+        # Not wait_for: the call has to stay in this task, which holds the context variable.
+        async with asyncio.timeout(call.timeout_seconds or self.settings.exchange_timeout_seconds):
+            raw = await call.fetch(exchange.client)
+        check_answer(call.exchange, call.answer)
         try:
-            return call.build(raw, fetched_at=int(self._clock.time() * 1000))
-        except GatewayError:
+            return call.build(raw, fetched_at=int(self.clock.time() * 1000))
+        except errors.GatewayError:
             raise
-        except Exception as error:
+        except Exception as error:  # it may be our own fault
             report_error("loads", error)
             raise
 
-    @staticmethod
-    def _observe(call: ExchangeCall[Any], outcome: str, reason: str, seconds: float) -> None:
-        metrics.exchange_requests_total.labels(call.exchange, call.operation, outcome).inc()
-        metrics.exchange_request_duration_seconds.labels(call.exchange, call.operation).observe(seconds)
-        fields: dict[str, Any] = {"exchange": call.exchange, "operation": call.operation, "outcome": outcome}
-        fields |= {"reason": reason or None, "seconds": round(seconds, 4)}
-        log.log(logging.DEBUG if outcome == "success" else logging.INFO, "exchange asked", extra=fields)
+    async def _share_pause(self, name: str, error: errors.GatewayError) -> None:
+        """Set the pause of a refusal. Share a requested pause with other replicas."""
+        if isinstance(error, errors.ExchangeRateLimited | errors.GeoBlocked):
+            error.retry_after = self._pause_seconds(error)
+        if isinstance(error, errors.ExchangeRateLimited):
+            await self.limiter.hold(name, self._pause_seconds(error), error.cause)
 
-    async def _correct_budget(self, name: str, got: Answer) -> None:
-        """Trust the exchange's own count over ours, where it tells."""
-        used = got.headers.get("X-MBX-USED-WEIGHT-1M", "")
-        if name == "binance" and used.isascii() and used.isdigit():
+    async def _correct_budget(self, call: ExchangeCall[Any]) -> None:
+        """Use the exchange's own count if its response has one."""
+        name = call.exchange
+        profile = PROFILES[name]
+        used = call.answer.headers.get(profile.used_weight_header, "")
+        if used.isascii() and used.isdigit():
             await self.limiter.correct(name, int(used[:9]))
-        if name == "bybit" and got.headers.get("X-Bapi-Limit-Status") == "0":
-            await self.limiter.correct(name, self._settings.bybit.budget[0])
+        if call.answer.headers.get(profile.remaining_header) == "0":
+            await self.limiter.correct(name, self.settings.exchange(name).budget[0])
 
-    def _pause(self, error: UpstreamError) -> float:
-        if isinstance(error, GeoBlocked):
-            return self._settings.geo_block_seconds
-        return error.retry_after or self._settings.cb_reset_seconds
+    def _pause_seconds(self, error: errors.UpstreamError) -> float:
+        if isinstance(error, errors.GeoBlocked):
+            return self.settings.geo_block_seconds
+        return error.retry_after or self.settings.cb_reset_seconds
 
-    def _make_breaker(self, name: str) -> CircuitBreaker:
-        def on_change(old: str, new: str, cause: str | None) -> None:
-            metrics.circuit_transitions_total.labels(name, new).inc()
-            wait = round(self._exchanges[name].breaker.retry_after, 1) or None
-            fields = {"exchange": name, "from": old, "to": new, "cause": cause, "retry_in": wait}
-            log.log(logging.WARNING if new == "open" else logging.INFO, "circuit breaker changed", extra=fields)
-
-        return CircuitBreaker(
-            name,
-            clock=self._clock,
-            threshold=self._settings.cb_threshold,
-            reset_seconds=self._settings.cb_reset_seconds,
-            window_seconds=self._settings.cb_window_seconds,
-            max_open_seconds=self._settings.cb_max_open_seconds,
-            neutral=(CallerError, NoPrice, BudgetSpent, InternalError),
-            on_change=on_change,
-        )
+    def _log_change(self, name: str, old: str, new: str, cause: str | None) -> None:
+        metrics.circuit_transitions_total.labels(name, new).inc()
+        seconds = round(self._exchanges[name].breaker.retry_after, 1) or None
+        fields = {"exchange": name, "from": old, "to": new, "cause": cause, "retry_in": seconds}
+        level = logging.WARNING if new == OPEN else logging.INFO
+        log.log(level, "circuit breaker changed", extra=fields)
 
 
 def is_swap(symbol: str) -> bool:
-    """Whether a unified symbol names a swap: `BTC/USDT:USDT` tells what it settles in."""
+    """True for the unified symbol of a swap, which names the settlement: `BTC/USDT:USDT`."""
     return ":" in symbol
 
 
 def weight_of(name: str, operation: str, size: int = 1, symbol: str = "") -> int:
-    """Return what a call costs of the exchange's budget; `size` is the number of symbols or levels."""
-    if name != "binance":
-        return 1
-    if is_swap(symbol):
-        return BINANCE_SWAP_WEIGHTS[operation]
-    steps = {"tickers": BINANCE_TICKERS, "orderbook": BINANCE_DEPTH}.get(operation)
-    if steps is None:
-        return BINANCE_WEIGHTS[operation]
-    return next((weight for upto, weight in steps if size <= upto), steps[-1][1])
+    """Return the weight of a call; `size` is the number of symbols or levels."""
+    return PROFILES[name].weight(operation, size, is_swap(symbol))
 
 
 def batch_size(name: str) -> int:
-    """Return how many tickers one call is worth asking for: on binance more than 20 cost twenty times as much."""
-    return BINANCE_TICKERS[0][0] if name == "binance" else MAX_BATCH
+    """Return how many tickers one call should fetch."""
+    return PROFILES[name].batch_size
 
 
-def _server_time(raw: object, fetched_at: int) -> float:
+def _observe(call: ExchangeCall[Any], outcome: str, reason: str, seconds: float) -> None:
+    metrics.exchange_requests_total.labels(call.exchange, call.operation, outcome).inc()
+    duration = metrics.exchange_request_duration_seconds.labels(call.exchange, call.operation)
+    duration.observe(seconds)
+    fields: dict[str, Any] = {"exchange": call.exchange, "operation": call.operation}
+    fields |= {"outcome": outcome, "reason": reason or None, "seconds": round(seconds, 4)}
+    level = logging.DEBUG if outcome == "success" else logging.INFO
+    log.log(level, "exchange asked", extra=fields)
+
+
+def _outcome_of(error: errors.GatewayError) -> str:
+    if isinstance(error, errors.CallerError | errors.NoPrice):
+        return "rejected"
+    return str(getattr(error, "cause", "error"))
+
+
+def keep(raw: T, fetched_at: int) -> T:
+    """Return the result unchanged: it needs no conversion."""
+    return raw
+
+
+def _build_time(raw: object, fetched_at: int) -> float:
     if not isinstance(raw, int):
-        raise BadUpstreamData(f"the exchange sent no time at {fetched_at}")
+        raise errors.BadUpstreamData("the exchange sent no time; it is requested again")
     return float(raw)
 
 
-def _tickers(
+def _build_tickers(
     raw: dict[str, Any], exchange: str, symbols: Sequence[str], fetched_at: int
-) -> dict[str, Ticker | GatewayError]:
-    """Build each ticker of a list; raises `BadUpstreamData` when not one of them is plausible."""
-    built: dict[str, Ticker | GatewayError] = {}
+) -> dict[str, Ticker | errors.GatewayError]:
+    """Convert a list of tickers. Raises `BadUpstreamData` if none of them is plausible."""
+    built: dict[str, Ticker | errors.GatewayError] = {}
     for symbol in symbols:
+        row = raw.get(symbol) or {"symbol": symbol}
         try:
-            built[symbol] = Ticker.from_ccxt(raw.get(symbol) or {"symbol": symbol}, exchange, symbol, fetched_at)
-        except (BadUpstreamData, NoPrice) as error:
+            built[symbol] = Ticker.from_ccxt(row, exchange, symbol, fetched_at)
+        except (errors.BadUpstreamData, errors.NoPrice) as error:
             built[symbol] = error
-    if all(isinstance(ticker, BadUpstreamData) for ticker in built.values()):
-        raise BadUpstreamData(f"{exchange} sent no plausible ticker", exchange=exchange)
+    if all(isinstance(ticker, errors.BadUpstreamData) for ticker in built.values()):
+        raise errors.BadUpstreamData(f"{exchange} sent no plausible ticker", exchange=exchange)
     return built

@@ -1,159 +1,158 @@
-"""Reads market lists in a child process, which is there while any list is being read.
+"""Reads market lists in a child process, which runs while any list is being read.
 
-ccxt parses a list in one piece, and one thread of a process runs at a time: in the gateway's process, in a thread too,
-that would hold up every request by up to 0.2 s, and leave behind the memory it took. The child is told what it needs
-through its stdin; no key is part of that, nor of its environment. It reads every list that is wanted meanwhile, and
-ends when its stdin does.
+ccxt parses a list in one piece. In the gateway's process, in a thread as well, that would block
+every request for up to 0.2 s, and the memory would not return.
+
+The child runs this module as a script. It reads pickled requests from stdin: a number,
+`ClientOptions` without keys, the maximum size in bytes, and the time of the snapshot (UTC seconds).
+It reads all requested lists concurrently. For each it writes a line of JSON with the outcome and
+the snapshot (Base64) to stdout. It ends when stdin is closed: it never outlives the gateway.
 """
 
 import asyncio
 import contextlib
-import itertools
+import gc
 import json
 import logging
 import os
+import pickle
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
+from base64 import b64decode, b64encode
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from multidict import CIMultiDict
 
-from config import Settings, foreign_environment, load_settings
 from src.core import errors
-from src.exchanges.ccxt_client import load_snapshot, translate
-from src.exchanges.http_client import Answer
+from src.exchanges.ccxt_client import ClientOptions, load_snapshot
+from src.exchanges.http_client import MAX_MARKETS_BYTES, Answer
+from src.exchanges.profiles import PROFILES
+from src.exchanges.translation import translate
+
+if TYPE_CHECKING:
+    from config import Settings
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[2]
-# Without garbage collection: it would take a part of the child's time, and the process ends before it needs one.
-CHILD = "import gc, sys; gc.disable(); sys.path.insert(0, ''); from src.exchanges.market_reader import main; main()"
-NICENESS = 10  # on a busy machine requests come first
+CHILD = (sys.executable, "-m", "src.exchanges.market_reader")
+NICENESS = 10  # on a busy machine, requests come first
+FAILURE = "the process that reads a market list failed"
 
 
 class MarketReader:
-    """Asks the child, which it starts and ends. Every list has its own answer, whatever becomes of the others."""
+    """Reads market lists in one child process."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: "Settings") -> None:
         self._settings = settings
-        self._numbers = itertools.count()
-        self._waiting: dict[int, asyncio.Future[tuple[dict[str, Any], bytes] | None]] = {}
+        self._numbers = count()
+        # By the number of the request. None stands for a child that has ended.
+        self._results: dict[int, asyncio.Queue[list[Any] | None]] = {}
         self._starting = asyncio.Lock()
         self._child: Process | None = None
-        self._listener: asyncio.Task[None] | None = None
+        self._receiver: asyncio.Task[None] | None = None
 
-    async def read(self, exchange: str, got: Answer, now: float) -> bytes:
-        """Return an exchange's market list as a snapshot made at `now` (UTC seconds), and fill in `got`.
+    async def read(self, exchange: str, response: Answer, now: float) -> bytes:
+        """Read a market list. Return its snapshot made at `now` (UTC seconds).
 
-        Raises `GatewayError`: what the child made of the exchange's failure, or `InternalError` when the child failed.
+        Fills in `response`. Raises the `GatewayError` of the exchange's failure, or `InternalError`
+        if the child failed. The child has ended when no list is being read.
         """
+        options = ClientOptions.from_settings(exchange, self._settings)
+        options = replace(options, api_key="", api_secret="")
         number = next(self._numbers)
-        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        self._results[number] = asyncio.Queue()
         try:
-            await self._tell({"number": number, "exchange": exchange, "max_bytes": got.max_bytes, "now": now})
-            told = await answer
-        except OSError:
-            told = None
+            await self._send(pickle.dumps((number, options, response.max_bytes, now)))
+            result = await self._results[number].get()
         finally:
-            del self._waiting[number]
-            if not self._waiting:
-                await self._end()
-        if told is None:
-            raise errors.InternalError("the process that reads market lists failed", exchange=exchange)
-        result, snapshot = told
-        got.status, got.headers, got.is_json = result["status"], CIMultiDict(result["headers"]), result["is_json"]
-        if (error := result["error"]) is not None:
-            kind: type[errors.GatewayError] = getattr(errors, error["kind"])
-            raise kind(error["detail"], exchange=exchange, retry_after=error["retry_after"])
-        return bytes(snapshot)
+            del self._results[number]
+            if not self._results:
+                await self._stop()
+        if result is None:
+            raise errors.InternalError(FAILURE, exchange=exchange)
+        response.status, headers, response.is_json, error, snapshot = result
+        response.headers = CIMultiDict(headers)
+        if error:
+            kind, detail, retry_after = error
+            raise getattr(errors, kind)(detail, exchange=exchange, retry_after=retry_after)
+        return b64decode(snapshot)
 
-    async def _tell(self, asked: dict[str, Any]) -> None:
-        own = self._settings.exchange(asked["exchange"])
-        environment = {
-            f"{asked['exchange'].upper()}_REST_URL": own.rest_url,
-            "HTTPS_PROXY": self._settings.https_proxy.get_secret_value(),
-            "MARKET_TYPES": ",".join(self._settings.market_types),
-        }
+    async def _send(self, request: bytes) -> None:
         async with self._starting:
             if self._child is None:
-                # In a session of its own, so that Ctrl-C reaches only the gateway. What it says beside its answers
-                # could hold an address with a password, so nobody hears it.
-                self._child = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-c",
-                    CHILD,
-                    cwd=ROOT,
-                    env=foreign_environment(),
-                    stdin=PIPE,
-                    stdout=PIPE,
-                    stderr=DEVNULL,
-                    start_new_session=True,
-                )
-                self._listener = asyncio.create_task(self._listen(self._child))
-            child = self._child
-        assert child.stdin is not None  # noqa: S101 - it is a pipe
-        child.stdin.write(json.dumps(asked | {"environment": environment}).encode() + b"\n")
-        await child.stdin.drain()
+                self._child = await _start_child()
+                self._receiver = asyncio.create_task(self._receive(self._child))
+            assert self._child.stdin is not None  # noqa: S101 - a pipe
+            self._child.stdin.write(request)
 
-    async def _listen(self, child: Process) -> None:
-        """Hand each answer to who waits for it; when the child ends, whoever still waits is told."""
-        assert child.stdout is not None  # noqa: S101
-        try:
-            while told := await child.stdout.readline():
-                result = json.loads(told)
-                snapshot = await child.stdout.readexactly(result["length"])
-                waiting = self._waiting.get(result["number"])
-                if waiting is not None and not waiting.done():
-                    waiting.set_result((result, snapshot))
-        except (ValueError, asyncio.IncompleteReadError):
-            pass
-        finally:
+    async def _receive(self, child: Process) -> None:
+        """Deliver the results of a child until it ends."""
+        assert child.stdout is not None  # noqa: S101 - a pipe
+        with contextlib.suppress(ValueError):  # it was killed while it wrote
+            async for line in child.stdout:
+                number, *result = json.loads(line)
+                if number in self._results:
+                    self._results[number].put_nowait(result)
+        if child is self._child:  # it ended by itself
+            for results in self._results.values():
+                results.put_nowait(None)
+            await self._stop()
+            log.error("market reader failed", extra={"code": child.returncode})
+
+    async def _stop(self) -> None:
+        child = self._child
+        self._child = None
+        if child is not None:
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
-            if child is self._child:
-                self._child = None
-                for waiting in [waiting for waiting in self._waiting.values() if not waiting.done()]:
-                    waiting.set_result(None)
-                log.error("the process that reads market lists ended", extra={"code": await child.wait()})
-
-    async def _end(self) -> None:
-        """End the child; it is gone when this returns."""
-        child, listener, self._child = self._child, self._listener, None
-        if child is None or listener is None:
-            return
-        listener.cancel()
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        await child.wait()
+            await child.wait()
 
 
-def main() -> None:
-    """Be the child, until stdin ends: that it does too when the gateway was killed."""
-    os.nice(NICENESS)
-    asyncio.run(_serve())
-    os._exit(0)  # taking all modules down in order costs up to 50 ms
+async def _start_child() -> Process:
+    from config import foreign_environment  # the child imports this module, and needs no settings
+
+    return await asyncio.create_subprocess_exec(
+        *CHILD,
+        env=foreign_environment() | {"PYTHONPATH": str(ROOT)},
+        stdin=PIPE,
+        stdout=PIPE,
+        limit=MAX_MARKETS_BYTES,
+        stderr=DEVNULL,  # a message might contain a proxy's password
+        start_new_session=True,  # Ctrl-C reaches only the gateway
+    )
 
 
-async def _serve() -> None:
-    asked = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(asked), sys.stdin)
-    tasks: set[asyncio.Task[None]] = set()  # keeps them from being collected
-    while line := await asked.readline():
-        tasks.add(asyncio.create_task(_answer(**json.loads(line))))
+async def main() -> None:
+    """Answer requests until stdin is closed."""
+    tasks = set()
+    with contextlib.suppress(EOFError):
+        while True:
+            request = await asyncio.to_thread(pickle.load, sys.stdin.buffer)
+            tasks.add(asyncio.create_task(_answer(*request)))
+    os._exit(0)  # the gateway is gone
 
 
-async def _answer(number: int, exchange: str, max_bytes: int, now: float, environment: dict[str, str]) -> None:
-    """Write one line of JSON that says what came of it, and behind it the snapshot."""
-    got = Answer(max_bytes=max_bytes)
-    result: dict[str, Any] = {"number": number, "error": None}
+async def _answer(number: int, options: ClientOptions, max_bytes: int, now: float) -> None:
+    """Read a market list. Write the outcome and the snapshot."""
+    PROFILES[options.profile.name] = options.profile
+    response = Answer(max_bytes=max_bytes)
+    error = None
     snapshot = b""
     try:
-        settings = load_settings(environment, Path(os.devnull))
-        snapshot = await load_snapshot(exchange, settings, got, now)
-    except Exception as error:  # noqa: BLE001 - every one is translated, and raised again in the gateway
-        ours = translate(exchange, error, got)
-        result["error"] = {"kind": type(ours).__name__, "detail": ours.detail, "retry_after": ours.retry_after}
-    result |= {"status": got.status, "headers": dict(got.headers), "is_json": got.is_json, "length": len(snapshot)}
-    sys.stdout.buffer.write(json.dumps(result).encode() + b"\n" + snapshot)
-    sys.stdout.flush()
+        snapshot = await load_snapshot(options, response, now)
+    except Exception as raised:  # noqa: BLE001 - raised again in the gateway
+        error = translate(options.profile.name, raised, response)
+    reason = error and (type(error).__name__, error.detail, error.retry_after)
+    encoded = b64encode(snapshot).decode()
+    outcome = (number, response.status, dict(response.headers), response.is_json, reason, encoded)
+    print(json.dumps(outcome), flush=True)  # noqa: T201 - the protocol
+
+
+if __name__ == "__main__":
+    gc.disable()  # the process ends before it needs a collection
+    os.nice(NICENESS)
+    asyncio.run(main())

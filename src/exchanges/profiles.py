@@ -1,23 +1,177 @@
-"""What is specific to each exchange, in one place each. This module imports nothing of the project."""
+"""Everything that is specific to one exchange, as one `Profile` per exchange.
 
-from dataclasses import dataclass
+No other module names an exchange. This module imports nothing of the project.
+`docs/adding-an-exchange.md` describes how to add one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Weight = Callable[[str, int, bool], int]
+"""Returns the weight of a call: operation, number of symbols or levels, True for a swap."""
+Unsubscribe = Callable[[str, Sequence[str], int], dict[str, Any]]
+"""Returns the message that ends subscriptions: kind of data, topics, number of the message."""
 
 
 @dataclass(frozen=True, slots=True)
+class StatusRule:
+    """Meaning of an HTTP status."""
+
+    status: int
+    cause: str
+    """Cause of the error that the status stands for: `banned`, `rate_limited` or `geo_blocked`."""
+    text: bytes = b""
+    """Lower-case text that the beginning of the body has to contain."""
+    pause_seconds: float | None = None
+    """Pause when the response has no Retry-After."""
+
+
+# Applied to every exchange; the first match decides. Bybit documents 10 minutes for "access too
+# frequent", which it sends as a 403 without Retry-After. Binance documents 418 for a ban.
+STATUS_RULES = (
+    StatusRule(418, "banned"),
+    StatusRule(403, "rate_limited", text=b"too frequent", pause_seconds=600),
+    StatusRule(403, "geo_blocked"),
+    StatusRule(451, "geo_blocked"),
+    StatusRule(429, "rate_limited"),
+)
+
+
+def one_per_call(_operation: str, _size: int, _is_swap: bool) -> int:
+    """Count calls: every call has the weight 1."""
+    return 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """One exchange: its name in settings and answers, and its budget as `weight/seconds`."""
+    """One exchange."""
 
     name: str
+    """Name in settings, requests and responses."""
+    ccxt_class: str
+    """Name of the ccxt class and its module."""
     default_budget: str
+    """Request weight per seconds, as `weight/seconds`, per egress address."""
+    weight: Weight = one_per_call
+    batch_size: int = 100
+    """Tickers in one call. Kraken's list of pairs is part of the URL."""
+    swap_depths: tuple[int, ...] = ()
+    """Order book levels that can be requested of a swap, ascending. Empty: any number."""
+    max_trades: int | None = None
+    used_weight_header: str = ""
+    """Response header with the weight that this address has used."""
+    remaining_header: str = ""
+    """Response header with the remaining requests; `0` means that the budget is spent."""
+    status_rules: tuple[StatusRule, ...] = STATUS_RULES
+
+    topics: Mapping[str, tuple[str, ...]]
+    """Kind of data -> topics of one market, formatted with the fields of ccxt's market."""
+    book_depth: int
+    """Levels of a streamed order book: the smallest depth from 50 levels on."""
+    unsubscribe: Unsubscribe
+    separate_top_types: frozenset[str] = frozenset()
+    """Market types whose ticker stream has no bid and ask: a second stream has them."""
+    numbers_per_socket: bool = False
+    """True if ccxt numbers messages per socket: `request_id` takes the URL."""
+    socket_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of ccxt's WebSocket client."""
+    spot_socket_path: str = ""
+    """Path of the spot socket on a replaced host, if ccxt tells spot from swap by the URL."""
 
 
-# Budgets are documented per egress address. Kraken documents none: about one call a second is what callers measure, and
-# the small burst admits a cold batch without a higher mean.
-PROFILES = {
-    profile.name: profile
-    for profile in (
-        Profile(name="bybit", default_budget="600/5"),
-        Profile(name="binance", default_budget="6000/60"),
-        Profile(name="kraken", default_budget="5/5"),
-    )
+def bybit_unsubscribe(_kind: str, topics: Sequence[str], number: int) -> dict[str, Any]:
+    """Return Bybit's message."""
+    return {"op": "unsubscribe", "req_id": number, "args": topics}
+
+
+BYBIT = Profile(
+    name="bybit",
+    ccxt_class="bybit",
+    default_budget="600/5",
+    max_trades=60,  # for spot
+    remaining_header="X-Bapi-Limit-Status",
+    topics={
+        "ticker": ("tickers.{id}", "orderbook.1.{id}"),
+        "orderbook": ("orderbook.50.{id}",),
+        "trades": ("publicTrade.{id}",),
+    },
+    book_depth=50,
+    unsubscribe=bybit_unsubscribe,
+    separate_top_types=frozenset({"spot"}),
+)
+
+# Documented request weights. For lists of tickers and order books: (largest size, weight).
+BINANCE_WEIGHTS = {"ticker": 2, "ohlcv": 2, "trades": 4, "markets": 20, "time": 1}
+BINANCE_SIZED_WEIGHTS = {
+    "tickers": ((20, 2), (100, 40)),
+    "orderbook": ((100, 5), (500, 25), (1000, 50), (5000, 250)),
 }
+# Swaps have a pool of their own, 2,400 a minute, in which these cost 1, 40, 20, 10 and 20. They are
+# charged 2.5 times that to the one budget of 6,000, which therefore never exceeds the pool.
+BINANCE_SWAP_WEIGHTS = {"ticker": 3, "tickers": 100, "orderbook": 50, "ohlcv": 25, "trades": 50}
+
+
+def binance_weight(operation: str, size: int, is_swap: bool) -> int:
+    """Return the documented request weight."""
+    if is_swap:
+        return BINANCE_SWAP_WEIGHTS[operation]
+    steps = BINANCE_SIZED_WEIGHTS.get(operation)
+    if steps is None:
+        return BINANCE_WEIGHTS[operation]
+    return next((weight for limit, weight in steps if size <= limit), steps[-1][1])
+
+
+def binance_unsubscribe(_kind: str, topics: Sequence[str], number: int) -> dict[str, Any]:
+    """Return Binance's message."""
+    return {"method": "UNSUBSCRIBE", "params": topics, "id": number}
+
+
+BINANCE = Profile(
+    name="binance",
+    ccxt_class="binance",
+    default_budget="6000/60",
+    weight=binance_weight,
+    batch_size=20,  # a longer list costs twenty times as much
+    swap_depths=(5, 10, 20, 50, 100, 500),
+    used_weight_header="X-MBX-USED-WEIGHT-1M",
+    topics={
+        "ticker": ("{lowercaseId}@ticker", "{lowercaseId}@bookTicker"),
+        "orderbook": ("{lowercaseId}@depth@100ms",),
+        "trades": ("{lowercaseId}@trade",),
+    },
+    book_depth=100,
+    unsubscribe=binance_unsubscribe,
+    separate_top_types=frozenset({"swap"}),
+    numbers_per_socket=True,
+    # The default ticker stream of ccxt has no bid and ask. By default ccxt spreads subscriptions
+    # over fifty sockets, and its limit counts subscriptions that have ended.
+    socket_options={
+        "watchTickers": {"name": "ticker"},
+        "streamLimits": {"spot": 1, "linear": 1},
+        "subscriptionLimitByStream": {"spot": 10**9, "linear": 10**9},
+    },
+    spot_socket_path="/stream/ws",
+)
+
+KRAKEN_CHANNELS = {"ticker": "ticker", "orderbook": "book", "trades": "trade"}
+
+
+def kraken_unsubscribe(kind: str, topics: Sequence[str], number: int) -> dict[str, Any]:
+    """Return Kraken's message."""
+    params = {"channel": KRAKEN_CHANNELS[kind], "symbol": topics}
+    return {"method": "unsubscribe", "params": params, "req_id": number}
+
+
+KRAKEN = Profile(
+    name="kraken",
+    ccxt_class="kraken",
+    # Kraken documents no budget. Callers measure about one call per second; the burst of 5 admits a
+    # cold batch without a higher mean.
+    default_budget="5/5",
+    topics=dict.fromkeys(KRAKEN_CHANNELS, ("{symbol}",)),
+    book_depth=100,
+    unsubscribe=kraken_unsubscribe,
+)
+
+PROFILES = {profile.name: profile for profile in (BYBIT, BINANCE, KRAKEN)}

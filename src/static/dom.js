@@ -1,51 +1,64 @@
-// Elements made and changed. Text only ever becomes text: there is no way from here into markup.
+// Helpers for DOM elements. Text is never parsed as markup.
 
-/** Make an element. Attributes that are null or false are left out, true ones are empty, `on` has listeners. */
-export function el(tag, attributes = {}, ...children) {
-	const made = document.createElement(tag);
+export const byId = (id) => document.getElementById(id);
+
+function build(element, attributes, children) {
 	for (const [name, value] of Object.entries(attributes)) {
-		if (name === "on") for (const [event, listener] of Object.entries(value)) made.addEventListener(event, listener);
-		else if (value !== null && value !== false) made.setAttribute(name, value === true ? "" : value);
+		if (name === "on") {
+			for (const [event, listener] of Object.entries(value)) {
+				element.addEventListener(event, listener);
+			}
+		} else {
+			element.setAttribute(name, value);
+		}
 	}
-	made.append(...children);
-	return made;
+	element.append(...children);
+	return element;
 }
 
-const written = new WeakMap(); // what a place shows: to compare with it is cheaper than to ask the document
+/** Create an element. `name` is a tag and classes, as in "p.note". `on` has the event listeners. */
+export function el(name, attributes = {}, ...children) {
+	const [tag, ...classes] = name.split(".");
+	const element = document.createElement(tag);
+	if (classes.length) element.className = classes.join(" ");
+	return build(element, attributes, children);
+}
 
-/** Show a text; nothing happens when it is there already. Returns whether it is new. */
-export function write(place, text) {
-	if (written.get(place) === text) return false;
-	written.set(place, text);
-	place.textContent = text;
+export function button(text, click, attributes = {}) {
+	return el("button", { type: "button", on: { click }, ...attributes }, text);
+}
+
+export function svg(tag, attributes = {}, ...children) {
+	const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+	return build(element, attributes, children);
+}
+
+// Comparing with this map is cheaper than reading the document.
+const texts = new WeakMap();
+
+/** Set a text. Return true if it changed. */
+export function setText(element, text) {
+	if (texts.get(element) === text) return false;
+	texts.set(element, text);
+	element.textContent = text;
 	return true;
 }
 
-/** Set an attribute, or take it away for null; nothing happens when it is so already. */
-export function mark(place, name, value) {
-	if (value === null) place.removeAttribute(name);
-	else if (place.getAttribute(name) !== String(value)) place.setAttribute(name, value);
+/** Set an attribute, or remove it for null. */
+export function setAttr(element, name, value) {
+	if (value === null) element.removeAttribute(name);
+	else if (element.getAttribute(name) !== String(value)) element.setAttribute(name, value);
 }
 
-/** A shape of SVG. */
-export function shape(tag, attributes = {}, ...children) {
-	const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-	for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-	made.append(...children);
-	return made;
-}
-
-/** A part of a view, with a heading. */
 export function panel(name, heading, ...children) {
 	return el("div", { class: `panel ${name}` }, el("h2", {}, ...heading), ...children);
 }
 
-/** Rows of a table that are written over, not made anew. */
 class Rows {
 	#rows = [];
 	#body;
 	#columns;
-	#longest; // characters in the longest text of each column so far
+	#longest; // characters by column
 
 	constructor(body, columns) {
 		this.#body = body;
@@ -53,40 +66,45 @@ class Rows {
 		this.#longest = columns.map(() => 0);
 	}
 
-	/** Show lists of texts; `attributes` has a function that gives each row its attributes. */
+	/** Show a list of texts per row. `attributes(index)` returns a row's attributes. */
 	show(lists, attributes = () => ({})) {
-		while (this.#rows.length < lists.length) {
-			const cells = this.#columns.map(() => el("td"));
-			this.#rows.push({ row: el("tr", {}, ...cells), cells });
-			this.#body.append(this.#rows.at(-1).row);
-		}
-		for (const [at, { row, cells }] of this.#rows.entries()) {
-			row.hidden = at >= lists.length;
+		while (this.#rows.length < lists.length) this.#addRow();
+		for (const [index, { row, cells }] of this.#rows.entries()) {
+			row.hidden = index >= lists.length;
 			if (row.hidden) continue;
 			for (const [column, cell] of cells.entries()) {
-				if (write(cell, lists[at][column])) this.#reserve(column, lists[at][column].length);
+				const text = lists[index][column];
+				if (setText(cell, text)) this.#reserveWidth(column, text.length);
 			}
-			for (const [name, value] of Object.entries(attributes(at))) {
+			for (const [name, value] of Object.entries(attributes(index))) {
 				if (name.startsWith("--")) row.style.setProperty(name, value);
-				else mark(row, name, value);
+				else setAttr(row, name, value);
 			}
 		}
 	}
 
-	/** Keep a column as wide as its longest text, in all tables of the panel: a width that follows each text would jump. */
-	#reserve(column, length) {
-		const place = this.#body.closest(".panel");
-		if (length <= this.#longest[column] || !place) return;
+	#addRow() {
+		const cells = this.#columns.map(() => el("td"));
+		const row = el("tr", {}, ...cells);
+		this.#rows.push({ row, cells });
+		this.#body.append(row);
+	}
+
+	/** Keep a column as wide as its longest text so far, so that the layout does not jump. */
+	#reserveWidth(column, length) {
+		const parent = this.#body.closest(".panel");
+		if (length <= this.#longest[column] || !parent) return;
 		this.#longest[column] = length;
 		const name = `--digits-${column}`;
-		place.style.setProperty(name, Math.max(length, place.style.getPropertyValue(name)));
+		parent.style.setProperty(name, Math.max(length, parent.style.getPropertyValue(name)));
 	}
 }
 
-/** A table of figures: {table, rows}. */
-export function listing(label, columns) {
+/** Return {table, rows}. */
+export function figuresTable(label, columns) {
 	const body = el("tbody");
 	const heads = columns.map((text) => el("th", { scope: "col" }, text));
-	const table = el("table", { class: "figures", "aria-label": label }, el("thead", {}, el("tr", {}, ...heads)), body);
+	const head = el("thead", {}, el("tr", {}, ...heads));
+	const table = el("table.figures", { "aria-label": label }, head, body);
 	return { table, rows: new Rows(body, columns) };
 }

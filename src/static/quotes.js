@@ -1,165 +1,178 @@
-// What is known of prices: the newest of each symbol on each exchange, how old it is, and how they compare.
+// The newest prices by symbol and exchange, their age and comparison.
 
 import { basisPoints } from "./format.js";
 
-const CLOCK_KEPT = 60_000; // milliseconds until a measurement gives way to the next
+const OFFSET_LIFETIME_MS = 60_000; // of a measured clock offset
+const NOT_LISTED_CODES = ["unknown_symbol", "malformed_request"];
 
-/** The gateway's clock: ages must be right where the viewer's own clock is wrong. */
+/** The gateway's clock in UTC milliseconds. The viewer's clock may be wrong. */
 export class GatewayClock {
-	#now;
+	#localNow;
 	#offset = 0;
-	#until = -Infinity;
+	#expiresAt = -Infinity;
 
-	constructor(now = Date.now) {
-		this.#now = now;
+	constructor(localNow = Date.now) {
+		this.#localNow = localNow;
 	}
 
-	/** Learn from a message the gateway says it sent then; of several the one that travelled fastest counts. */
-	heard(sentAt) {
-		const [now, offset] = [this.#now(), this.#now() - sentAt];
-		if (now > this.#until || offset < this.#offset) {
+	/** Measure the offset by a message. The message with the least delay wins. */
+	synchronize(sentAt) {
+		const now = this.#localNow();
+		const offset = now - sentAt;
+		if (now > this.#expiresAt || offset < this.#offset) {
 			this.#offset = offset;
-			this.#until = now + CLOCK_KEPT;
+			this.#expiresAt = now + OFFSET_LIFETIME_MS;
 		}
 	}
 
-	/** UTC milliseconds. */
 	now() {
-		return this.#now() - this.#offset;
+		return this.#localNow() - this.#offset;
 	}
 }
 
-/** The newest of one symbol on one exchange. */
 class Quote {
-	data = null; // as GET /ticker answers
+	data = null;
 	fetchedAt = 0; // UTC milliseconds
-	silent = false; // its stream is stale: the exchange pushes nothing
-	old = false; // the gateway served it past its time
-	problem = null; // why there is no price, or no newer one
-	direction = 0; // of the last move: 1 up, -1 down
+	isSilent = false; // the exchange pushes no updates
+	isServedStale = false; // marked by the gateway
+	problem = null; // why there is no newer price
+	direction = 0; // of the last price change: 1 up, -1 down
 
-	take(data, fetchedAt) {
-		const moved = this.data === null ? 0 : Math.sign(data.last - this.data.last);
-		const old = data.stale;
-		Object.assign(this, { data, fetchedAt, old, problem: null, direction: moved || this.direction });
+	update(data, fetchedAt) {
+		const change = this.data === null ? 0 : Math.sign(data.last - this.data.last);
+		if (change) this.direction = change;
+		this.data = data;
+		this.fetchedAt = fetchedAt;
+		this.isServedStale = data.stale;
+		this.problem = null;
 	}
 
 	age(now) {
 		return Math.max(0, now - this.fetchedAt);
 	}
 
-	/** Whether the price is stale. While a stream is silent the gateway asks by REST: what comes so is good for its time. */
+	/** Return true if the price is stale. Only prices without a live stream expire. */
 	isStale(now, lifetime) {
-		if (this.data === null || this.old) return this.old;
-		return (this.silent || this.problem !== null || this.data.source === "rest") && this.age(now) > lifetime;
+		if (this.data === null || this.isServedStale) return this.isServedStale;
+		const canExpire = this.isSilent || this.problem !== null || this.data.source === "rest";
+		return canExpire && this.age(now) > lifetime;
 	}
 }
 
-/** All prices. */
 export class Quotes {
 	#symbols = new Map();
 	#unlisted = new Set();
 
-	/** The quotes of a symbol by exchange; empty while none is known. */
 	of(symbol) {
 		return this.#symbols.get(symbol) ?? new Map();
 	}
 
-	/** Take a message of /ws about a ticker: a value, or the state of its stream. */
-	take(message) {
+	update(message) {
 		const quote = this.#quote(message.symbol, message.exchange);
 		if (message.type === "status") {
-			quote.silent = message.state === "stale";
-			if (quote.data === null && message.code) quote.problem = { code: message.code, title: "" };
+			quote.isSilent = message.state === "stale";
+			const isUnexplained = quote.data === null && message.code;
+			if (isUnexplained) quote.problem = { code: message.code, title: "" };
 		} else {
-			quote.take(message.data, message.fetched_at);
+			quote.update(message.data, message.fetched_at);
 		}
 	}
 
-	/** Forget what was said of these streams: who subscribes is told anew which are stale. */
-	asked(wants) {
-		for (const { symbol, exchange } of wants) {
+	/** Reset before a subscription: the gateway reports stale feeds again. */
+	resetSilence(subscriptions) {
+		for (const { symbol, exchange } of subscriptions) {
 			const quote = this.of(symbol).get(exchange);
-			if (quote) quote.silent = false;
+			if (quote) quote.isSilent = false;
 		}
 	}
 
-	/** Take what /tickers says: prices, and the problems of those that are not there. */
-	takeAll({ tickers, errors }) {
+	/** Apply a response of /tickers. Streamed data may be newer. */
+	updateAll({ tickers, errors }) {
 		for (const [symbol, exchanges] of Object.entries(tickers)) {
 			for (const [exchange, data] of Object.entries(exchanges)) {
 				const quote = this.#quote(symbol, exchange);
-				if (data.fetched_at >= quote.fetchedAt) quote.take(data, data.fetched_at); // a stream may be ahead
+				if (data.fetched_at >= quote.fetchedAt) quote.update(data, data.fetched_at);
 				this.#unlisted.delete(`${symbol}|${exchange}`);
 			}
 		}
 		for (const [symbol, exchanges] of Object.entries(errors)) {
-			for (const [exchange, problem] of Object.entries(exchanges)) this.fail(symbol, exchange, problem);
+			for (const [exchange, problem] of Object.entries(exchanges)) {
+				this.setProblem(symbol, exchange, problem);
+			}
 		}
 	}
 
-	/** Forget all exchanges but these: the others were switched off. */
-	keep(exchanges) {
+	retainExchanges(exchanges) {
 		for (const quotes of this.#symbols.values()) {
-			for (const exchange of quotes.keys()) if (!exchanges.includes(exchange)) quotes.delete(exchange);
+			for (const exchange of quotes.keys()) {
+				if (!exchanges.includes(exchange)) quotes.delete(exchange);
+			}
 		}
 	}
 
-	/** Whether the exchange may have the symbol: it did not say the contrary. */
 	isListed(symbol, exchange) {
 		return !this.#unlisted.has(`${symbol}|${exchange}`);
 	}
 
-	/** Take why there is no price, or no newer one. */
-	fail(symbol, exchange, problem) {
-		if (["unknown_symbol", "malformed_request"].includes(problem.code)) {
+	setProblem(symbol, exchange, problem) {
+		if (NOT_LISTED_CODES.includes(problem.code)) {
 			this.#unlisted.add(`${symbol}|${exchange}`);
 			if (!this.of(symbol).get(exchange)?.data) return;
 		}
-		const quote = this.#quote(symbol, exchange);
-		quote.problem = problem;
+		this.#quote(symbol, exchange).problem = problem;
 	}
 
 	#quote(symbol, exchange) {
 		if (!this.#symbols.has(symbol)) this.#symbols.set(symbol, new Map());
-		const exchanges = this.#symbols.get(symbol);
-		if (!exchanges.has(exchange)) exchanges.set(exchange, new Quote());
-		return exchanges.get(exchange);
+		const quotes = this.#symbols.get(symbol);
+		if (!quotes.has(exchange)) quotes.set(exchange, new Quote());
+		return quotes.get(exchange);
 	}
 }
 
 function median(values) {
-	const sorted = [...values].sort((one, other) => one - other);
+	const sorted = [...values].sort((left, right) => left - right);
 	const middle = sorted.length >> 1;
 	return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
 }
 
+/** Find prices that differ by more than `ratio` from the median, or from the other of two. */
+function findOutliers(fresh, ratio) {
+	const outliers = new Map();
+	if (fresh.length < 2) return outliers;
+	for (const [name, quote] of fresh) {
+		const others = fresh.filter(([other]) => fresh.length > 2 || other !== name);
+		const deviation = quote.data.last / median(others.map(([, other]) => other.data.last)) - 1;
+		if (Math.abs(deviation) > ratio) outliers.set(name, deviation);
+	}
+	return outliers;
+}
+
 /** Compare the prices of one symbol that are not stale.
  *
- * `apart` is the distance of the lowest and the highest last price, `crossed` by how much the best bid is above the best
- * ask, in basis points. `outliers` has the share by which a price differs from the median, or of two from the other, where
- * that is more than `ratio`; those are never best.
+ * `rangeBp`: distance of the lowest and highest last price. `crossedBp`: how far the best bid is
+ * above the best ask. `outliers`: deviations by exchange. An outlier is never best, unless all are:
+ * of two, either may be wrong.
  */
 export function compare(quotes, { now, lifetime, ratio }) {
-	const fresh = [...quotes].filter(([, quote]) => quote.data && !quote.isStale(now, lifetime));
-	const outliers = new Map();
-	for (const [name, quote] of fresh.length > 1 ? fresh : []) {
-		const measure = fresh.filter(([other]) => fresh.length > 2 || other !== name).map(([, other]) => other.data.last);
-		const off = quote.data.last / median(measure) - 1;
-		if (Math.abs(off) > ratio) outliers.set(name, off);
-	}
-	const isOff = (name) => outliers.has(name) && outliers.size < fresh.length; // of two it cannot be said which
+	const valid = [...quotes].filter(([, quote]) => quote.data && !quote.isStale(now, lifetime));
+	const outliers = findOutliers(valid, ratio);
+	const trusted = valid.filter(([name]) => !outliers.has(name));
+	const candidates = trusted.length ? trusted : valid;
 	const best = (member, sign) => {
-		const having = fresh.filter(([name, quote]) => quote.data[member] > 0 && (member === "last" || !isOff(name)));
-		having.sort(([, one], [, other]) => sign * (one.data[member] - other.data[member]));
-		return having.length ? { exchange: having[0][0], price: having[0][1].data[member] } : null;
+		const priced = candidates.filter(([, { data }]) => data[member] > 0);
+		priced.sort(([, left], [, right]) => sign * (left.data[member] - right.data[member]));
+		return priced.length ? { exchange: priced[0][0], price: priced[0][1].data[member] } : null;
 	};
-	const [bid, ask, low, high] = [best("bid", -1), best("ask", 1), best("last", 1), best("last", -1)];
+	const bid = best("bid", -1);
+	const ask = best("ask", 1);
+	const lasts = valid.map(([, { data }]) => data.last).filter((last) => last > 0);
+	const isCrossed = valid.length > 1 && bid && ask && bid.price > ask.price;
 	return {
 		bid,
 		ask,
-		apart: fresh.length > 1 ? basisPoints(low.price, high.price) : null,
-		crossed: fresh.length > 1 && bid && ask && bid.price > ask.price ? basisPoints(ask.price, bid.price) : null,
+		rangeBp: valid.length > 1 ? basisPoints(Math.min(...lasts), Math.max(...lasts)) : null,
+		crossedBp: isCrossed ? basisPoints(ask.price, bid.price) : null,
 		outliers,
 	};
 }

@@ -1,16 +1,19 @@
-"""The one way to Redis, guarded: losing Redis costs speed, never an answer. Its URL names one, a Sentinel or a Cluster.
+"""All access to Redis: one server, a primary behind Sentinels, or a Redis Cluster.
 
-Every command is bounded in time and goes through a breaker, so a Redis that hangs costs one short wait and then
-nothing. Keys are versioned and carry a hash tag in braces, so that keys used together share a slot of a cluster.
+Redis is optional at any time. Each command has a timeout and goes through a circuit breaker, so a
+Redis that hangs delays one request and is then skipped. Keys have a version, and a hash tag in
+braces: keys that are used together are in the same slot of a cluster.
 """
 
 import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from operator import methodcaller
 from typing import Any, TypeVar
 
-from redis.asyncio import ConnectionPool, Redis, RedisCluster, Sentinel
+from redis.asyncio import Redis, RedisCluster, Sentinel
 from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import parse_url
@@ -22,129 +25,129 @@ from redis.exceptions import RedisClusterException, RedisError, ResponseError
 from config import split_hosts
 from src.core import metrics
 from src.core.background import repeat
-from src.core.circuit_breaker import CircuitBreaker
+from src.core.circuit_breaker import CircuitBreaker, Policy
 from src.core.clock import Clock
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 RedisClient = Redis | RedisCluster
+Command = Callable[[RedisClient], Awaitable[T]]
 
-PREFIX = "virtuoso:1:"  # the number is the version of what the keys hold; raise it when that changes
-NODE_SHARE = 0.5  # of a command's time, for one of several servers: it leaves time to ask another
-MAX_COMMANDS = 50  # at once
-SLOT_WAIT_SECONDS = 0.1  # longest wait for one of them to end; a burst of our own making is no fault of Redis
-MAX_CONNECTIONS = 60  # to each server; more than commands, because a pool without a free one fails as Redis would
-# One timeout is enough: a cold request uses Redis three times, and three waits would be three times as long.
-BREAKER_THRESHOLD = 1
-BREAKER_RESET_SECONDS = 1.0
+PREFIX = "virtuoso:1:"  # increase the number when the format of any value changes
+# Share of a command's timeout for one of several servers, so that there is time to try another.
+NODE_SHARE = 0.5
+MAX_COMMANDS = 50  # concurrent commands
+SLOT_WAIT_SECONDS = 0.1  # longest wait for a free slot; does not count as a failure of Redis
 BREAKER_MAX_OPEN_SECONDS = 15.0
-SCAN_COUNT = 500
+BREAKER_POLICY = Policy(
+    threshold=1,  # a cold request uses Redis three times: open after one timeout instead of three
+    reset_seconds=1.0,
+    max_open_seconds=BREAKER_MAX_OPEN_SECONDS,
+    neutral=(ResponseError,),  # Redis answered: it is full, read-only, or the type is wrong
+)
 PING_SECONDS = 5.0
-PING_TIMEOUT_SECONDS = 1.0  # nobody waits for it, and finding one's way in a cluster takes several answers
 
 
-class RedisAway(Exception):
-    """Redis is not configured, does not answer, or refused the command: go on without it."""
+class RedisUnavailable(Exception):
+    """Redis is not configured, does not answer or rejected the command. Continue without it."""
 
 
 class RedisStore:
-    """Runs commands on Redis; every one of them may raise `RedisAway`, and nothing else."""
+    """Runs commands on Redis. All methods raise `RedisUnavailable` and no other error."""
 
     def __init__(self, address: str, clock: Clock, timeout: float = 0.15) -> None:
-        """Prepare a client for the URL `address` (empty: no Redis), whose commands take `timeout` seconds at most."""
+        """Create a client for the URL `address`. An empty URL means that there is no Redis.
+
+        `timeout` is the timeout of one command in seconds.
+        """
         self._address = address
         self._clock = clock
         self._timeout = timeout
         self._slots = asyncio.Semaphore(MAX_COMMANDS)
-        self.client = _client(address, timeout) if address else None
-        self.breaker = CircuitBreaker(
-            "redis",
-            clock=clock,
-            threshold=BREAKER_THRESHOLD,
-            reset_seconds=BREAKER_RESET_SECONDS,
-            max_open_seconds=BREAKER_MAX_OPEN_SECONDS,
-            neutral=(ResponseError,),  # it answered: full, a wrong type, read-only
-            on_change=_log_change,
-        )
-
-    def __repr__(self) -> str:
-        return f"RedisStore(configured={self.client is not None}, state={self.breaker.state})"
+        self.client = _create_client(address, timeout) if address else None
+        self.breaker = CircuitBreaker("redis", clock, BREAKER_POLICY, _log_change)
 
     @property
     def configured(self) -> bool:
-        """Whether there is a Redis to use at all."""
+        """True if there is a Redis."""
         return self.client is not None
 
     @property
     def up(self) -> bool:
-        """Whether the last word from Redis was an answer."""
-        return self.client is not None and self.breaker.state == "closed"
+        """True if Redis is configured and answered the last command."""
+        return self.configured and self.breaker.state == "closed"
 
-    async def run(self, operation: str, command: Callable[[RedisClient], Awaitable[T]], seconds: float = 0) -> T:
-        """Run one command within the timeout, or `seconds` if that is more; count it. Raises `RedisAway`."""
+    async def run(self, operation: str, command: Command[T], seconds: float = 0) -> T:
+        """Run one command within the timeout, or within `seconds` if that is longer.
+
+        `operation` is the label of the command in the metrics.
+        """
         if self.client is None:
-            raise RedisAway("not configured")
-        if not self.breaker.admits:
+            raise RedisUnavailable("not configured")
+        if not self.breaker.is_admitting:
             metrics.cache_tier_operations_total.labels("redis", operation, "skipped").inc()
-            raise RedisAway("its breaker is open")
-        started, outcome = self._clock.monotonic(), "error"
+            raise RedisUnavailable("its breaker is open")
+        timeout = max(seconds, self._timeout)
+        started = self._clock.monotonic()
+        outcome = "error"
         try:
-            async with self._slot():
-                result = await self.breaker.call(_within, max(seconds, self._timeout), command, self.client)
-        except Exception as error:  # noqa: BLE001 - a cluster's client may close a connection that another call uses
-            log.debug("redis command failed", extra={"operation": operation, "error": type(error).__name__})
-            raise RedisAway(type(error).__name__) from None
-        else:
+            result = await self._call(timeout, command, self.client)
             outcome = "success"
-            return result
+        except Exception as error:  # noqa: BLE001 - a cluster client may raise any error
+            fields = {"operation": operation, "error": type(error).__name__}
+            log.debug("redis command failed", extra=fields)
+            raise RedisUnavailable(type(error).__name__) from None
         finally:
             metrics.cache_tier_operations_total.labels("redis", operation, outcome).inc()
-            elapsed = self._clock.monotonic() - started
-            metrics.cache_tier_operation_duration_seconds.labels("redis", operation).observe(elapsed)
+            duration = metrics.cache_tier_operation_duration_seconds.labels("redis", operation)
+            duration.observe(self._clock.monotonic() - started)
+        return result
 
-    @contextlib.asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
-        """Hold one of `MAX_COMMANDS` places; raises `TimeoutError`, outside the breaker, when none becomes free."""
+    async def _call(self, seconds: float, command: Command[T], client: RedisClient) -> T:
+        """Run one command in a slot. Raises `TimeoutError` if none becomes free."""
         async with asyncio.timeout(SLOT_WAIT_SECONDS if self._slots.locked() else None):
             await self._slots.acquire()
         try:
-            yield
+            return await self.breaker.call(_run_command, seconds, command, client)
         finally:
             self._slots.release()
 
     async def delete_matching(self, pattern: str) -> int:
-        """Remove our own keys that match the glob `pattern` after the prefix; returns how many. Raises `RedisAway`.
+        """Delete the gateway's keys that match the glob `pattern`, and return their number.
 
-        Scans and unlinks in small steps: nothing blocks Redis, and no key of anybody else is touched.
+        Scans and deletes in small steps, so that Redis is not blocked.
         """
         removed = 0
-        for node in await self.run("scan", _primaries):
+        for node in await self.run("scan", _list_primaries):
             cursor = None
             while cursor != 0:
-                cursor, keys = await self.run("scan", _scan(node, cursor or 0, PREFIX + pattern))
+                scan = partial(_scan, node=node, cursor=cursor or 0, pattern=PREFIX + pattern)
+                cursor, keys = await self.run("scan", scan)
                 if keys:
-                    removed += await self.run("unlink", _unlink(keys))
+                    removed += await self.run("unlink", methodcaller("unlink", *keys))
         return removed
 
-    async def keep_asking(self) -> None:
-        """Ask Redis for a sign of life, for ever: or memory hits alone would never learn that it went or came back."""
+    async def ping_forever(self) -> None:
+        """Ping Redis forever, so that the breaker follows its state without other commands."""
         if self.configured:
-            await repeat("redis", self._ask)
+            await repeat("redis", self._ping)
 
-    async def _ask(self) -> None:
-        with contextlib.suppress(RedisAway):
-            await self.run("ping", _sign_of_life, PING_TIMEOUT_SECONDS)
+    async def _ping(self) -> None:
+        with contextlib.suppress(RedisUnavailable):
+            # No request waits for a ping, and a cluster may need several answers.
+            await self.run("ping", _check, seconds=1)
         await asyncio.sleep(PING_SECONDS)
 
     @contextlib.asynccontextmanager
     async def pubsub(self) -> AsyncIterator[PubSub]:
-        """Open a pub/sub connection outside the pool of the commands.
+        """Open a pub/sub connection that does not use the pool of the commands.
 
-        Raises `RedisAway` if Redis is not configured or its breaker is not closed, and when the connection is lost.
+        Raises `RedisUnavailable` if Redis is down, and when the connection is lost.
         """
         if not self.up:
-            raise RedisAway("not configured, or its breaker is not closed")
-        client = _client(self._address, self._timeout)  # a new client knows the current servers of a cluster
+            raise RedisUnavailable("not configured, or its breaker is not closed")
+        # A new client reads the current servers of a cluster.
+        client = _create_client(self._address, self._timeout)
         try:
             if isinstance(client, RedisCluster):
                 await client.initialize()
@@ -152,18 +155,73 @@ class RedisStore:
                 yield pubsub
         except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
             log.debug("redis pub/sub ended", extra={"error": type(error).__name__})
-            raise RedisAway(type(error).__name__) from None
+            raise RedisUnavailable(type(error).__name__) from None
         finally:
             await _close(client)
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close all connections."""
         if self.client is not None:
             await _close(self.client)
 
 
+def _create_client(address: str, timeout: float) -> RedisClient:
+    scheme, _, rest = address.partition("://")
+    if "+" not in scheme:
+        return Redis.from_url(address, **_limits(timeout))
+    hosts = [parse_url(url) for url in split_hosts(address)]
+    access: dict[str, Any] = {name: hosts[0].get(name) for name in ("username", "password")}
+    access["ssl"] = scheme.startswith("rediss")
+    if scheme.endswith("+cluster"):
+        nodes = [ClusterNode(host["host"], host.get("port", 6379)) for host in hosts]
+        # Not dynamic: the client asks the hosts of the URL for the current nodes, whose addresses
+        # may have changed.
+        limits = _limits(timeout * NODE_SHARE)
+        cluster = RedisCluster(startup_nodes=nodes, dynamic_startup_nodes=False, **limits, **access)
+        cluster.commands_parser = _FirstArgument()  # type: ignore[assignment]
+        return cluster
+    name, _, database = rest.partition("/")[2].partition("/")
+    access["db"] = int(database.strip("/") or 0)
+    limits = _limits(timeout * NODE_SHARE, retries=0) | {"ssl": access["ssl"]}
+    addresses = [(host["host"], host.get("port", 26379)) for host in hosts]
+    # The client asks the Sentinels for the primary `name` for each new connection.
+    sentinel = Sentinel(addresses, sentinel_kwargs=limits)  # type: ignore[no-untyped-call]
+    primary: Redis = sentinel.master_for(name, **_limits(timeout), **access)
+    return primary
+
+
+def _limits(seconds: float, retries: int = 1) -> dict[str, Any]:
+    """Return the options that limit the duration of a command.
+
+    The default options of redis-py wait 58 seconds for a frozen server. One retry is needed for
+    connections that a restart of Redis has closed.
+    """
+    return {
+        "max_connections": MAX_COMMANDS + 10,  # per server; an exhausted pool raises an error
+        "socket_timeout": seconds,
+        "socket_connect_timeout": seconds,
+        "retry": Retry(NoBackoff(), retries),
+    }
+
+
+class _FirstArgument:
+    """Finds the key of a command: all commands of the gateway have it as the first argument.
+
+    redis-py's own parser reads the server's table of commands, which is the server's longest
+    answer, each time the client discovers the cluster.
+    """
+
+    async def initialize(self, node: ClusterNode | None = None) -> None:
+        """Do nothing: there is nothing to read."""
+
+    async def get_keys(self, *command: Any) -> list[Any]:
+        """Return the key of a command."""
+        return [command[1]]
+
+
 async def _close(client: RedisClient) -> None:
-    if isinstance(client, RedisCluster):  # its own close does nothing once it has lost sight of a node
+    if isinstance(client, RedisCluster):
+        # RedisCluster.aclose() does not close the nodes that the client no longer uses.
         await client.nodes_manager.aclose()
         await client.nodes_manager.aclose("startup_nodes")
     elif isinstance(client.connection_pool, SentinelConnectionPool):
@@ -171,106 +229,48 @@ async def _close(client: RedisClient) -> None:
     await client.aclose()
 
 
-def _client(address: str, timeout: float) -> RedisClient:
-    scheme, _, rest = address.partition("://")
-    if "+" not in scheme:
-        return Redis.from_pool(ConnectionPool.from_url(address, **_limits(timeout)))
-    hosts = [parse_url(url) for url in split_hosts(address)]
-    access: dict[str, Any] = {"username": hosts[0].get("username"), "password": hosts[0].get("password")}
-    access["ssl"] = scheme.startswith("rediss")
-    if scheme.endswith("+cluster"):
-        return _cluster([ClusterNode(host["host"], host.get("port", 6379)) for host in hosts], timeout, access)
-    name, _, database = rest.partition("/")[2].partition("/")
-    access["db"] = int(database.strip("/") or 0)
-    return _primary(name, [(host["host"], host.get("port", 26379)) for host in hosts], timeout, access)
-
-
-def _limits(seconds: float, retries: int = 1) -> dict[str, Any]:
-    # redis-py's defaults wait 58 s on a frozen server; one retry saves the calls that find a connection closed by a
-    # restart. Decoding is off: values are bytes.
-    return {
-        "max_connections": MAX_CONNECTIONS,
-        "socket_timeout": seconds,
-        "socket_connect_timeout": seconds,
-        "retry": Retry(NoBackoff(), retries),
-    }
-
-
-def _cluster(nodes: list[ClusterNode], timeout: float, access: dict[str, Any]) -> RedisCluster:
-    # Not dynamic: it asks the hosts of the URL for the nodes there are now, whatever addresses these have had before.
-    limits = _limits(timeout * NODE_SHARE)
-    cluster = RedisCluster(startup_nodes=nodes, dynamic_startup_nodes=False, **limits, **access)
-    cluster.commands_parser = _FirstArgument()  # type: ignore[assignment]
-    return cluster
-
-
-def _primary(name: str, hosts: list[tuple[str, int]], timeout: float, access: dict[str, Any]) -> Redis:
-    # Each new connection asks the sentinels, one after the other, which server is the primary now.
-    limits = _limits(timeout * NODE_SHARE, retries=0) | {"ssl": access["ssl"]}
-    sentinel = Sentinel(hosts, sentinel_kwargs=limits)  # type: ignore[no-untyped-call]
-    primary: Redis = sentinel.master_for(name, **_limits(timeout), **access)
-    return primary
-
-
-class _FirstArgument:
-    """Finds the key of a command where all commands used here have it.
-
-    It saves a cluster's client from reading a server's whole table of commands, its longest answer, whenever it looks
-    around.
-    """
-
-    async def initialize(self, node: ClusterNode | None = None) -> None:
-        """Have nothing to read."""
-
-    async def get_keys(self, *command: Any) -> list[Any]:
-        """Return the key of a command."""
-        return [command[1]]
-
-
-async def _within(seconds: float, command: Callable[[RedisClient], Awaitable[T]], client: RedisClient) -> T:
-    # Inside the breaker's call: a timeout out there would look like a caller that left.
+async def _run_command(seconds: float, command: Command[T], client: RedisClient) -> T:
+    # The timeout is inside the breaker's call. Outside, it would look like a cancelled caller.
     async with asyncio.timeout(seconds):
-        already = _cancellations()
+        cancellations = _count_cancellations()
         if isinstance(client, RedisCluster):
-            await client.initialize()  # it would do that itself, but after it has chosen a node for its first command
+            await client.initialize()  # before the client chooses the node of its first command
         result = await command(client)
-        # Before Python 3.12 `asyncio.wait_for`, by which redis-py sends, loses a cancellation that comes as it ends: a
-        # loop such as `keep_asking` would then never end, nor would the process.
-        if _cancellations() > already:
+        # Before Python 3.12, `asyncio.wait_for` in redis-py may swallow a cancellation. Without
+        # this check, a loop such as `ping_forever`, and so the process, would never end.
+        if _count_cancellations() > cancellations:
             raise asyncio.CancelledError
         return result
 
 
-def _cancellations() -> int:
+def _count_cancellations() -> int:
     task = asyncio.current_task()
     return task.cancelling() if task is not None else 0
 
 
-async def _sign_of_life(client: RedisClient) -> None:
-    try:  # what is left of a cluster that is down answers a PING, but no command that has a key
-        await (client.get(PREFIX) if isinstance(client, RedisCluster) else client.ping())
-    except ResponseError as error:  # it refuses other commands for their own sake, but this one because it is no use
+async def _check(client: RedisClient) -> None:
+    """Raise `RedisError` unless Redis can be used."""
+    try:
+        if isinstance(client, RedisCluster):
+            await client.get(PREFIX)  # nodes of a broken cluster still answer PING
+        else:
+            await client.ping()
+    except ResponseError as error:  # any error reply means that Redis is unavailable
         raise RedisError(type(error).__name__) from None
 
 
-async def _primaries(client: RedisClient) -> list[ClusterNode | None]:
+async def _list_primaries(client: RedisClient) -> list[ClusterNode | None]:
+    """Return the primaries of a cluster, or one None for a single server."""
     return [*client.get_primaries()] if isinstance(client, RedisCluster) else [None]
 
 
-def _scan(
-    node: ClusterNode | None, cursor: int, pattern: str
-) -> Callable[[RedisClient], Awaitable[tuple[int, list[Any]]]]:
-    async def scan(client: RedisClient) -> tuple[int, list[Any]]:
-        target: dict[str, Any] = {} if node is None else {"target_nodes": node}
-        after: Any
-        after, keys = await client.scan(cursor, match=pattern, count=SCAN_COUNT, **target)
-        return after if node is None else after[node.name], keys
-
-    return scan
-
-
-def _unlink(keys: list[bytes]) -> Callable[[RedisClient], Awaitable[Any]]:
-    return lambda client: client.unlink(*keys)
+async def _scan(
+    client: RedisClient, node: ClusterNode | None, cursor: int, pattern: str
+) -> tuple[int, list[Any]]:
+    target: dict[str, Any] = {} if node is None else {"target_nodes": node}
+    position: Any
+    position, keys = await client.scan(cursor, match=pattern, count=500, **target)
+    return position if node is None else position[node.name], keys
 
 
 def _log_change(old: str, new: str, cause: str | None) -> None:

@@ -1,31 +1,32 @@
-"""Between replicas: one of them watches a topic, by a lease in Redis, and tells the others over pub/sub what comes.
+"""Coordination of replicas: a lease in Redis per topic, and pub/sub for the events of topics.
 
-Without Redis, and while it is away, each watches for itself. A holder that dies is replaced when its lease ends.
+Without Redis, or while Redis is unavailable, each replica watches every topic itself. A lease
+holder that dies is replaced when its lease expires.
 """
 
 import asyncio
 import os
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from functools import partial
+from typing import Any
 
-import orjson
 from redis.asyncio import RedisCluster
 
 from src.core import metrics
 from src.core.background import report_error
-from src.store.redis import PREFIX, RedisAway, RedisClient, RedisStore
+from src.store.redis import RedisClient, RedisStore, RedisUnavailable
+from src.streams.topics import MarketDataEvent, Topic
 
-LEASE_SECONDS = 3.0  # what a dead holder costs at most; renewed three times as often
-LISTEN_SECONDS = 0.1  # longest wait for a message before it is looked what to listen to
-MAX_PENDING = 2000  # events on their way to other replicas; past that the oldest are dropped, and counted
-MAX_TOGETHER = 100  # of them in one command
+LEASE_SECONDS = 3.0  # longest outage after a holder dies; a lease is renewed three times as often
+LISTEN_SECONDS = 0.1  # longest wait for a message before the list of channels is checked
+COMMAND_SECONDS = 1.0
+MAX_PENDING = 2000  # events queued for other replicas; beyond it the oldest are dropped and counted
+MAX_BATCH = 100  # events in one command
 
-# Takes or keeps a lease, or with 0 milliseconds gives it up. KEYS: lease. ARGV: who asks, milliseconds. Returns 1 when
-# nobody else has it.
-LEASE = """
+# Acquires, renews or (0 milliseconds) releases a lease. KEYS: lease. ARGV: replica, milliseconds.
+# Returns 1 if no other replica holds the lease.
+LEASE_SCRIPT = """
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
 if ARGV[2] ~= '0' then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
@@ -34,195 +35,140 @@ return 1
 """
 
 
-class Topic(NamedTuple):
-    """What can be watched: one kind of data of one market."""
-
-    exchange: str
-    kind: str  # ticker, orderbook or trades
-    symbol: str
-
-    def redis(self, what: str) -> str:
-        """The name of its lease or channel in Redis."""
-        return f"{PREFIX}{what}:{{{self.exchange}|{self.kind}|{self.symbol}}}"
-
-
-@dataclass(frozen=True, slots=True)
-class MarketDataEvent:
-    """Something new of a topic. Times are UTC milliseconds; `data` is the answer as REST would send it."""
-
-    exchange: str
-    symbol: str
-    kind: str
-    sequence: int  # grows by one with each event of a topic; a new holder begins where it thinks the last one was
-    exchange_time: int | None
-    receive_time: int
-    data: bytes
-    steady: bool = True  # whether it shows that the topic is alive, not only a part of it
-
-    @property
-    def topic(self) -> Topic:
-        """What it is about."""
-        return Topic(self.exchange, self.kind, self.symbol)
-
-    def dump(self) -> bytes:
-        """Write it for other replicas: a line about it, then the data."""
-        head = [*self.topic, self.sequence, self.exchange_time, self.receive_time, self.steady]
-        return orjson.dumps(head) + b"\n" + self.data
-
-    @classmethod
-    def parse(cls, raw: object) -> Self | None:
-        """Read what `dump` wrote; anything else is None."""
-        head, _, data = raw.partition(b"\n") if isinstance(raw, bytes) else (b"", b"", b"")
-        with suppress(ValueError, TypeError):
-            *names, sequence, exchange_time, receive_time, steady = orjson.loads(head)
-            exchange, kind, symbol = map(str, names)
-            return cls(exchange, symbol, kind, int(sequence), exchange_time, int(receive_time), data, bool(steady))
-        return None
-
-
 class Bus:
-    """Decides which topics this replica watches: `hold(topic, held)` says so; `take(event)` brings what others tell.
+    """Decides which topics this replica watches, and exchanges events with other replicas.
 
-    A lease is only for who `reaches(topic)`: else one replica in trouble would keep all others from watching.
+    `set_held(topic, held)` is called when this replica acquires or loses a lease. A replica that
+    cannot reach the exchange, by `is_reachable(topic)`, releases its lease for another replica.
+    `receive(event)` is called for each event of a topic that another replica holds.
     """
 
     def __init__(
         self,
         store: RedisStore,
-        hold: Callable[[Topic, bool], None],
-        take: Callable[[MarketDataEvent], None],
-        reaches: Callable[[Topic], bool],
+        set_held: Callable[[Topic, bool], None],
+        is_reachable: Callable[[Topic], bool],
+        receive: Callable[[MarketDataEvent], None],
     ) -> None:
-        self._store, self._hold, self._take, self._reaches = store, hold, take, reaches
-        self._me = os.urandom(8).hex()
-        self._wanted: dict[Topic, bool] = {}  # whether we hold it
-        self._changed = asyncio.Event()
-        self._to_hear: set[str] | None = None  # channels; None: to be worked out again
-        self._outgoing: deque[MarketDataEvent] = deque(maxlen=MAX_PENDING)
-        self._sending: asyncio.Task[None] | None = None
-        self._releasing: set[asyncio.Task[None]] = set()
+        self._store = store
+        self._set_held = set_held
+        self._is_reachable = is_reachable
+        self._receive = receive
+        self._replica = os.urandom(8).hex()
+        self._held: dict[Topic, bool] = {}  # every topic of this replica: True if it has the lease
+        self._released: set[Topic] = set()  # topics whose leases have to be released
+        self._has_changes = asyncio.Event()
+        self._channels: set[str] = set()  # of topics without a lease: events of other replicas
+        self._outgoing: asyncio.Queue[MarketDataEvent] = asyncio.Queue(MAX_PENDING)
 
-    def want(self, topic: Topic) -> None:
-        """Watch a topic, here or through another replica."""
-        if topic not in self._wanted:
-            self._wanted[topic], self._to_hear = False, None
-            self._changed.set()
+    def add(self, topic: Topic) -> None:
+        """Start watching a topic, on this replica or through another one."""
+        self._held[topic] = False
+        self._channels.add(topic.redis_name("events"))
+        self._has_changes.set()
 
-    def leave(self, topic: Topic) -> None:
-        """Want a topic no more; another replica may take it over at once."""
-        self._to_hear = None
-        if self._wanted.pop(topic, False):
-            self._hold(topic, False)
-            task = asyncio.create_task(self._release([topic]))
-            self._releasing.add(task)
-            task.add_done_callback(self._releasing.discard)
+    def remove(self, topic: Topic) -> None:
+        """Stop watching a topic, and release its lease for other replicas."""
+        self._channels.discard(topic.redis_name("events"))
+        if self._held.pop(topic, False):
+            self._set_held(topic, False)
+            self._released.add(topic)
+            self._has_changes.set()
 
     def publish(self, event: MarketDataEvent) -> None:
-        """Tell other replicas, beside all else."""
-        if not self._store.up:
-            return
-        if len(self._outgoing) == MAX_PENDING:
-            metrics.stream_dropped_total.labels("bus").inc()
-        self._outgoing.append(event)
-        if self._sending is None or self._sending.done():
-            self._sending = asyncio.create_task(self._send())
+        """Queue an event for other replicas."""
+        if self._store.up:
+            if self._outgoing.full():
+                self._outgoing.get_nowait()
+                metrics.stream_dropped_total.labels("bus").inc()
+            self._outgoing.put_nowait(event)
 
     async def keep_leases(self) -> None:
-        """Take and renew leases, then wait until it is time to do so again."""
-        self._changed.clear()
+        """Acquire, renew and release leases, then wait until the next renewal or change."""
+        self._has_changes.clear()
         await self._renew()
         with suppress(TimeoutError):
-            async with asyncio.timeout(LEASE_SECONDS / 3):
-                await self._changed.wait()
+            await asyncio.wait_for(self._has_changes.wait(), LEASE_SECONDS / 3)
+
+    async def send(self) -> None:
+        """Wait for queued events, and send a batch of them to other replicas."""
+        batch = [await self._outgoing.get()]
+        while len(batch) < MAX_BATCH and not self._outgoing.empty():
+            batch.append(self._outgoing.get_nowait())
+        try:
+            await self._store.run("publish", partial(_publish, batch), COMMAND_SECONDS)
+        except RedisUnavailable:
+            metrics.stream_dropped_total.labels("bus").inc(len(batch))
 
     async def listen(self) -> None:
-        """Hear what other replicas tell of the topics they hold, as long as Redis is there."""
-        with suppress(RedisAway):
-            await self._listen()
+        """Receive events of topics that other replicas hold, until Redis is unavailable."""
+        subscribed: set[str] = set()
+        with suppress(RedisUnavailable):
+            async with self._store.pubsub() as pubsub:
+                while True:
+                    channels = set(self._channels)
+                    if channels - subscribed:
+                        await pubsub.subscribe(*(channels - subscribed))
+                    if subscribed - channels:
+                        await pubsub.unsubscribe(*(subscribed - channels))
+                    subscribed = channels
+                    if not subscribed:
+                        await asyncio.sleep(LISTEN_SECONDS)
+                        continue
+                    message = await pubsub.get_message(timeout=LISTEN_SECONDS)
+                    if message:
+                        self._deliver(message["data"])
 
     async def close(self) -> None:
-        """Give up all leases, so that others need not wait for their end."""
-        held = [topic for topic, is_held in self._wanted.items() if is_held]
-        self._wanted.clear()
-        if held and self._store.up:
-            await self._release(held)
-        for task in self._releasing:
-            task.cancel()
+        """Release all leases, so that other replicas need not wait until they expire."""
+        self._released |= {topic for topic, is_held in self._held.items() if is_held}
+        self._held.clear()
+        if self._store.up:
+            await self._renew()
 
     async def _renew(self) -> None:
-        if not (topics := list(self._wanted)):
+        # An unreachable topic is released on each attempt: 1 means that no other replica has it.
+        seconds = dict.fromkeys(self._released, 0.0)
+        for topic in self._held:
+            seconds[topic] = LEASE_SECONDS if self._is_reachable(topic) else 0.0
+        self._released = set()
+        if not seconds:
             return
+        command = partial(_update_leases, self._replica, seconds)
         try:
-            # Who does not reach the exchange gives its lease up, and goes on trying until somebody else has it.
-            lengths = [LEASE_SECONDS if self._reaches(topic) else 0 for topic in topics]
-            replies = await self._store.run("lease", _lease(self._me, topics, lengths), 1.0)
-        except RedisAway:
-            replies = [1] * len(topics)
-        for topic, reply in zip(topics, replies, strict=True):
+            replies = await self._store.run("lease", command, COMMAND_SECONDS)
+        except RedisUnavailable:
+            replies = [1] * len(seconds)
+        for topic, reply in zip(seconds, replies, strict=True):
             held = bool(reply)
-            if self._wanted.get(topic, held) != held:  # else it was left meanwhile, or nothing changed
-                self._wanted[topic], self._to_hear = held, None
+            if self._held.get(topic, held) != held:  # changed, and not removed in the meantime
+                self._held[topic] = held
+                self._channels ^= {topic.redis_name("events")}  # remove or add
                 metrics.stream_lease_changes_total.labels("taken" if held else "lost").inc()
-                self._hold(topic, held)
+                self._set_held(topic, held)
 
-    async def _release(self, topics: Sequence[Topic]) -> None:
-        with suppress(RedisAway):
-            await self._store.run("release", _lease(self._me, topics, [0] * len(topics)), 1.0)
-
-    async def _send(self) -> None:
-        while self._outgoing:
-            together = [self._outgoing.popleft() for _ in range(min(MAX_TOGETHER, len(self._outgoing)))]
-            try:
-                await self._store.run("publish", _publish(together), 1.0)
-            except RedisAway:
-                metrics.stream_dropped_total.labels("bus").inc(len(together))
-
-    async def _listen(self) -> None:
-        heard: set[str] = set()
-        async with self._store.pubsub() as pubsub:
-            while True:
-                if self._to_hear is None:
-                    self._to_hear = {topic.redis("events") for topic, held in self._wanted.items() if not held}
-                wanted = self._to_hear
-                if wanted - heard:
-                    await pubsub.subscribe(*(wanted - heard))
-                if heard - wanted:
-                    await pubsub.unsubscribe(*(heard - wanted))
-                if heard := wanted:
-                    message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=LISTEN_SECONDS)
-                    self._understand(message["data"] if message else None)
-                else:
-                    await asyncio.sleep(LISTEN_SECONDS)
-
-    def _understand(self, raw: object) -> None:
+    def _deliver(self, raw: object) -> None:
         event = MarketDataEvent.parse(raw)
-        if event is not None and self._wanted.get(event.topic) is False:
+        if event is not None and self._held.get(event.topic) is False:
             try:
-                self._take(event)
-            except Exception as error:  # noqa: BLE001 - reported; the next events are heard all the same
+                self._receive(event)
+            except Exception as error:  # noqa: BLE001 - reported; later events are still delivered
                 report_error("delivery", error)
 
 
-def _lease(me: str, topics: Sequence[Topic], seconds: Sequence[float]) -> Callable[[RedisClient], Awaitable[list[Any]]]:
-    async def run(client: RedisClient) -> list[Any]:
-        pipeline: Any = client.pipeline(transaction=False)
-        for topic, length in zip(topics, seconds, strict=True):
-            pipeline.eval(LEASE, 1, topic.redis("lease"), me, int(length * 1000))
-        replies: list[Any] = await pipeline.execute()
-        return replies
-
-    return run
+async def _update_leases(replica: str, seconds: Mapping[Topic, float], client: RedisClient) -> Any:
+    pipeline: Any = client.pipeline(transaction=False)
+    for topic, length in seconds.items():
+        pipeline.eval(LEASE_SCRIPT, 1, topic.redis_name("lease"), replica, int(length * 1000))
+    return await pipeline.execute()
 
 
-def _publish(events: Sequence[MarketDataEvent]) -> Callable[[RedisClient], Awaitable[None]]:
-    async def run(client: RedisClient) -> None:
-        if isinstance(client, RedisCluster):  # takes no such command in a pipeline
-            for event in events:
-                await client.publish(event.topic.redis("events"), event.dump())
-            return
-        pipeline: Any = client.pipeline(transaction=False)
+async def _publish(events: Sequence[MarketDataEvent], client: RedisClient) -> None:
+    if isinstance(client, RedisCluster):  # its pipelines do not support PUBLISH
         for event in events:
-            pipeline.publish(event.topic.redis("events"), event.dump())
-        await pipeline.execute()
-
-    return run
+            await client.publish(event.topic.redis_name("events"), event.dump())
+        return
+    pipeline: Any = client.pipeline(transaction=False)
+    for event in events:
+        pipeline.publish(event.topic.redis_name("events"), event.dump())
+    await pipeline.execute()

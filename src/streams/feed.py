@@ -1,136 +1,137 @@
-"""What subscribers get: the newest of a topic, in the form of their transport, made once for all of them."""
+"""Feeds: the newest value of a topic, encoded once for all client connections."""
 
-import asyncio
-import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 
 from src.core.background import report_error
-from src.core.errors import InternalError
-from src.streams.bus import MarketDataEvent, Topic
+from src.streams.topics import MAX_LEVELS, MarketDataEvent, Subscription, Topic
 
-SEND_BUFFER_BYTES = 65_536  # of the kernel, for each client: what is in it is old when it arrives
-LEVELS = 50  # of books that are watched; subscribers may want fewer
-CHANNELS = {"ticker": "ticker", "book": "orderbook", "trades": "trades"}  # what clients call the kinds
+SEND_BUFFER_BYTES = 65_536  # kernel buffer of each client; data in it is already old on arrival
 TRANSPORTS = ("ws", "sse")
-NAMES = {kind: channel for channel, kind in CHANNELS.items()}
-Form = Callable[[str, int, bytes], bytes]  # type, sequence, JSON -> what is sent
-
-
-class Subscription(NamedTuple):
-    """What a subscriber asked for; without an exchange it is the first that can be watched."""
-
-    channel: str
-    symbol: str
-    exchange: str = ""
-    levels: int = 0
+SLOW_SECONDS = 15.0  # a client that is slow for this long is disconnected
+Framing = Callable[[bytes, str, int], bytes]  # JSON, message type, sequence -> bytes to send
 
 
 class Feed:
-    """A topic as its subscribers get it: with so many levels of a book; its texts are made once for all of them."""
-
-    __slots__ = ("_body", "_texts", "channel", "event", "levels", "subscribers", "topic")
+    """A topic with a fixed number of order book levels, and the connections subscribed to it."""
 
     def __init__(self, topic: Topic, levels: int) -> None:
-        self.topic, self.levels, self.channel = topic, levels, NAMES[topic.kind]
+        self.topic = topic
+        self.levels = levels
+        self.channel = topic.channel.name
         self.event: MarketDataEvent | None = None
         self.subscribers: dict[ClientConnection, None] = {}
         self._body = b""
-        self._texts: dict[Form, bytes] = {}
+        self._names = topic.fields() | ({"levels": levels} if levels else {})
+        self._updates: dict[Framing, bytes] = {}
 
-    def push(self, event: MarketDataEvent, body: bytes, what: str) -> bool:
-        """Offer something new to every subscriber; `body` is the event's data with the feed's levels.
+    def publish(self, event: MarketDataEvent, body: bytes, message_type: str) -> bool:
+        """Push a new value to every subscriber. Return True if no subscriber raised an error.
 
-        An error of one subscriber is reported and does not affect the others. Returns True if there was none.
+        `body` is the event's data with this feed's number of levels.
         """
-        self.event, self._body, self._texts = event, body, {}
-        return for_each(self.subscribers, lambda subscriber: subscriber.offer(self, what))
+        self.event = event
+        self._body = body
+        self._updates = {}
+        return for_each(self.subscribers, lambda subscriber: subscriber.push(self, message_type))
 
-    def text(self, what: str, form: Form) -> bytes:
-        """Return the message of the newest event, a `snapshot` or an `update`, in the form of a transport.
+    def message(self, message_type: str, framing: Framing) -> bytes:
+        """Return a `snapshot` or `update` of the newest value, framed for a transport.
 
-        An update is made once for all; a snapshot may be taken any time later, and says when that was.
+        All subscribers share one update. A snapshot may be sent at any later time, so it is encoded
+        each time with its own `sent_at`.
         """
-        if (made := self._texts.get(form)) is not None and what == "update":
-            return made
-        if self.event is None:
-            return b""
+        if message_type == "update" and framing in self._updates:
+            return self._updates[framing]
         event = self.event
-        head = {"type": what} | about(self.topic) | ({"levels": self.levels} if self.levels else {})
-        head |= {"seq": event.sequence, "timestamp": event.exchange_time, "fetched_at": event.receive_time}
-        text = orjson.dumps(head | {"sent_at": time.time_ns() // 1_000_000})[:-1] + b',"data":' + self._body + b"}"
-        made = form(what, event.sequence, text)
-        if what == "update":
-            self._texts[form] = made
-        return made
+        if event is None:
+            return b""
+        head = {"type": message_type} | self._names
+        head |= {
+            "seq": event.sequence,
+            "timestamp": event.exchange_time,
+            "fetched_at": event.receive_time,
+            "sent_at": utc_ms(),
+        }
+        payload = orjson.dumps(head)[:-1] + b',"data":' + self._body + b"}"
+        framed = framing(payload, message_type, event.sequence)
+        if message_type == "update":
+            self._updates[framing] = framed
+        return framed
 
 
-class ClientConnection:
-    """Somebody who is told. What it is offered may be taken now, or later as it is then; it must not wait."""
+class ClientConnection(ABC):
+    """A consumer's connection. No method waits: data that cannot be sent now is sent later."""
 
     transport = ""
 
     def __init__(self, client: str) -> None:
-        self.client = client  # whose connection it is, as the gate names it
-        self.wants: dict[Subscription, list[Feed]] = {}
-        self.stale: set[Topic] = set()  # of what it wants: told to be stale, and not yet to be live again
+        self.client = client  # API key or address, as the gate identifies the client
+        # The feed of each topic is None until the topic has a first value, or its load failed.
+        self.subscriptions: dict[Subscription, dict[Topic, Feed | None]] = {}
+        self.stale_topics: set[Topic] = set()  # topics whose last sent status is `stale`
+        self.last_seen: int | None = None  # number of the newest event that the client has
 
-    def catch_up(self) -> bool:
-        """Take what was kept back, if that can be; returns whether nothing is any more."""
-        raise NotImplementedError
+    @abstractmethod
+    def push(self, feed: Feed, message_type: str) -> None:
+        """Send the newest value of a feed."""
 
-    def beat(self, message: bytes) -> None:
-        """Take a sign of life."""
-        raise NotImplementedError
+    @abstractmethod
+    def send_message(self, message: dict[str, Any]) -> None:
+        """Send any other message."""
 
-    def offer(self, feed: Feed, what: str) -> None:
-        """Take what is new of a feed."""
-        raise NotImplementedError
+    @abstractmethod
+    def send_heartbeat(self, message: bytes) -> None:
+        """Send a heartbeat, unless other messages are pending."""
 
-    def tell(self, message: dict[str, Any]) -> None:
-        """Take a message that is about a feed, or about the gateway."""
-        raise NotImplementedError
+    @abstractmethod
+    def send_pending(self) -> None:
+        """Send pending values if the client can take them, or disconnect a client that is too slow.
 
-    def goodbye(self) -> None:
-        """Learn that the gateway stops."""
-        raise NotImplementedError
+        Without pending values, remove the connection from `StreamHub.slow_connections`.
+        """
+
+    @abstractmethod
+    def close_for_shutdown(self) -> None:
+        """Close the connection because the gateway stops."""
 
 
-def for_each(subscribers: Iterable[ClientConnection], action: Callable[[ClientConnection], object]) -> bool:
-    """Run `action` for every subscriber. Errors are reported and do not affect the others; True if there was none."""
-    failures = 0
-    for subscriber in list(subscribers):
+def for_each(
+    connections: Iterable[ClientConnection], action: Callable[[ClientConnection], object]
+) -> bool:
+    """Run `action` for every connection. Return True if no connection raised an error.
+
+    An error is reported and does not affect other connections.
+    """
+    has_failed = False
+    for connection in list(connections):
         try:
-            action(subscriber)
+            action(connection)
         except Exception as error:  # noqa: BLE001 - reported
             report_error("delivery", error)
-            failures += 1
-    return not failures
+            has_failed = True
+    return not has_failed
 
 
-def way_to(server: Any, buffer_bytes: int) -> asyncio.Transport:
-    """Return the transport of a connection of the server's, with so much of the kernel's buffer."""
-    if server is None:
-        raise InternalError("the gateway does not know the sockets of this server")
-    transport: asyncio.Transport = server.transport
-    if (raw := transport.get_extra_info("socket")) is not None:
-        with suppress(OSError):  # it may be closed already
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
-    return transport
+def encode_levels(event: MarketDataEvent, levels: Iterable[int]) -> dict[int, bytes]:
+    """Return the event's data with all levels, and with each number of the best levels.
+
+    Data without levels has the key 0. Raises an exception if another replica's data is invalid.
+    """
+    if not event.topic.channel.has_levels:
+        return {0: event.data}
+    book = orjson.loads(event.data)
+    bids, asks = book["bids"], book["asks"]
+    bodies = {MAX_LEVELS: event.data}
+    for count in set(levels) - {MAX_LEVELS}:
+        bodies[count] = orjson.dumps(book | {"bids": bids[:count], "asks": asks[:count]})
+    return bodies
 
 
-def about(topic: Topic) -> dict[str, Any]:
-    """Name a topic as messages do."""
-    return {"channel": NAMES[topic.kind], "exchange": topic.exchange, "symbol": topic.symbol}
-
-
-def bodies(event: MarketDataEvent, levels: Iterable[int]) -> dict[int, bytes]:
-    """Return the event's data with only the best levels of a book, for each of these numbers of levels."""
-    if event.kind != "orderbook":
-        return dict.fromkeys(levels, event.data)
-    whole = orjson.loads(event.data)
-    return {most: orjson.dumps(whole | {side: whole[side][:most] for side in ("bids", "asks")}) for most in levels}
+def utc_ms() -> int:
+    """Return the time of the system clock, for `sent_at`."""
+    return time.time_ns() // 1_000_000

@@ -1,7 +1,7 @@
-"""The JSON documents beside market data, as models: they describe the answers in the OpenAPI document.
+"""Models of all JSON documents except market data, for the OpenAPI document.
 
-The answers themselves are built as plain dicts or bytes and are not validated when they are sent. Tests validate real
-answers against these models' schemas.
+Answers are built as plain dicts or bytes, and are not validated when they are sent. Tests validate
+real answers against the schemas of these models.
 """
 
 from collections.abc import Iterator
@@ -15,16 +15,16 @@ from src.core.errors import GatewayError, Unavailable
 from src.core.models import Document, Ticker
 
 
-def _codes(error: type[GatewayError]) -> Iterator[str]:
-    """Yield the code of an error class and of all its subclasses. `Unavailable` is a branch that is never raised."""
-    if error is not Unavailable:
-        yield error.code
-    for child in error.__subclasses__():
-        yield from _codes(child)
+def error_classes(root: type[GatewayError]) -> Iterator[type[GatewayError]]:
+    """Yield an error class and its subclasses, without `Unavailable`, which is never raised."""
+    if root is not Unavailable:
+        yield root
+    for child in root.__subclasses__():
+        yield from error_classes(child)
 
 
 # A TypeAliasType becomes a schema with its name, which generated clients use.
-_enum: dict[str, Any] = {"enum": sorted(set(_codes(GatewayError)))}
+_enum: dict[str, Any] = {"enum": sorted({error.code for error in error_classes(GatewayError)})}
 ErrorCode = TypeAliasType("ErrorCode", Annotated[str, Field(json_schema_extra=_enum)])
 BreakerState = TypeAliasType("BreakerState", Literal["closed", "open", "half_open"])
 HealthStatus = TypeAliasType("HealthStatus", Literal["healthy", "degraded", "unhealthy"])
@@ -32,7 +32,7 @@ Milliseconds = Annotated[int, Field(description="UTC milliseconds.")]
 
 
 class Attempt(Document):
-    """What asking one exchange came to."""
+    """The error of one exchange."""
 
     exchange: str | None
     code: ErrorCode
@@ -40,19 +40,25 @@ class Attempt(Document):
 
 
 class Problem(Document):
-    """RFC 9457 problem document. README.md lists what each code means."""
+    """RFC 9457 problem document. README.md lists the meaning of each code."""
 
-    type: str = Field(description="`urn:virtuoso:error:` and the code.")
+    type: str
+    """`urn:virtuoso:error:` and the code."""
     title: str
-    status: int = Field(description="The HTTP status of this problem.")
+    status: int
+    """The HTTP status of this problem."""
     code: ErrorCode
-    detail: str = Field(description="What was wrong and what would have worked.")
+    detail: str
+    """What happened, and what to do."""
     exchange: str | None = None
     symbol: str | None = None
-    retry_after: int | None = Field(None, description="Seconds to wait; also the header Retry-After.")
-    cause: str | None = Field(None, description="Why the circuit breaker is open.")
+    retry_after: int | None = None
+    """Seconds to wait; also the header Retry-After."""
+    cause: str | None = None
+    """Why the circuit breaker is open."""
     attempts: list[Attempt] | None = None
-    suggestions: list[str] | None = Field(None, description="Listed symbols close to the one asked for.")
+    suggestions: list[str] | None = None
+    """Listed symbols similar to the requested one."""
 
 
 class TickerBatch(Document):
@@ -63,7 +69,7 @@ class TickerBatch(Document):
 
 
 class TickerTable(Document):
-    """With `exchange=all`: tickers by symbol and exchange, and a problem for each place without one."""
+    """With `exchange=all`: tickers by symbol and exchange, and a problem for each missing one."""
 
     tickers: dict[str, dict[str, Ticker]]
     errors: dict[str, dict[str, Problem]]
@@ -96,7 +102,7 @@ class Breaker(Document):
 
 
 class LoadedMarkets(Document):
-    """The market list of an exchange; `error` is the code of the last attempt to load it, if that failed."""
+    """The market list of an exchange; `error` is the code of the last attempt, if it failed."""
 
     count: int
     loaded_at: Milliseconds | None
@@ -104,7 +110,7 @@ class LoadedMarkets(Document):
 
 
 class StreamStatus(Document):
-    """The streams of an exchange on this replica; `cause` says why nothing is pushed."""
+    """The streams of an exchange on this replica; `cause` is the reason if nothing is pushed."""
 
     sockets: int
     watched: int
@@ -119,20 +125,23 @@ class EnabledExchange(Document):
     enabled: Literal[True]
     breaker: Breaker
     last_success: Milliseconds | None
-    budget_used_ratio: float = Field(description="1 is all of it.")
+    budget_used_ratio: float
+    """1 means that the whole budget is used."""
     in_flight: int
     markets: LoadedMarkets
     streams: StreamStatus | None = None
 
 
 class DisabledExchange(Document):
-    """An exchange that the settings leave out."""
+    """An exchange that the settings switch off."""
 
     enabled: Literal[False]
 
 
 _fields: Any = dict.fromkeys(EXCHANGES, EnabledExchange | DisabledExchange)
-Exchanges = create_model("Exchanges", __base__=Document, __doc__="Every known exchange, by name.", **_fields)
+Exchanges = create_model(
+    "Exchanges", __base__=Document, __doc__="Every known exchange, by name.", **_fields
+)
 
 
 class HealthPart(Document):
@@ -142,18 +151,13 @@ class HealthPart(Document):
     reason: str
 
 
-class HealthParts(Document):
-    """The state of every part of the gateway."""
-
-    exchanges: HealthPart
-    markets: HealthPart
-    redis: HealthPart
-    cache: HealthPart
-    streams: HealthPart
+_parts: Any = dict.fromkeys(("exchanges", "markets", "redis", "cache", "streams"), HealthPart)
+_parts_text = "The state of every part of the gateway."
+HealthParts = create_model("HealthParts", __base__=Document, __doc__=_parts_text, **_parts)
 
 
 class Health(Document):
-    """The state of the gateway: the worst of its parts."""
+    """The state of the gateway: that of its worst part."""
 
     status: HealthStatus
     parts: HealthParts
@@ -165,7 +169,7 @@ class Health(Document):
 
 
 class Liveness(Document):
-    """The process answers."""
+    """The process is running."""
 
     status: Literal["live"]
 
@@ -177,7 +181,7 @@ class Readiness(Document):
 
 
 class CacheFigures(Document):
-    """The cache in the last minute; a ratio is null when nothing was requested."""
+    """The cache in the last minute; a ratio is null if nothing was requested."""
 
     window_seconds: float
     requests: int
@@ -195,7 +199,7 @@ class Subscribers(Document):
 
 
 class ServiceFigures(Document):
-    """The service in the last minute; a figure is null when nothing was counted."""
+    """The service in the last minute; a figure is null if nothing was counted."""
 
     window_seconds: float
     requests_per_second: float | None
@@ -232,7 +236,7 @@ class DashboardData(Document):
 
 
 class ClearedCache(Document):
-    """What was removed from the cache; `cleared` is null when Redis did not answer."""
+    """The number of removed cache entries; `cleared` is null if Redis did not answer."""
 
     cleared: int | None
     redis: str

@@ -1,8 +1,9 @@
-"""In front of the app: a request that was answered before is answered from ready bytes while memory has them fresh.
+"""Answers repeated requests from memory, in front of the app.
 
-The app teaches it: each of its answers leaves a recipe, the keys that request came down to. A repetition looks those
-keys up in the same cache, by the same order of exchanges and breakers, and writes the same header fields by the same
-functions. Whatever asks for more than that goes on to the app untouched, so nothing is decided twice.
+Each answer of the app leaves a recipe: the cache keys that it was made from. When the same request
+comes again, the fast path looks up these keys in the same cache, with the same order of exchanges
+and breakers, and builds the header fields with the same functions. Every other request goes to the
+app unchanged, so that no decision is made in two places.
 """
 
 import logging
@@ -13,187 +14,170 @@ from starlette.types import Receive, Scope, Send
 
 from config import Settings
 from src.cache.entry import Entry
-from src.cache.memory import Held
 from src.core import metrics
 from src.core.clock import Clock
-from src.core.logs import new_request_id
 from src.gateway import Gateway
-from src.web.gate import Gate
-from src.web.middleware import MAX_HEADER_BYTES, identify
-from src.web.responses import Fields, Recipe, content, head, joined, matches
+from src.web import uvicorn_edge
+from src.web.gate import Gate, RawHeaders
+from src.web.middleware import MAX_HEADER_BYTES, valid_request_id
+from src.web.responses import HeaderFields, Recipe, content_headers, freshness, matches
 
-REQUESTS_PER_ENTRY = 2  # requests remembered for each entry memory may hold: a symbol has more than one spelling
-MAX_REQUEST_BYTES = 256  # of path and query; a longer one for a single value is nobody's habit
-MAX_BATCHES = 64  # each holds its whole answer: some 45 KB for 100 symbols, three times that with `exchange=all`
-MAX_BATCH_BYTES = 4096
-TURNS = 8  # most requests that get a second chance before a new one is turned away
+REQUESTS_PER_ENTRY = 2  # remembered requests per entry in memory: a symbol has several spellings
+MAX_REQUEST_BYTES = 256  # path and query of a request for a single value
+MAX_BATCHES = 64  # each keeps its body: about 45 KB for 100 symbols, 135 KB with `exchange=all`
+MAX_BATCH_BYTES = 4096  # path and query of a batch request
+MAX_SECOND_CHANCES = 8  # requests that are kept before a new request is refused
 
-# What a ready answer depends on, and what only the app can judge.
-NOTED = frozenset({b"host", b"if-none-match", b"x-api-key", b"x-forwarded-for", b"x-request-id"})
-FOR_THE_APP = frozenset({b"content-length", b"transfer-encoding", b"expect"})
+# An answer depends on the first set. Requests with a field of the second set go to the app.
+RELEVANT = frozenset({b"host", b"if-none-match", b"x-api-key", b"x-forwarded-for", b"x-request-id"})
+APP_ONLY = frozenset({b"content-length", b"transfer-encoding", b"expect"})
 
-Raw = tuple[bytes, bytes]  # path and query as they came
+Target = tuple[bytes, bytes]  # path and query, as received
 log = logging.getLogger(__name__)
 
 
-class Slot:
-    """One remembered request."""
+class RecipeTable(dict[Target, Recipe]):
+    """At most `size` remembered requests; the oldest is dropped first.
 
-    __slots__ = ("_joined", "_keys", "_parts", "hits", "is_batch", "recipe", "used", "values")
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.hits = metrics.hits.setdefault(recipe.route, metrics.Hits(recipe.route))
-        self.used = False
-        self.values = len(recipe.keys)
-        self.is_batch = bool(recipe.places)
-        self._keys = recipe.keys
-        self._parts: list[Held] = []
-        self._joined: Entry | None = None
-
-    def find(self, gateway: Gateway) -> list[Held] | None:
-        """Return every value of the answer, if all of them are fresh in memory."""
-        found = []
-        for keys in self._keys:
-            if (held := gateway.at_hand(keys)) is None:
-                return None
-            found.append(held)
-        return found
-
-    def join(self, found: list[Held]) -> Entry:
-        """Return the answer of a batch, which is joined anew only when a part has changed."""
-        if self._joined is None or found != self._parts:
-            bodies = (held.entry.body for held in found)
-            whole = joined(dict(zip(self.recipe.places, bodies, strict=True)))
-            self._joined, self._parts = Entry.joined(whole, [held.entry for held in found]), found
-        return self._joined
-
-
-class Table(dict[Raw, Slot]):
-    """Remembered requests, at most `size`, the oldest out first.
-
-    One that was repeated since its last turn stays for another: so a flood of requests nobody repeats replaces itself.
+    A request that was repeated since its last turn stays for another turn. A flood of requests that
+    are never repeated therefore only replaces itself.
     """
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self._size = size
 
-    def add(self, raw: Raw, slot: Slot) -> None:
-        """Remember a request, unless every one that would have to go for it is in use."""
-        for _ in range(TURNS):
-            if len(self) < self._size or raw in self:
+    def add(self, target: Target, recipe: Recipe) -> None:
+        """Remember a request, unless all candidates for removal are in use."""
+        for _ in range(MAX_SECOND_CHANCES):
+            if self._has_room(target):
                 break
             oldest = next(iter(self))
-            old = self.pop(oldest)
-            if old.used:
-                old.used = False
-                self[oldest] = old
-        if len(self) < self._size or raw in self:
-            self[raw] = slot
+            candidate = self.pop(oldest)
+            if candidate.was_used:
+                candidate.was_used = False
+                self[oldest] = candidate
+        if self._has_room(target):
+            self[target] = recipe
+
+    def _has_room(self, target: Target) -> bool:
+        return len(self) < self._size or target in self
 
 
 class FastPath:
-    """The ASGI app that is served; `app` is the whole of it without this shortcut."""
+    """The ASGI app that the server runs. `app` is the complete app without the fast path."""
 
     def __init__(self, app: FastAPI, gate: Gate, settings: Settings, clock: Clock) -> None:
         self.app = app
         self._gate = gate
         self._clock = clock
         self._private = bool(settings.api_keys)
-        self._noted = NOTED | FOR_THE_APP | ({b"origin"} if settings.cors_origins else set())
-        # The CORS middleware says so even where there is no Origin.
-        self._always: Fields = [(b"vary", b"Origin")] if settings.cors_origins else []
-        self._single = Table(REQUESTS_PER_ENTRY * settings.cache_memory_size)
-        self._batches = Table(MAX_BATCHES)
+        self._noted = RELEVANT | APP_ONLY
+        self._common_fields: HeaderFields = []
+        if settings.cors_origins:  # the CORS middleware sends Vary for requests without Origin, too
+            self._noted |= {b"origin"}
+            self._common_fields = [(b"vary", b"Origin")]
+        self._singles = RecipeTable(REQUESTS_PER_ENTRY * settings.cache_memory_size)
+        self._batches = RecipeTable(MAX_BATCHES)
         self._markets_version = 0
-        self._logs_requests = log.isEnabledFor(logging.DEBUG)  # the app writes a line for each: leave them all to it
+        self._logs_requests = log.isEnabledFor(logging.DEBUG)  # only the app logs requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request from memory, or pass it on to the app."""
         started = perf_counter()
-        # The connection: its address is that of the client, and behind the app's layers `send` does not lead to it.
-        scope["virtuoso.server"] = getattr(send, "__self__", None)
-        hit = self._hit(scope) if scope["type"] == "http" and scope["method"] == "GET" else None
-        if hit is None:
+        scope[uvicorn_edge.SEND] = send
+        is_get = scope["type"] == "http" and scope["method"] == "GET"
+        match = self._find(scope) if is_get else None
+        if match is None:
             await self._pass_on(scope, receive, send)
             return
-        slot, age, status, fields, body = hit
+        recipe, entries, headers, limit_fields = match
+        age, status, fields, body = self._respond(recipe, entries, headers)
+        fields += limit_fields
+        given_id = headers.get(b"x-request-id", b"").decode("latin-1")
+        fields.append((b"x-request-id", valid_request_id(given_id).encode()))
         metrics.in_progress.count += 1
         try:
             await send({"type": "http.response.start", "status": status, "headers": fields})
             await send({"type": "http.response.body", "body": body})
         finally:
             metrics.in_progress.count -= 1
-            slot.hits.count(status, age, perf_counter() - started, slot.values)
+            metrics.hits[recipe.route].count(status, age, perf_counter() - started, len(entries))
 
-    def _hit(self, scope: Scope) -> tuple[Slot, float, int, Fields, bytes] | None:
-        """Make the answer to a request: its age, status, header fields and body; None when that is for the app."""
-        raw = (scope["raw_path"], scope["query_string"])
-        if (slot := self._single.get(raw) or self._batches.get(raw)) is None:
+    def _find(self, scope: Scope) -> tuple[Recipe, list[Entry], RawHeaders, HeaderFields] | None:
+        """Return the recipe, entries, request headers and limit fields, or None for the app."""
+        target = (scope["raw_path"], scope["query_string"])
+        recipe = self._singles.get(target) or self._batches.get(target)
+        if recipe is None:
             return None
         gateway: Gateway = scope["state"]["gateway"]
-        if gateway.markets.version != self._markets_version:  # who lists what may have changed: the app finds out
+        if gateway.markets.version != self._markets_version:  # exchanges may list other symbols now
             return None
-        if (asked := self._read(scope["headers"])) is None or (found := slot.find(gateway)) is None:
+        headers = self._read_headers(scope["headers"])
+        entries = recipe.find(gateway)
+        if headers is None or entries is None:
             return None
-        if (limits := self._always if self._gate.open else self._limits(asked, scope, gateway)) is None:
-            return None
-        slot.used = True
-        for held in found:
-            gateway.cache.memory.use(held)
-        entry = slot.join(found) if slot.is_batch else found[0].entry
-        age = self._clock.monotonic() - entry.born
-        age = age if age > 0 else 0.0
-        fields = head(entry.etag, age, entry.ttl - age, "hit_memory", private=self._private)
-        status, body = 200, entry.body
-        if b"if-none-match" in asked and matches([asked[b"if-none-match"].decode("latin-1")], entry.etag):
-            status, body = 304, b""
-        else:
-            fields += content(len(body))
-        fields += limits
-        given = asked.get(b"x-request-id")
-        fields.append((b"x-request-id", (identify(given.decode("latin-1")) if given else new_request_id()).encode()))
-        return slot, age, status, fields, body
+        limit_fields = self._common_fields
+        if not self._gate.open:
+            limits = self._gate.try_admit(scope, headers, gateway.store)
+            if limits is None:
+                return None
+            encoded = [(name.lower().encode(), value.encode()) for name, value in limits.items()]
+            limit_fields = limit_fields + encoded
+        recipe.was_used = True
+        for entry in entries:
+            gateway.cache.memory.count_hit(entry)
+        return recipe, entries, headers, limit_fields
 
-    def _limits(self, asked: dict[bytes, bytes], scope: Scope, gateway: Gateway) -> Fields | None:
-        """Count the request against its client's limit; returns the fields that tell of it, or None: the app's."""
-        key, forwarded = (asked.get(name, b"").decode("latin-1") for name in (b"x-api-key", b"x-forwarded-for"))
-        told = self._gate.at_once(scope, key, forwarded, gateway.store)
-        if told is None:
-            return None
-        return self._always + [(name.lower().encode(), value.encode()) for name, value in told.items()]
-
-    def _read(self, headers: Fields) -> dict[bytes, bytes] | None:
-        """Pick the header fields an answer depends on; None when there is one the app has to see, or too much."""
-        asked: dict[bytes, bytes] = {}
-        size, noted = 0, self._noted
-        for name, value in headers:
+    def _read_headers(self, fields: HeaderFields) -> dict[bytes, bytes] | None:
+        """Return the relevant header fields, or None if the app has to judge the headers."""
+        headers: dict[bytes, bytes] = {}
+        size = 0
+        noted = self._noted
+        for name, value in fields:
             size += len(name) + len(value)
             if name in noted:
-                if name in asked or name not in NOTED:
+                if name in headers or name not in RELEVANT:
                     return None
-                asked[name] = value
-        return asked if b"host" in asked and size <= MAX_HEADER_BYTES else None
+                headers[name] = value
+        return headers if b"host" in headers and size <= MAX_HEADER_BYTES else None
+
+    def _respond(
+        self, recipe: Recipe, entries: list[Entry], headers: RawHeaders
+    ) -> tuple[float, int, HeaderFields, bytes]:
+        """Return the age, status, header fields and body of an answer."""
+        entry = recipe.join(entries) if recipe.batch_keys else entries[0]
+        age = self._clock.monotonic() - entry.born
+        if age < 0:
+            age = 0.0
+        fields = freshness(entry.etag, age, entry.ttl - age, "hit_memory", private=self._private)
+        condition = headers.get(b"if-none-match")
+        if condition is not None and matches([condition.decode("latin-1")], entry.etag):
+            return age, 304, fields, b""
+        fields += content_headers(len(entry.body))
+        return age, 200, fields, entry.body
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the app answer, and remember how, if it told."""
+        """Let the app answer, and remember the recipe that it leaves."""
+        if scope["type"] == "lifespan":
+            uvicorn_edge.check_server(scope)
         gateway: Gateway | None = scope.get("state", {}).get("gateway")
         version = gateway.markets.version if gateway else 0
         await self.app(scope, receive, send)
         recipe = scope.get("state", {}).pop("recipe", None)
-        # What came of a market list that was replaced meanwhile may be wrong by now.
+        # A recipe from a market list that was replaced meanwhile may be wrong.
         if recipe is not None and gateway is not None and gateway.markets.version == version:
-            self._learn(scope, recipe, version)
+            self._remember(scope, recipe, version)
 
-    def _learn(self, scope: Scope, recipe: Recipe, version: int) -> None:
+    def _remember(self, scope: Scope, recipe: Recipe, version: int) -> None:
         if scope["method"] != "GET" or self._logs_requests:
             return
         if version != self._markets_version:
             self._markets_version = version
-            self._single.clear()
+            self._singles.clear()
             self._batches.clear()
-        raw = (scope["raw_path"], scope["query_string"])
-        table, longest = (self._batches, MAX_BATCH_BYTES) if recipe.places else (self._single, MAX_REQUEST_BYTES)
-        known = table.get(raw)
-        if len(raw[0]) + len(raw[1]) <= longest and (known is None or known.recipe != recipe):
-            table.add(raw, Slot(recipe))
+        target = (scope["raw_path"], scope["query_string"])
+        table = self._batches if recipe.batch_keys else self._singles
+        max_bytes = MAX_BATCH_BYTES if recipe.batch_keys else MAX_REQUEST_BYTES
+        if len(target[0]) + len(target[1]) <= max_bytes and table.get(target) != recipe:
+            table.add(target, recipe)

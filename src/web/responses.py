@@ -1,143 +1,161 @@
-"""How answers and errors become HTTP: freshness headers, conditional requests, problem documents."""
+"""HTTP responses: freshness headers, conditional requests, batches, problem documents."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from src.cache.entry import Key, etag_of
-from src.core import metrics
-from src.core.errors import GatewayError, Unauthorized
-from src.gateway import Served
+from src.cache.entry import Entry, Key, Served, etag_of
+from src.core import errors, metrics
+from src.core.errors import GatewayError
+from src.gateway import BatchKey, Gateway
 
-Field = tuple[bytes, bytes]  # of a header
-Fields = list[Field]
-BatchKey = tuple[str, str]  # a ticker in a batch: its symbol, and its exchange or ""
-CACHE_STATUS = {  # RFC 9211; `ttl` is added to each
-    "hit_memory": "virtuoso; hit; detail=memory",
-    "hit_redis": "virtuoso; hit; detail=redis",
-    "miss": "virtuoso; fwd=miss; stored",
-    "coalesced": "virtuoso; fwd=miss; collapsed",
-    "stale_revalidate": "virtuoso; hit; detail=stale_revalidate",
-    "stale_error": "virtuoso; hit; detail=stale_error",
-}
+HeaderFields = list[tuple[bytes, bytes]]
+FORWARDED = {"miss": "fwd=miss; stored", "coalesced": "fwd=miss; collapsed"}  # RFC 9211
+FLOAT_ERROR_SECONDS = 1e-6  # must not cost a whole second when a time is rounded down
 
 
-class Recipe(NamedTuple):
-    """How a request was answered, for the next one that is the same to the letter."""
+@dataclass(slots=True)
+class Recipe:
+    """How a request was answered, so that the fast path can answer the same request again."""
 
-    route: str  # template of the path
-    keys: tuple[tuple[Key, ...], ...]  # for each value in the answer, what could have answered, most preferred first
-    places: tuple[BatchKey, ...] = ()  # what each value is called in a batch; none when the answer is one value
+    route: str
+    """Template of the path."""
+    keys: tuple[tuple[Key, ...], ...]
+    """For each value of the answer: the keys that can provide it, in order of preference."""
+    batch_keys: tuple[BatchKey, ...] = ()
+    """The name of each value in a batch; empty if the answer is a single value."""
+    was_used: bool = field(default=False, compare=False)
+    """True if the request was repeated since its last turn in the table."""
+    _parts: list[Entry] = field(default_factory=list, init=False, compare=False)
+    _batch: Entry | None = field(default=None, init=False, compare=False)
+
+    def find(self, gateway: Gateway) -> list[Entry] | None:
+        """Return the entries of the answer, or None unless all of them are fresh in memory."""
+        entries = []
+        for keys in self.keys:
+            entry = gateway.find_in_memory(keys)
+            if entry is None:
+                return None
+            entries.append(entry)
+        return entries
+
+    def join(self, entries: list[Entry]) -> Entry:
+        """Return a batch of entries. It is built again only if an entry has changed."""
+        if self._batch is None or entries != self._parts:
+            body = batch_body(dict(zip(self.batch_keys, entries, strict=True)))
+            self._batch = Entry.join(body, entries)
+            self._parts = entries
+        return self._batch
 
 
 def answer(request: Request, served: Served) -> Response:
-    """Send an answer with its age, what is left of its freshness, its tag, and how it was found."""
+    """Return an answer with its age, remaining freshness, tag and cache status."""
     if served.keys:
         request.state.recipe = Recipe(request.scope["route"].path_format, (served.keys,))
-    return _send(request, served)
+    return _response(request, served)
 
 
-def _send(request: Request, served: Served) -> Response:
-    metrics.cache_served_age_seconds.labels(request.scope["route"].path_format).observe(served.age)
+def _response(request: Request, served: Served) -> Response:
+    route = request.scope["route"].path_format
+    metrics.cache_served_age_seconds.labels(route).observe(served.age)
     etag = served.etag or etag_of(served.body)
-    private = bool(request.state.gateway.settings.api_keys)
-    fields = head(etag, served.age, served.ttl, served.result, private=private)
+    is_private = bool(request.state.gateway.settings.api_keys)
+    fields = freshness(etag, served.age, served.ttl, served.result, private=is_private)
     if matches(request.headers.getlist("if-none-match"), etag):
         response = Response(status_code=304)
     else:
         response = Response(served.body)
-        fields += content(len(served.body))
+        fields += content_headers(len(served.body))
     response.raw_headers = fields
     return response
 
 
-def head(etag: str, age: float, ttl: float, result: str, *, private: bool) -> Fields:
-    """Make the header fields of an answer that is `age` seconds old and fresh for `ttl` more, found as `result`."""
-    left = math.floor(ttl + 1e-6)  # an error of float arithmetic is no second less
-    return [_age(int(age)), _cache_control(left, private), _cache_status(result, left), (b"etag", etag.encode())]
+def freshness(etag: str, age: float, ttl: float, result: str, *, private: bool) -> HeaderFields:
+    """Return the header fields of an answer that is `age` seconds old and fresh for `ttl` more.
+
+    `result` is one of `metrics.CACHE_RESULTS`.
+    """
+    left = math.floor(ttl + FLOAT_ERROR_SECONDS)
+    return [*_freshness(int(age), left, result, private), (b"etag", etag.encode())]
+
+
+@lru_cache(4096)  # whole seconds take few different values
+def _freshness(age: int, left: int, result: str, private: bool) -> HeaderFields:
+    prefix = b"private, " if private else b""
+    status = FORWARDED.get(result) or f"hit; detail={result.removeprefix('hit_')}"
+    return [
+        (b"age", b"%d" % age),
+        (b"cache-control", b"%bmax-age=%d" % (prefix, max(0, left))),
+        (b"cache-status", f"virtuoso; {status}; ttl={left}".encode()),
+    ]
 
 
 @lru_cache(4096)
-def content(length: int) -> Fields:
-    """Make the header fields of a body of JSON; do not change the list."""
+def content_headers(length: int) -> HeaderFields:
+    """Return the header fields of a JSON body. The list is shared; do not change it."""
     return [(b"content-length", b"%d" % length), (b"content-type", b"application/json")]
 
 
-# Ages and times left come back all the time: each of these is written once, and found again.
-@lru_cache(4096)
-def _age(seconds: int) -> Field:
-    return b"age", b"%d" % seconds
-
-
-@lru_cache(4096)
-def _cache_control(left: int, private: bool) -> Field:
-    return b"cache-control", b"%bmax-age=%d" % (b"private, " if private else b"", max(0, left))
-
-
-@lru_cache(4096)
-def _cache_status(result: str, left: int) -> Field:
-    return b"cache-status", f"{CACHE_STATUS[result]}; ttl={left}".encode()
-
-
 def batch(request: Request, answers: Mapping[BatchKey, Served | GatewayError]) -> Response:
-    """Send many tickers and the problems of those that could not be had; as old as the oldest of them."""
+    """Return many tickers, and a problem for each one that failed; as old as the oldest ticker."""
     served = [value for value in answers.values() if isinstance(value, Served)]
     body = batch_body(answers)
     if len(served) < len(answers) or not served:
-        return Response(body, headers={"Cache-Control": "no-store"}, media_type="application/json")
-    if all(one.keys for one in served):
-        keys = tuple(one.keys for one in served)
-        request.state.recipe = Recipe(request.scope["route"].path_format, keys, tuple(answers))
-    worst = min(served, key=lambda one: (one.result.startswith("hit"), one.ttl))
-    oldest, left = max(one.age for one in served), min(one.ttl for one in served)
-    return _send(request, Served(body, None, oldest, left, worst.result))
+        return json(orjson.Fragment(body))
+    if all(value.keys for value in served):
+        keys = tuple(value.keys for value in served)
+        route = request.scope["route"].path_format
+        request.state.recipe = Recipe(route, keys, tuple(answers))
+    age = max(value.age for value in served)
+    ttl = min(value.ttl for value in served)
+    worst = min(served, key=lambda value: (value.result.startswith("hit"), value.ttl))
+    return _response(request, Served(body, None, age, ttl, worst.result))
 
 
-def batch_body(answers: Mapping[BatchKey, Served | GatewayError]) -> bytes:
-    """Make the body of a batch of tickers and problems."""
-    errors = {place: orjson.dumps(v.problem()) for place, v in answers.items() if isinstance(v, GatewayError)}
-    return joined({place: v.body for place, v in answers.items() if isinstance(v, Served)}, errors)
-
-
-def joined(tickers: Mapping[BatchKey, bytes], errors: Mapping[BatchKey, bytes] | None = None) -> bytes:
-    """Join ready tickers, and problems if there are any, to the body of a batch."""
-    return b'{"tickers":%b,"errors":%b}' % (_object(tickers), _object(errors or {}))
+def batch_body(answers: Mapping[BatchKey, Served | Entry | GatewayError]) -> bytes:
+    """Return the body of a batch of tickers and problems, by symbol, or by symbol and exchange."""
+    document: dict[str, dict[str, Any]] = {"tickers": {}, "errors": {}}
+    for (symbol, exchange), value in answers.items():
+        member: Any
+        if isinstance(value, GatewayError):
+            group, member = document["errors"], value.problem()
+        else:
+            group, member = document["tickers"], orjson.Fragment(value.body)
+        if exchange:
+            group.setdefault(symbol, {})[exchange] = member
+        else:
+            group[symbol] = member
+    return orjson.dumps(document)
 
 
 def problem(error: GatewayError, headers: Mapping[str, str] | None = None) -> Response:
-    """Send an error as RFC 9457 problem+json; never to be cached."""
-    sent = {"Cache-Control": "no-store", **(headers or {})}
+    """Return an error as an RFC 9457 problem document."""
+    fields = dict(headers or {})
     if error.retry_after_seconds is not None:
-        sent["Retry-After"] = str(error.retry_after_seconds)
-    if isinstance(error, Unauthorized):
-        sent["WWW-Authenticate"] = error.challenge
-    body = orjson.dumps(error.problem())
-    return Response(body, error.status, sent, media_type="application/problem+json")
+        fields["Retry-After"] = str(error.retry_after_seconds)
+    if isinstance(error, errors.Unauthorized):
+        fields["WWW-Authenticate"] = error.challenge
+    return json(error.problem(), error.status, fields, "application/problem+json")
 
 
-def json(document: object, status: int = 200) -> Response:
-    """Send a document about the gateway itself, which is true only now."""
-    return Response(orjson.dumps(document), status, {"Cache-Control": "no-store"}, media_type="application/json")
-
-
-def _object(members: Mapping[BatchKey, bytes]) -> bytes:
-    """Join ready bytes to a JSON object; members with an exchange are grouped by symbol."""
-    grouped: dict[str, dict[str, bytes]] = {}
-    for (symbol, exchange), body in members.items():
-        grouped.setdefault(symbol, {})[exchange] = body
-    return _braces([(symbol, group.get("") or _braces(group.items())) for symbol, group in grouped.items()])
-
-
-def _braces(members: Iterable[tuple[str, bytes]]) -> bytes:
-    return b"{%b}" % b",".join(orjson.dumps(name) + b":" + body for name, body in members)
+def json(
+    document: object,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+    media_type: str = "application/json",
+) -> Response:
+    """Return a document that must not be cached, because it is true only now."""
+    fields = {"Cache-Control": "no-store", **(headers or {})}
+    return Response(orjson.dumps(document), status, fields, media_type=media_type)
 
 
 def matches(conditions: Sequence[str], etag: str) -> bool:
-    """Weak comparison, as If-None-Match asks for (RFC 9110 section 13.1.2)."""
-    tags = [tag.strip().removeprefix("W/") for condition in conditions for tag in condition.split(",")]
+    """Return True if If-None-Match holds the tag, by weak comparison (RFC 9110 section 13.1.2)."""
+    tags = [tag.strip().removeprefix("W/") for tag in ",".join(conditions).split(",")]
     return etag in tags or tags == ["*"]

@@ -1,4 +1,4 @@
-"""What the gateway says of itself: `/exchanges`, `/health` and the gauges. Nothing here asks anybody."""
+"""The gateway's own state: `/exchanges`, `/health` and the gauges. Nothing here does any I/O."""
 
 import math
 import platform
@@ -9,133 +9,164 @@ from config import EXCHANGES
 from src.core import metrics
 from src.core.circuit_breaker import STATES
 from src.gateway import Gateway
-from src.streams.feed import NAMES, TRANSPORTS
+from src.streams.feed import TRANSPORTS
 from src.streams.hub import StreamHub
+from src.streams.topics import CHANNELS
+
+STATUSES = ("healthy", "degraded", "unhealthy")  # the worst last
 
 
 def exchanges(gateway: Gateway, streams: StreamHub | None) -> dict[str, Any]:
-    """Describe every known exchange as it is now."""
-    names, described = gateway.manager.names, dict[str, Any]()
-    for name in EXCHANGES:
-        described[name] = {"enabled": name in names} | (_exchange(gateway, name) if name in names else {})
-        if streams is not None and name in names:
-            described[name]["streams"] = _streams(streams, name)
-    return described
+    """Return the state of every known exchange (`documents.Exchanges`)."""
+    return {name: _exchange(gateway, streams, name) for name in EXCHANGES}
 
 
-def _streams(streams: StreamHub, name: str) -> dict[str, Any]:
-    """Tell what of an exchange is watched, and how that goes; `cause` is why nothing is pushed, until something is."""
-    upstreams = streams.of(name)
-    return {
-        "sockets": sum(upstream.sockets for upstream in upstreams),
-        "watched": sum(len(upstream.watched) for upstream in upstreams),
-        "stale": sum(watched.live is False for watched in streams.topics.values() if watched.topic.exchange == name),
-        "reconnects": sum(upstream.reconnects for upstream in upstreams),
-        "cause": next((upstream.trouble for upstream in upstreams if upstream.trouble), None),
-    }
-
-
-def _exchange(gateway: Gateway, name: str) -> dict[str, Any]:
-    exchange, markets = gateway.manager[name], gateway.markets
-    breaker, wait = exchange.breaker, exchange.breaker.retry_after
-    return {
+def _exchange(gateway: Gateway, streams: StreamHub | None, name: str) -> dict[str, Any]:
+    if name not in gateway.manager.names:
+        return {"enabled": False}
+    exchange = gateway.manager[name]
+    breaker = exchange.breaker
+    wait = breaker.retry_after
+    retry_at = gateway.clock.time() + wait if 0 < wait < math.inf else None
+    document = {
+        "enabled": True,
         "breaker": {
             "state": breaker.state,
             "cause": breaker.cause,
-            "opened_at": _ms(breaker.opened_at),
-            "retry_at": _ms(gateway.clock.time() + wait) if 0 < wait < math.inf else None,
+            "opened_at": _milliseconds(breaker.opened_at),
+            "retry_at": _milliseconds(retry_at),
         },
-        "last_success": _ms(exchange.last_success),
+        "last_success": _milliseconds(exchange.last_success),
         "budget_used_ratio": round(gateway.manager.limiter.used_ratio(name), 4),
         "in_flight": exchange.in_flight,
         "markets": {
-            "count": markets.count(name),
-            "loaded_at": _ms(markets.loaded_at.get(name)),
+            "count": gateway.markets.count(name),
+            "loaded_at": _milliseconds(gateway.markets.loaded_at.get(name)),
             "error": gateway.loader.errors.get(name),
         },
+    }
+    return document if streams is None else document | {"streams": _streams(streams, name)}
+
+
+def _streams(streams: StreamHub, name: str) -> dict[str, Any]:
+    sockets = streams.sockets_of(name)
+    states = [state for state in streams.topics.values() if state.topic.exchange == name]
+    return {
+        "sockets": sum(socket.open_count for socket in sockets),
+        "watched": sum(len(socket.watched) for socket in sockets),
+        "stale": sum(state.live is False for state in states),
+        "reconnects": sum(socket.reconnects for socket in sockets),
+        "cause": next((socket.outage_cause for socket in sockets if socket.outage_cause), None),
     }
 
 
 def health(gateway: Gateway, streams: StreamHub | None) -> dict[str, Any]:
-    """Tell how the gateway is: `healthy`, `degraded` or `unhealthy`, with a reason for each part.
+    """Return the state of the gateway: `healthy`, `degraded` or `unhealthy`, and its parts.
 
-    Unhealthy is only what cannot answer at all: no list to know symbols by, or every exchange off and no value kept.
+    The gateway is unhealthy only if it cannot answer at all: without any market list, or with all
+    breakers open and an empty cache.
     """
     names = gateway.manager.names
-    breakers = {name: gateway.manager[name].breaker for name in names}
-    states = {name: breaker.state for name, breaker in breakers.items()}
-    tripped = [f"{name} is {state} ({breakers[name].cause})" for name, state in states.items() if state != "closed"]
-    unloaded = [name for name in names if name not in gateway.markets.loaded_at]
-    all_open, kept = all(state == "open" for state in states.values()), len(gateway.cache)
-    redis = "" if gateway.store.up or not gateway.store.configured else "does not answer"
-    lost = [] if streams is None else [one for name in names for one in streams.of(name) if one.trouble]
-    silent = dict.fromkeys(f"{one.exchange} pushes no {NAMES[one.kind]} ({one.trouble})" for one in lost)
     parts = {
-        "exchanges": _part(
-            "; ".join(tripped), "unhealthy" if all_open and not gateway.cache.memory.has_any() else "degraded"
-        ),
-        "markets": _part(
-            f"not loaded: {', '.join(unloaded) or 'no exchange is enabled'}" if unloaded or not names else "",
-            "unhealthy" if len(unloaded) == len(names) else "degraded",
-        ),
-        "redis": _part(redis, "degraded", "ok" if gateway.store.configured else "not configured: memory only"),
-        "cache": _part("", "degraded", f"{kept} entries in memory"),
-        "streams": _part(
-            "; ".join(silent),
-            "degraded",
-            "off" if streams is None else f"{len(streams.topics)} watched, {len(streams.subscribers)} clients",
-        ),
+        "exchanges": _exchanges_part(gateway),
+        "markets": _markets_part(gateway),
+        "redis": _redis_part(gateway),
+        "cache": _part("", "degraded", f"{len(gateway.cache.memory)} entries in memory"),
+        "streams": _streams_part(streams, names),
     }
-    statuses = {part["status"] for part in parts.values()}
+    now = gateway.clock.time()
     return {
-        "status": next(status for status in ("unhealthy", "degraded", "healthy") if status in statuses),
+        "status": max((part["status"] for part in parts.values()), key=STATUSES.index),
         "parts": parts,
-        "exchanges": states,
-        "timestamp": _ms(gateway.clock.time()),
+        "exchanges": {name: gateway.manager[name].breaker.state for name in names},
+        "timestamp": _milliseconds(now),
         "version": metrics.VERSION,
         "python": platform.python_version(),
-        "uptime_seconds": round(gateway.clock.time() - gateway.started_at, 3),
+        "uptime_seconds": round(now - gateway.started_at, 3),
     }
+
+
+def _exchanges_part(gateway: Gateway) -> dict[str, str]:
+    breakers = {name: gateway.manager[name].breaker for name in gateway.manager.names}
+    faults = [
+        f"{name} is {breaker.state} ({breaker.cause})"
+        for name, breaker in breakers.items()
+        if breaker.state != "closed"
+    ]
+    is_down = all(breaker.state == "open" for breaker in breakers.values())
+    has_values = gateway.cache.memory.has_usable()
+    return _part("; ".join(faults), "unhealthy" if is_down and not has_values else "degraded")
+
+
+def _markets_part(gateway: Gateway) -> dict[str, str]:
+    names = gateway.manager.names
+    if not names:
+        return _part("not loaded: no exchange is enabled", "unhealthy")
+    missing = [name for name in names if name not in gateway.markets.loaded_at]
+    fault = f"not loaded: {', '.join(missing)}" if missing else ""
+    return _part(fault, "unhealthy" if len(missing) == len(names) else "degraded")
+
+
+def _redis_part(gateway: Gateway) -> dict[str, str]:
+    if not gateway.store.configured:
+        return _part("", "degraded", "not configured: memory only")
+    return _part("" if gateway.store.up else "does not answer", "degraded")
+
+
+def _streams_part(streams: StreamHub | None, names: Sequence[str]) -> dict[str, str]:
+    if streams is None:
+        return _part("", "degraded", "off")
+    faults = {  # several sockets may have the same fault
+        f"{name} pushes no {socket.channel.name} ({socket.outage_cause})": None
+        for name in names
+        for socket in streams.sockets_of(name)
+        if socket.outage_cause
+    }
+    counts = f"{len(streams.topics)} watched, {len(streams.connections)} clients"
+    return _part("; ".join(faults), "degraded", counts)
+
+
+def _part(fault: str, status: str, reason: str = "ok") -> dict[str, str]:
+    """Return the state of a part: `status` because of `fault`, or healthy if that is empty."""
+    return {"status": status if fault else "healthy", "reason": fault or reason}
 
 
 def update_gauges(gateway: Gateway, streams: StreamHub | None) -> None:
-    """Set the gauges that mirror a state, for a scrape."""
+    """Set the gauges that mirror a state. Called for each scrape."""
     if streams is not None:
         _update_stream_gauges(streams, gateway.manager.names)
-    metrics.cache_entries.set(len(gateway.cache))
+    metrics.cache_entries.set(len(gateway.cache.memory))
     if gateway.store.configured:
         metrics.cache_tier_up.labels("redis").set(gateway.store.up)
-    for task in metrics.TASKS:
-        if task in gateway.maintenance:
-            metrics.maintenance_last_success_timestamp_seconds.labels(task).set(gateway.maintenance[task])
+    for task, succeeded_at in gateway.maintenance.items():
+        if task in metrics.TASKS:
+            metrics.maintenance_last_success_timestamp_seconds.labels(task).set(succeeded_at)
     for name in gateway.manager.names:
         exchange = gateway.manager[name]
+        used_ratio = gateway.manager.limiter.used_ratio(name)
         metrics.exchange_in_flight.labels(name).set(exchange.in_flight)
-        metrics.exchange_budget_used_ratio.labels(name).set(gateway.manager.limiter.used_ratio(name))
+        metrics.exchange_budget_used_ratio.labels(name).set(used_ratio)
         metrics.exchange_markets.labels(name).set(gateway.markets.count(name))
-        state = exchange.breaker.state
-        for known in STATES:
-            metrics.circuit_state.labels(name, known).set(known == state)
+        for state in STATES:
+            metrics.circuit_state.labels(name, state).set(state == exchange.breaker.state)
         if exchange.last_success is not None:
             metrics.exchange_last_success_timestamp_seconds.labels(name).set(exchange.last_success)
 
 
 def _update_stream_gauges(streams: StreamHub, names: Sequence[str]) -> None:
     for name in names:
-        watched = [one for one in streams.topics.values() if one.topic.exchange == name]
-        metrics.stream_stale.labels(name).set(sum(one.live is False for one in watched))
-        for kind, channel in NAMES.items():
-            sockets = sum(upstream.sockets for upstream in streams.of(name) if upstream.kind == kind)
-            metrics.stream_sockets.labels(name, channel).set(sockets)
-            metrics.stream_watched.labels(name, channel).set(sum(one.topic.kind == kind for one in watched))
+        sockets = streams.sockets_of(name)
+        states = [state for state in streams.topics.values() if state.topic.exchange == name]
+        metrics.stream_stale.labels(name).set(sum(state.live is False for state in states))
+        for channel in CHANNELS.values():
+            open_counts = (socket.open_count for socket in sockets if socket.channel is channel)
+            watched = sum(state.topic.kind == channel.kind for state in states)
+            metrics.stream_sockets.labels(name, channel.name).set(sum(open_counts))
+            metrics.stream_watched.labels(name, channel.name).set(watched)
+    transports = [connection.transport for connection in streams.connections]
     for transport in TRANSPORTS:
-        count = sum(subscriber.transport == transport for subscriber in streams.subscribers)
-        metrics.stream_subscribers.labels(transport).set(count)
+        metrics.stream_subscribers.labels(transport).set(transports.count(transport))
 
 
-def _part(fault: str, status: str, fine: str = "ok") -> dict[str, str]:
-    return {"status": status if fault else "healthy", "reason": fault or fine}
-
-
-def _ms(seconds: float | None) -> int | None:
+def _milliseconds(seconds: float | None) -> int | None:
     return None if seconds is None else int(seconds * 1000)

@@ -1,291 +1,265 @@
-"""`/ws`: subscriptions over a WebSocket, as docs/streaming.md describes them.
+"""`/ws`: subscriptions over a WebSocket; docs/streaming.md describes the protocol.
 
-Updates are framed once and written to each connection's transport as they are: the way through the server would cost
-more for each client than all the rest. A client that reads too slowly has a full buffer; then only the newest of each
-stream is kept for it.
+Updates are framed once and written directly to each connection's transport: sending through the
+server costs more per client than everything else. The buffer of a slow client fills up. Then only
+the newest value of each stream is kept for the client.
 """
 
 import asyncio
+import re
 import struct
-import time
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from typing import Any, Literal, get_args
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette import status
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from config import EXCHANGES
-from src.core import metrics
-from src.core.errors import (
-    GatewayError,
-    InternalError,
-    InvalidParameter,
-    MalformedRequest,
-    OriginRefused,
-    TooManyRequests,
-    TooManySubscriptions,
-    Unauthorized,
-)
-from src.gateway import Gateway
-from src.streams.feed import SEND_BUFFER_BYTES, ClientConnection, Feed, Subscription, way_to
+from src.core import errors, metrics
+from src.streams.feed import SEND_BUFFER_BYTES, SLOW_SECONDS, ClientConnection, Feed, utc_ms
 from src.streams.hub import StreamHub
+from src.streams.topics import CHANNELS, MAX_LEVELS, ChannelName, Subscription
+from src.web import uvicorn_edge
 from src.web.gate import Gate
 
-MAX_MESSAGE_BYTES = 16_384  # 100 symbols of the longest kind are a quarter of it
+MAX_MESSAGE_BYTES = 16_384  # 100 symbols of the longest kind are a quarter of this
 MAX_SYMBOLS = 100  # in one message
-MESSAGES_PER_SECOND, MESSAGES_AT_ONCE = 10, 50  # from one client
-IDLE_SECONDS = 60.0  # how long a client may be connected without a subscription
-BUFFER_BYTES = 65_536  # written and not taken yet: with more a client is slow
-CLOSE_SECONDS = 5.0  # for a client to take the notice that it is closed
-SLOW_SECONDS = 15.0  # a client that takes nothing for so long is closed
-NORMAL, GOING_AWAY, POLICY, TOO_BIG, FAILED, TRY_AGAIN = 1000, 1001, 1008, 1009, 1011, 1013  # RFC 6455 section 7.4
+MESSAGES_PER_SECOND = 10  # average rate of messages from one client
+MESSAGES_AT_ONCE = 50
+IDLE_SECONDS = 60.0  # a connection without a subscription and a message is closed after this
+BUFFER_BYTES = 65_536  # a client with more unsent data is slow
+CLOSE_SECONDS = 5.0  # for a client to take the close frame
+
+Op = Literal["subscribe", "unsubscribe", "list", "ping"]
+SYMBOLS = f'a list such as ["BTC-USDT"] with 1 to {MAX_SYMBOLS} symbols'
+EXCHANGE = f"one of {', '.join(EXCHANGES)}, all; if absent, the gateway chooses"
 
 
 class Command(BaseModel):
-    """What a client may send."""
+    """A message from a client. Descriptions follow "expected" in error messages."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    op: Literal["subscribe", "unsubscribe", "list", "ping"]
-    id: str | int | None = Field(None, description="Comes back with the answer.")
-    channel: Literal["ticker", "book", "trades"] = "ticker"
-    symbols: list[str] = Field([], max_length=MAX_SYMBOLS)
-    exchange: str = Field("", max_length=32)
-    levels: int = Field(10, ge=1, le=50)
+    op: Op = Field(description=f"one of {', '.join(get_args(Op))}")
+    id: str | int | None = Field(None, description="a string or an integer")
+    channel: ChannelName = Field("ticker", description=f"one of {', '.join(CHANNELS)}")
+    symbols: list[str] = Field([], max_length=MAX_SYMBOLS, description=SYMBOLS)
+    exchange: str = Field("", max_length=32, description=EXCHANGE)
+    levels: int = Field(10, ge=1, le=MAX_LEVELS, description=f"an integer from 1 to {MAX_LEVELS}")
 
 
-EXPECTED = {
-    "op": "one of subscribe, unsubscribe, list, ping",
-    "id": "a text or a whole number",
-    "channel": "one of ticker, book, trades",
-    "symbols": f'a list such as ["BTC-USDT"], of {MAX_SYMBOLS} at most',
-    "exchange": f"one of {', '.join(EXCHANGES)}, all; without it the gateway chooses",
-    "levels": "a number from 1 to 50",
-}
-
-
-class Socket(ClientConnection):
-    """One connected client."""
+class WebSocketConnection(ClientConnection):
+    """One client of `/ws`."""
 
     transport = "ws"
 
-    def __init__(self, websocket: WebSocket, transport: asyncio.Transport, streams: StreamHub, client: str) -> None:
+    def __init__(self, websocket: WebSocket, hub: StreamHub, client: str) -> None:
         super().__init__(client)
-        self._websocket, self._transport, self._streams = websocket, transport, streams
-        self._behind: dict[Feed, None] = {}
-        self._sizes: dict[Subscription, int] = {}  # streams each want came down to
+        uvicorn_edge.limit_message_size(websocket.scope, MAX_MESSAGE_BYTES)
+        transport = uvicorn_edge.transport_of(websocket.scope, SEND_BUFFER_BYTES)
+        self._websocket = websocket
+        self._hub = hub
+        self._pending: dict[Feed, None] = {}
         self._slow_since = 0.0
-        self._tokens, self._counted_at = float(MESSAGES_AT_ONCE), streams.clock.monotonic()
-        self._closing = False
+        self._tokens = float(MESSAGES_AT_ONCE)
+        self._tokens_at = hub.clock.monotonic()
+        self._is_closing = False
+        hub.connect(self)  # before the transport: a refused connection must not start a task
+        self._transport = transport or uvicorn_edge.PlainTransport(websocket)
 
-    def offer(self, feed: Feed, what: str) -> None:
-        """Write it now, or the newest when there is room again."""
-        if self._transport.is_closing():
-            return  # uvloop raises on what comes to nothing with others
-        if self._behind or self._transport.get_write_buffer_size() > BUFFER_BYTES:
-            if feed in self._behind:
-                metrics.stream_conflated_total.inc()
-            elif not self._behind:
-                self._slow_since = self._streams.clock.monotonic()
-                self._streams.slow.add(self)
-            self._behind[feed] = None
-        else:
+    def push(self, feed: Feed, message_type: str) -> None:
+        """Send the newest value of a feed, or keep the feed until there is room again."""
+        if self._transport.is_closing():  # uvloop raises an error on a write
+            return
+        if not self._pending and self._transport.get_write_buffer_size() <= BUFFER_BYTES:
             metrics.streamed[feed.channel] += 1
-            self._transport.write(feed.text(what, _framed))
+            self._transport.write(feed.message(message_type, frame))
+            return
+        if feed in self._pending:
+            metrics.stream_conflated_total.inc()
+        elif not self._pending:
+            self._slow_since = self._hub.clock.monotonic()
+            self._hub.slow_connections.add(self)
+        self._pending[feed] = None
 
-    def catch_up(self) -> bool:
-        """Write what was kept back if there is room; returns whether the client is slow no more."""
+    def send_pending(self) -> None:
+        """Send pending values if there is room. Close the connection if it is too slow."""
         if self._transport.is_closing():
-            self._transport.abort()  # it was slow, and would keep what is written for as long as it likes
-            return True
-        if self._transport.get_write_buffer_size() > BUFFER_BYTES // 2:
-            if self._streams.clock.monotonic() - self._slow_since > SLOW_SECONDS:
-                self.close(TRY_AGAIN, "too slow")
-                return True
-            return False
-        behind, self._behind = self._behind, {}
-        for feed in behind:
-            if self in feed.subscribers:
-                self.offer(feed, "snapshot")
-        return not self._behind
+            self._hub.disconnect(self)
+            self._transport.abort()  # a slow client would keep the written data indefinitely
+        elif self._transport.get_write_buffer_size() <= BUFFER_BYTES // 2:
+            self._hub.slow_connections.discard(self)
+            pending = self._pending
+            self._pending = {}
+            for feed in pending:
+                if self in feed.subscribers:
+                    self.push(feed, "snapshot")
+        elif self._hub.clock.monotonic() - self._slow_since > SLOW_SECONDS:
+            self.close(status.WS_1013_TRY_AGAIN_LATER, "too slow")
 
-    def tell(self, message: Mapping[str, Any]) -> None:
-        """Write a message; who has left no room for that either is closed."""
+    def send_message(self, message: Mapping[str, Any]) -> None:
+        """Send a message. Close the connection if there is no room for the message either."""
         if self._transport.get_write_buffer_size() > 2 * BUFFER_BYTES:
-            self.close(TRY_AGAIN, "too slow")
+            self.close(status.WS_1013_TRY_AGAIN_LATER, "too slow")
         elif not self._transport.is_closing():
             self._transport.write(frame(orjson.dumps(message)))
 
-    def beat(self, message: bytes) -> None:
-        """Show that the gateway is there; who is slow has other signs of that."""
-        if not self._behind and not self._transport.is_closing():
+    def send_heartbeat(self, message: bytes) -> None:
+        """Send a heartbeat, unless values are pending."""
+        if not self._pending and not self._transport.is_closing():
             self._transport.write(frame(message))
 
-    def goodbye(self) -> None:
-        """Close because the gateway stops."""
-        self.close(GOING_AWAY, "the gateway stops")
+    def close_for_shutdown(self) -> None:
+        """Close the connection because the gateway stops."""
+        self.close(status.WS_1001_GOING_AWAY, "the gateway stops")
 
     def close(self, code: int, reason: str) -> None:
-        """Say why, and close; a client that does not take that in time is cut off."""
-        self._streams.leave(self)
-        if not self._closing and not self._transport.is_closing():
-            self._closing = True
-            if code == TRY_AGAIN:
-                metrics.stream_dropped_total.labels("slow_client").inc()
-            self._transport.write(closing_frame(code, reason))
-            asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._transport.abort)
+        """Send a close frame, and disconnect the client after `CLOSE_SECONDS`."""
+        self._hub.disconnect(self)
+        if self._is_closing or self._transport.is_closing():
+            return
+        self._is_closing = True
+        if code == status.WS_1013_TRY_AGAIN_LATER:
+            metrics.stream_dropped_total.labels("slow_client").inc()
+        self._transport.write(close_frame(code, reason))
+        asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._transport.abort)
 
-    async def serve(self) -> None:
-        """Answer until the client leaves."""
-        while True:
-            async with asyncio.timeout(None if self.wants else IDLE_SECONDS):
-                message = await self._websocket.receive()
-            if message["type"] == "websocket.disconnect":
-                return
-            if self._closing:
-                continue
-            text = message.get("text") or message.get("bytes") or ""
-            if len(text) > MAX_MESSAGE_BYTES:
-                self.close(TOO_BIG, f"more than {MAX_MESSAGE_BYTES} bytes")
-                return
-            if not self._may_speak():
-                self.tell(
-                    _problem(
-                        TooManyRequests(
-                            f"more than {MESSAGES_AT_ONCE} messages at once, or {MESSAGES_PER_SECOND} a second"
-                        )
-                    )
-                )
-                self.close(POLICY, "too many messages")
-                return
-            await self._answer(text)
-
-    def _may_speak(self) -> bool:
-        now = self._streams.clock.monotonic()
-        self._tokens = min(self._tokens + (now - self._counted_at) * MESSAGES_PER_SECOND, MESSAGES_AT_ONCE)
-        self._counted_at = now
-        self._tokens -= 1
-        return self._tokens >= 0
-
-    async def _answer(self, text: str | bytes) -> None:
-        number = None
+    async def run(self) -> None:
+        """Answer messages until the client leaves or the connection is closed."""
         try:
-            document = _read(text)
-            number = document.get("id") if isinstance(document.get("id"), str | int) else None
-            command = _understand(document)
-            if command.op in ("subscribe", "unsubscribe") and not command.symbols:
-                raise InvalidParameter(f"symbols has to be {EXPECTED['symbols']}, and of one at least")
-            await getattr(self, f"_{command.op}")(command)
-        except GatewayError as error:
-            self.tell(_problem(error, number))
+            while True:
+                async with asyncio.timeout(None if self.subscriptions else IDLE_SECONDS):
+                    message = await self._websocket.receive()
+                if message["type"] == "websocket.disconnect":
+                    return
+                if not self._is_closing:
+                    self._answer(message.get("text") or message.get("bytes") or "")
+        except TimeoutError:
+            reason = f"idle for {IDLE_SECONDS:g} s: subscribe to something"
+            self.close(status.WS_1000_NORMAL_CLOSURE, reason)
+        except (WebSocketDisconnect, RuntimeError):
+            pass  # the client has left
+        finally:
+            self._hub.disconnect(self)
+            if isinstance(self._transport, uvicorn_edge.PlainTransport):
+                await self._transport.finish()
 
-    async def _ping(self, command: Command) -> None:
-        self.tell({"type": "pong", "id": command.id, "sent_at": time.time_ns() // 1_000_000})
+    def _take_token(self) -> None:
+        """Raise `TooManyRequests` if the client has exceeded its message rate."""
+        now = self._hub.clock.monotonic()
+        earned = (now - self._tokens_at) * MESSAGES_PER_SECOND
+        self._tokens = min(self._tokens + earned, MESSAGES_AT_ONCE) - 1
+        self._tokens_at = now
+        if self._tokens < 0:
+            raise errors.TooManyRequests(
+                f"This client sent more than {MESSAGES_AT_ONCE} messages at once or"
+                f" {MESSAGES_PER_SECOND} per second: reconnect and send fewer."
+            )
 
-    async def _list(self, command: Command) -> None:
-        self.tell({"type": "list", "id": command.id, "streams": [self._described(want) for want in self.wants]})
+    def _answer(self, text: str | bytes) -> None:
+        if len(text) > MAX_MESSAGE_BYTES:
+            self.close(status.WS_1009_MESSAGE_TOO_BIG, f"more than {MAX_MESSAGE_BYTES} bytes")
+            return
+        request_id = None
+        try:
+            self._take_token()
+            document = _parse_object(text)
+            if isinstance(document.get("id"), str | int):
+                request_id = document["id"]
+            self.send_message(self._run_command(_parse_command(document)))
+        except errors.GatewayError as error:
+            self.send_message(_error_message(error, request_id))
+            if isinstance(error, errors.TooManyRequests):
+                self.close(status.WS_1008_POLICY_VIOLATION, "too many messages")
 
-    def _described(self, want: Subscription) -> dict[str, Any]:
-        exchanges = [feed.topic.exchange for feed in self.wants[want]]
-        about: dict[str, Any] = {"channel": want.channel, "symbol": want.symbol, "exchange": want.exchange or None}
-        return about | ({"levels": want.levels} if want.levels else {}) | {"from": exchanges}
+    def _run_command(self, command: Command) -> dict[str, Any]:
+        """Run a command, and return its answer."""
+        if command.op == "ping":
+            return {"type": "pong", "id": command.id, "sent_at": utc_ms()}
+        if command.op == "list":
+            streams = [self._describe(subscription) for subscription in self.subscriptions]
+            return {"type": "list", "id": command.id, "streams": streams}
+        answer_type = "subscribed" if command.op == "subscribe" else "unsubscribed"
+        return {"type": answer_type, "id": command.id} | self._run_for_symbols(command)
 
-    async def _subscribe(self, command: Command) -> None:
-        self._each(command, "subscribed", self._begin)
+    def _describe(self, subscription: Subscription) -> dict[str, Any]:
+        description = subscription._asdict() | {"exchange": subscription.exchange or None}
+        if not subscription.levels:
+            del description["levels"]
+        feeds = self.subscriptions[subscription]
+        return description | {"from": [topic.exchange for topic, feed in feeds.items() if feed]}
 
-    async def _unsubscribe(self, command: Command) -> None:
-        self._each(command, "unsubscribed", self._end)
+    def _run_for_symbols(self, command: Command) -> dict[str, Any]:
+        """Subscribe to or unsubscribe from each symbol, and return the members of the answer.
 
-    def _each(self, command: Command, done: str, work: Callable[[Subscription], None]) -> None:
-        """Do it for each symbol, and tell for which it was done. A wrong one costs as much as a message."""
-        found: list[str] = []
-        errors: dict[str, Any] = {}
+        A wrong symbol costs as much as a message. Raises the error of a single symbol.
+        """
+        if not command.symbols:
+            raise errors.InvalidParameter(f"symbols is empty: expected {SYMBOLS}.")
+        action = self._begin if command.op == "subscribe" else self._end
+        symbols: list[str] = []
+        problems: dict[str, Any] = {}
         for symbol in command.symbols:
             try:
-                want = self._streams.want(command.channel, symbol, command.exchange, command.levels)
-                work(want)
-                found.append(want.symbol)
-            except GatewayError as error:
+                subscription = self._hub.resolve(
+                    command.channel, symbol, command.exchange, command.levels
+                )
+                action(subscription)
+                symbols.append(subscription.symbol)
+            except errors.GatewayError as error:
                 if len(command.symbols) == 1:
                     raise
                 self._tokens -= 1
-                errors[symbol] = error.problem()
-        answer = {"type": done, "id": command.id, "channel": command.channel}
-        self.tell(answer | {"symbols": found, "errors": errors})
+                problems[symbol] = error.problem()
+        return {"channel": command.channel, "symbols": symbols, "errors": problems}
 
-    def _begin(self, want: Subscription) -> None:
-        topics = self._streams.find(want)
-        if want in self.wants:
-            return
-        most, have = self._streams.settings.stream_max_subscriptions, sum(self._sizes.values())
-        if have + len(topics) > most:
-            told = f"{have} streams are subscribed to, {most} are allowed (STREAM_MAX_SUBSCRIPTIONS)"
-            raise TooManySubscriptions(f"{told}; `all` counts each exchange; unsubscribe some")
-        self._streams.subscribe(self, want, topics)  # it says nothing before this message is answered
-        self._sizes[want] = len(topics)
+    def _begin(self, subscription: Subscription) -> None:
+        topics = self._hub.find_topics(subscription)
+        if subscription not in self.subscriptions:
+            self._hub.check_count(sum(map(len, self.subscriptions.values())) + len(topics))
+            self._hub.subscribe(self, subscription, topics)  # sends nothing before the answer
 
-    def _end(self, want: Subscription) -> None:
-        if not self._streams.unsubscribe(self, want):
-            told = "channel, exchange and levels have to be those of the subscription; `list` shows them"
-            raise InvalidParameter(f"{want.symbol} is not subscribed to so: {told}", symbol=want.symbol)
-        del self._sizes[want]
+    def _end(self, subscription: Subscription) -> None:
+        if not self._hub.unsubscribe(self, subscription):
+            raise errors.InvalidParameter(
+                f"{subscription.symbol} has no such subscription: use the channel, exchange and"
+                " levels that `list` shows.",
+                symbol=subscription.symbol,
+            )
 
 
-async def serve(websocket: WebSocket, gate: Gate, streams: StreamHub) -> None:
+async def serve(websocket: WebSocket, gate: Gate, hub: StreamHub) -> None:
     """Serve one connection from its handshake to its end."""
-    server = websocket.scope.get("virtuoso.server")
-    gateway: Gateway = websocket.state.gateway
-    refusal = await _refusal(websocket, gate, gateway)
     await websocket.accept()
     try:
-        if refusal is not None:
-            raise refusal
-        client = Socket(websocket, _bound(server), streams, gate.client_of(websocket.scope))
-        streams.join(client)
-    except GatewayError as error:
-        code = {Unauthorized: POLICY, OriginRefused: POLICY, InternalError: FAILED}.get(type(error), TRY_AGAIN)
-        await websocket.send_text(orjson.dumps(_problem(error)).decode())
+        _check_origin(websocket, hub.settings.cors_origins)
+        if not gate.open:
+            await gate.admit(websocket.scope, websocket.state.gateway.store)
+        connection = WebSocketConnection(websocket, hub, gate.client_of(websocket.scope))
+    except errors.GatewayError as error:
+        await websocket.send_text(orjson.dumps(_error_message(error)).decode())
+        is_denied = isinstance(error, errors.Unauthorized | errors.OriginRefused)
+        code = status.WS_1008_POLICY_VIOLATION if is_denied else status.WS_1013_TRY_AGAIN_LATER
         await websocket.close(code, error.code)
         return
-    try:
-        await client.serve()
-    except TimeoutError:
-        client.close(NORMAL, f"idle for {IDLE_SECONDS:g} s: subscribe to something")
-    except (WebSocketDisconnect, RuntimeError):
-        pass  # it is gone
-    finally:
-        streams.leave(client)
+    await connection.run()
 
 
-async def _refusal(websocket: WebSocket, gate: Gate, gateway: Gateway) -> GatewayError | None:
-    """Return why a connection may not be: its key, its limit, or its origin."""
-    headers = websocket.headers
-    origin, allowed = headers.get("origin"), gateway.settings.cors_origins
-    if origin is not None and not _is_own(origin, headers.get("host", "")) and not {origin, "*"} & set(allowed):
-        return OriginRefused("the gateway lets pages of its own origin connect, and those in CORS_ORIGINS")
-    try:
-        if not gate.open:
-            await gate.admit(websocket.scope, gateway.store)
-    except GatewayError as error:
-        return error
-    return None
+def _check_origin(websocket: WebSocket, allowed: Collection[str]) -> None:
+    """Raise `OriginRefused` for a page of another host that CORS_ORIGINS does not allow."""
+    origin = websocket.headers.get("origin")
+    if origin is None or "*" in allowed or origin in allowed:
+        return
+    page_host = origin.partition("://")[2]
+    page_hosts = {page_host, re.sub(r":\d+$", "", page_host)}  # a proxy may remove Host's port
+    if websocket.headers.get("host", "") not in page_hosts - {""}:
+        raise errors.OriginRefused(f"{origin} may not connect: add the origin to CORS_ORIGINS.")
 
 
-def _is_own(origin: str, host: str) -> bool:
-    """Whether a page comes from where it connects to; a proxy may have taken the port off the Host header."""
-    came = origin.partition("://")[2]
-    return came == host or came.rpartition(":")[0] == host
-
-
-def _bound(server: Any) -> asyncio.Transport:
-    """Bound what the server reads of one message, and what the kernel holds back; returns the way to the client."""
-    transport = way_to(server, SEND_BUFFER_BYTES)
-    server.conn.max_message_size = MAX_MESSAGE_BYTES
-    return transport
-
-
-def frame(payload: bytes) -> bytes:
+def frame(payload: bytes, *_: object) -> bytes:
     """Return a text message as one unmasked frame (RFC 6455 section 5.2)."""
     size = len(payload)
     if size < 126:
@@ -295,34 +269,31 @@ def frame(payload: bytes) -> bytes:
     return b"\x81\x7f" + struct.pack("!Q", size) + payload
 
 
-def closing_frame(code: int, reason: str) -> bytes:
-    """Return the frame that ends a connection (RFC 6455 section 5.5.1)."""
+def close_frame(code: int, reason: str) -> bytes:
+    """Return a close frame (RFC 6455 section 5.5.1)."""
     body = struct.pack("!H", code) + reason.encode()
     return b"\x88%c%b" % (len(body), body)
 
 
-def _framed(_: str, __: int, payload: bytes) -> bytes:
-    return frame(payload)
-
-
-def _read(text: str | bytes) -> dict[str, Any]:
-    try:
+def _parse_object(text: str | bytes) -> dict[str, Any]:
+    with suppress(orjson.JSONDecodeError):
         document = orjson.loads(text)
-    except orjson.JSONDecodeError:
-        document = None
-    if not isinstance(document, dict):
-        raise MalformedRequest('send a JSON object, such as {"op":"ping"}')
-    return document
+        if isinstance(document, dict):
+            return document
+    raise errors.MalformedRequest('The message is not a JSON object such as {"op":"ping"}.')
 
 
-def _understand(document: dict[str, Any]) -> Command:
+def _parse_command(document: dict[str, Any]) -> Command:
     try:
         return Command.model_validate(document)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
-        told = f"has to be {EXPECTED[name]}" if name in EXPECTED else f"is no member; those are {', '.join(EXPECTED)}"
-        raise InvalidParameter(f"{name} {told}") from None
+    field = Command.model_fields.get(name)
+    if field is None:
+        raise errors.InvalidParameter(f"{name} is unknown: use {', '.join(Command.model_fields)}.")
+    raise errors.InvalidParameter(f"{name} is invalid: expected {field.description}.")
 
 
-def _problem(error: GatewayError, number: object = None) -> dict[str, Any]:
-    return {"type": "error", "id": number, **{f: v for f, v in error.problem().items() if f != "type"}}
+def _error_message(error: errors.GatewayError, request_id: object = None) -> dict[str, Any]:
+    # A problem has its own `type`.
+    return {"type": "error", "id": request_id} | error.problem() | {"type": "error"}

@@ -1,4 +1,4 @@
-"""Work beside requests: no unexpected error ends it, and each one is logged and counted."""
+"""Background work: it survives unexpected errors, which are logged and counted."""
 
 import asyncio
 import logging
@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 
-from src import refresh_ahead
+from src import api, refresh_ahead
 from src.cache import redis_tier
 from src.core import background, models
 from src.core.background import repeat, report_error
 from src.core.metrics import COMPONENTS
 from src.store import redis as redis_store
-from src.web import recent
+from src.web import dashboard
 from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, sample
 from tests.streams.test_hub import inside
 
 
 @pytest.fixture(autouse=True)
 def _new_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget what other tests logged, and do not wait a second after each error."""
+    """Forget the errors that other tests logged, and shorten the pause after an error."""
     monkeypatch.setattr(background, "_logged_at", {})
     monkeypatch.setattr(background, "ERROR_SECONDS", 0.01)
 
@@ -31,13 +31,19 @@ def errors(component: str) -> float:
 
 def tracebacks(caplog: pytest.LogCaptureFixture, component: str) -> list[str]:
     """Return the logged tracebacks of errors of `component`."""
-    found = [record for record in caplog.records if getattr(record, "component", None) == component]
-    assert all(record.levelno == logging.ERROR for record in found)
-    return [logging.Formatter().formatException(record.exc_info) for record in found if record.exc_info]
+    records = [
+        record for record in caplog.records if getattr(record, "component", None) == component
+    ]
+    assert all(record.levelno == logging.ERROR for record in records)
+    return [
+        logging.Formatter().formatException(record.exc_info)
+        for record in records
+        if record.exc_info
+    ]
 
 
-async def test_a_loop_goes_on_after_an_error(caplog: pytest.LogCaptureFixture) -> None:
-    """A step that raises is reported and repeated; a cancellation ends the loop."""
+async def test_loop_continues_after_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    """A step that raises is reported and repeated. A cancellation ends the loop."""
     before, runs = errors("streams"), 0
 
     async def step() -> None:
@@ -52,52 +58,57 @@ async def test_a_loop_goes_on_after_an_error(caplog: pytest.LogCaptureFixture) -
     await asyncio.wait([task])
     assert task.cancelled()
     assert errors("streams") == before + 3
-    assert ["ZeroDivisionError: ('run', 1)" in text for text in tracebacks(caplog, "streams")] == [True]
+    assert ["ZeroDivisionError: ('run', 1)" in text for text in tracebacks(caplog, "streams")] == [
+        True
+    ]
 
 
-def test_errors_are_all_counted_and_logged_within_bounds(
+def test_all_errors_are_counted_and_repeated_errors_are_logged_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error that comes with every message does not fill the log; another class or component is still logged."""
+    """Errors of another class or component are still logged."""
     before = errors("delivery")
     for error in (KeyError("one"), KeyError("two"), IndexError("three"), KeyError("four")):
         report_error("delivery", error)
     report_error("markets", KeyError("five"))
     assert errors("delivery") == before + 4
-    assert [text.strip() for text in tracebacks(caplog, "delivery")] == ["KeyError: 'one'", "IndexError: three"]
+    assert [text.strip() for text in tracebacks(caplog, "delivery")] == [
+        "KeyError: 'one'",
+        "IndexError: three",
+    ]
     assert len(tracebacks(caplog, "markets")) == 1
     monkeypatch.setattr(background, "LOG_SECONDS", 0)
     report_error("delivery", KeyError("six"))
     assert len(tracebacks(caplog, "delivery")) == 3
 
 
-# For each loop of a gateway: the object and the attribute without which its step fails.
+# For each loop of a gateway: an object and an attribute that its step needs.
 BROKEN: dict[str, Callable[[Live], tuple[Any, str]]] = {
-    "breaker_probe": lambda live: (live.gateway.manager, "_probe_at"),
-    "cache_clears": lambda live: (live.gateway.cache._redis, "_count_clears"),
-    "dashboard": lambda _: (recent, "_read"),
+    "breaker_probe": lambda live: (live.gateway.manager, "_exchanges"),
+    "cache_clears": lambda live: (live.gateway.cache.redis, "_count_clears"),
+    "dashboard": lambda _: (dashboard, "_read_counters"),
     "loop_lag": lambda live: (live.gateway.clock, "monotonic"),
     "redis": lambda live: (live.gateway.store, "run"),
     "refresh_ahead": lambda _: (refresh_ahead, "defaultdict"),
-    "streams": lambda live: (inside(live), "_asked"),
+    "streams": lambda live: (inside(live)._monitor, "_request_counts"),
 }
 
 
-def test_every_loop_is_tested() -> None:
-    """What is not a loop: deliveries, loads, the shutdown, and the loader of market lists, which has its own pauses."""
+def test_every_component_with_a_loop_is_tested() -> None:
+    """Deliveries, loads and the shutdown are not loops. The market loader has its own pauses."""
     assert {*BROKEN, "delivery", "loads", "markets", "shutdown"} == set(COMPONENTS)
 
 
 @pytest.mark.parametrize("component", BROKEN)
-async def test_no_loop_of_the_gateway_ends_with_an_error(
+async def test_every_loop_of_the_gateway_survives_errors(
     start: StartGateway,
     redis: RedisServer,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     component: str,
 ) -> None:
-    """Each of them fails more than once while it is broken, says so with a traceback, and works when it is mended."""
-    monkeypatch.setattr(recent, "SAMPLE_SECONDS", 0.01)
+    """A broken loop logs tracebacks, and works again after it is repaired."""
+    monkeypatch.setattr(api, "SAMPLE_SECONDS", 0.01)
     monkeypatch.setattr(redis_store, "PING_SECONDS", 0.01)
     monkeypatch.setattr(redis_tier, "CHECK_SECONDS", 0.01)
     live = await start(redis_url=redis.url, refresh_ahead=True)
@@ -108,31 +119,34 @@ async def test_no_loop_of_the_gateway_ends_with_an_error(
         await eventually(lambda: errors(component) >= before + 3)
     assert "TypeError" in tracebacks(caplog, component)[0]
     settled = -1.0
-    while settled != (settled := errors(component)):  # noqa: ASYNC110 - a step may still be under way
+    while settled != (settled := errors(component)):  # noqa: ASYNC110 - a step may still be running
         await asyncio.sleep(0.1)
     assert (await live.get("/health")).json()["status"] == "healthy"
 
 
-async def test_a_load_that_fails_by_our_fault_is_reported(
+async def test_unexpected_error_of_a_load_is_reported(
     start: StartGateway, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An unexpected exception while an answer is read is logged with its traceback; the client gets no price."""
+    """The log has the traceback. The client gets an error and no price."""
     live, before = await start(), errors("loads")
-    monkeypatch.setattr(models, "_number", None)
+    monkeypatch.setattr(models, "_to_number", None)
     answer = await live.get("/ticker/BTC/USDT?exchange=kraken")
     assert (answer.status_code, answer.json()["code"]) == (502, "bad_upstream_data")
     assert errors("loads") == before + 1
     assert "from_ccxt" in tracebacks(caplog, "loads")[0]
 
 
-async def test_a_load_for_nobody_that_fails_is_reported(
-    start: StartGateway, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_unexpected_error_of_a_background_refresh_is_reported(
+    start: StartGateway,
+    clock: FakeClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The client of a value that is refreshed beside the answer does not see why the refresh failed; the log has it."""
+    """The client gets the stale value. The log has the traceback of the failed refresh."""
     live, before = await start(revalidate_seconds=60), errors("loads")
     await live.get("/ticker/BTC/USDT?exchange=kraken")
     clock.advance(20)
-    monkeypatch.setattr(live.gateway, "_entry", None)
+    monkeypatch.setattr(live.gateway.cache, "create_entry", None)
     assert (await live.get("/ticker/BTC/USDT?exchange=kraken")).json()["stale"]
     await eventually(lambda: errors("loads") == before + 1)
     assert "TypeError" in tracebacks(caplog, "loads")[0]

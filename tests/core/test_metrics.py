@@ -1,4 +1,4 @@
-"""The metrics: well-formed, bounded in labels, true."""
+"""Metrics: format, labels and values."""
 
 import asyncio
 import subprocess
@@ -10,40 +10,55 @@ from src.core.clock import SystemClock
 from src.sandbox.server import Sandbox
 from tests.conftest import FakeClock, RedisServer, StartGateway, eventually, sample, tool
 
-FIXED_LABELS = {"route", "method", "code", "exchange", "operation", "outcome", "state", "to", "result", "tier"} | {
-    "reason", "task", "version", "python", "le", "client", "channel", "cause", "transport", "component",
+FIXED_LABELS = {
+    "route", "method", "code", "exchange", "operation", "outcome", "state", "to", "result", "tier",
+    "reason", "task", "version", "python", "le", "client", "channel", "cause", "transport",
+    "component",
 }  # fmt: skip
 
 
-async def test_the_text_is_what_prometheus_reads(start: StartGateway, redis: RedisServer) -> None:
-    """The client library's own parser reads all of it; names, help and units follow the conventions."""
+async def test_metrics_are_valid_prometheus_text(start: StartGateway, redis: RedisServer) -> None:
+    """The client library parses the text. Names, help and labels follow the conventions."""
     live = await start(redis_url=redis.url)
-    for path in ("/ticker/BTC/USDT", "/ticker/BTC/USDT", "/tickers?symbols=BTC/USDT,ETH/USDT", "/ticker/x", "/nope"):
+    for path in (
+        "/ticker/BTC/USDT",
+        "/ticker/BTC/USDT",
+        "/tickers?symbols=BTC/USDT,ETH/USDT",
+        "/ticker/x",
+        "/nope",
+    ):
         await live.get(path)
-    families = {family.name: family for family in text_string_to_metric_families((await live.get("/metrics")).text)}
-    own = {name: family for name, family in families.items() if name.startswith("virtuoso_")}
-    assert len(own) >= 20
-    for name, family in own.items():
+    families = {
+        family.name: family
+        for family in text_string_to_metric_families((await live.get("/metrics")).text)
+    }
+    gateway_families = {
+        name: family for name, family in families.items() if name.startswith("virtuoso_")
+    }
+    assert len(gateway_families) >= 20
+    for name, family in gateway_families.items():
         assert family.documentation.endswith("."), name
         assert family.type != "gauge" or not name.endswith("_total")
-        for one in family.samples:
-            assert set(one.labels) <= FIXED_LABELS, one
-            assert "BTC" not in str(one.labels)
+        for series in family.samples:
+            assert set(series.labels) <= FIXED_LABELS, series
+            assert "BTC" not in str(series.labels)
     assert "process_cpu_seconds" in families
     assert "python_gc_objects_collected" in families
 
 
-async def test_promtool_finds_nothing_to_say(start: StartGateway) -> None:
-    """`promtool check metrics` is clean, where it is installed."""
+async def test_promtool_reports_no_problem(start: StartGateway) -> None:
+    """`promtool check metrics` is clean, if it is installed."""
     promtool = tool("promtool", "prometheus")
     text = (await (await start()).get("/metrics")).content
     command = [promtool, "check", "metrics"]
-    checked = await asyncio.to_thread(subprocess.run, command, input=text, capture_output=True, check=False)
+    checked = await asyncio.to_thread(
+        subprocess.run, command, input=text, capture_output=True, check=False
+    )
     assert (checked.returncode, checked.stderr.decode()) == (0, "")
 
 
-async def test_label_sets_are_there_from_the_start(start: StartGateway) -> None:
-    """A rate over what has not happened yet begins at zero, not at nothing; what was not measured is absent."""
+async def test_series_with_known_labels_exist_from_the_start(start: StartGateway) -> None:
+    """A rate starts at zero before the first event. A value that was not measured is absent."""
     live = await start(redis_host="")
     text = (await live.get("/metrics")).text
     for line in (
@@ -59,12 +74,15 @@ async def test_label_sets_are_there_from_the_start(start: StartGateway) -> None:
     assert 'virtuoso_build_info{python="' in text
 
 
-async def test_lookups_are_counted_by_how_they_were_answered(
+async def test_requests_are_counted_by_cache_result(
     start: StartGateway, sandbox: Sandbox, clock: FakeClock
 ) -> None:
-    """A miss, a hit, a stand-in: each goes up by one where it should."""
+    """A miss, a hit in memory and a stale value after an error are counted as such."""
     live = await start(stale_seconds=60)
-    counts = {result: sample("cache_requests_total", result=result) for result in ("miss", "hit_memory", "stale_error")}
+    counts = {
+        result: sample("cache_requests_total", result=result)
+        for result in ("miss", "hit_memory", "stale_error")
+    }
     await live.get("/ticker/BTC/USDT?exchange=bybit")
     await live.get("/ticker/BTC/USDT?exchange=bybit")
     assert sample("cache_requests_total", result="miss") == counts["miss"] + 1
@@ -75,10 +93,10 @@ async def test_lookups_are_counted_by_how_they_were_answered(
     assert sample("cache_requests_total", result="stale_error") == counts["stale_error"] + 1
 
 
-async def test_gauges_tell_the_state_at_the_scrape(
+async def test_gauges_show_the_state_at_the_scrape(
     start: StartGateway, clock: FakeClock, own_redis: RedisServer
 ) -> None:
-    """Entries, Redis up or not, budget, last success and markets are those of this moment."""
+    """Entries, state of Redis, budget, last success and markets are current at each scrape."""
     live = await start(redis_url=own_redis.url)
     await live.get("/ticker/BTC/USDT?exchange=bybit")
     await live.get("/metrics")
@@ -94,11 +112,14 @@ async def test_gauges_tell_the_state_at_the_scrape(
     assert sample("cache_tier_up", tier="redis") == 0
     clock.advance(1000)
     await live.get("/metrics")
-    assert (sample("cache_entries"), sample("exchange_budget_used_ratio", exchange="bybit")) == (0, 0)
+    assert (sample("cache_entries"), sample("exchange_budget_used_ratio", exchange="bybit")) == (
+        0,
+        0,
+    )
 
 
-async def test_a_stall_of_the_loop_is_seen(start: StartGateway) -> None:
-    """What blocks the event loop shows in the lag histogram."""
+async def test_event_loop_stall_is_measured(start: StartGateway) -> None:
+    """Code that blocks the event loop appears in the lag histogram."""
     await start(clock=SystemClock())
     before = sample("event_loop_lag_seconds_sum")
     await eventually(lambda: sample("event_loop_lag_seconds_count") > 0)
@@ -109,11 +130,15 @@ async def test_a_stall_of_the_loop_is_seen(start: StartGateway) -> None:
 
 
 async def test_routes_are_labelled_by_template(start: StartGateway) -> None:
-    """Whatever the path, the label is the route's template, or `unmatched`."""
+    """The label of a request is the template of its route, or `unmatched`."""
     live = await start()
     before = {
         (route, code): sample("http_requests_total", route=route, method="GET", code=code)
-        for route, code in (("/ticker/{symbol}", "200"), ("/ticker/{symbol}", "404"), ("unmatched", "404"))
+        for route, code in (
+            ("/ticker/{symbol}", "200"),
+            ("/ticker/{symbol}", "404"),
+            ("unmatched", "404"),
+        )
     }
     for path in ("/ticker/BTC/USDT", "/ticker/NO/SUCH", "/favicon.ico"):
         await live.get(path)

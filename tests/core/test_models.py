@@ -1,4 +1,4 @@
-"""The plausibility gate: what cannot be true never becomes an answer, and nothing is invented."""
+"""Models: implausible data is rejected, and no value is invented."""
 
 import math
 from typing import Any
@@ -10,18 +10,30 @@ from src.core.errors import BadUpstreamData, NoPrice
 from src.core.models import Candles, OrderBook, Ticker, Trades
 
 NOW = 1_700_000_000_000
-TICKER = {"symbol": "BTC/USDT", "last": 100.0, "bid": 99.0, "ask": 101.0, "baseVolume": 5.0, "timestamp": None}
+TICKER = {
+    "symbol": "BTC/USDT",
+    "last": 100.0,
+    "bid": 99.0,
+    "ask": 101.0,
+    "baseVolume": 5.0,
+    "timestamp": None,
+}
 
 
 def ticker(**changes: Any) -> Ticker:
     return Ticker.from_ccxt(TICKER | changes, "kraken", "BTC/USDT", NOW)
 
 
-def test_a_plausible_ticker_keeps_its_numbers() -> None:
-    """Fields come over by name; those the exchange did not send are null, and its time is absent."""
-    made = ticker(info={"secret": 1}, high=0.00001, open=None)
-    document = made.model_dump(exclude_unset=True)
-    assert (made.price, made.last, document["high"], document["open"]) == (100, 100, 0.00001, None)
+def test_plausible_ticker_keeps_its_numbers() -> None:
+    """Fields that the exchange did not send are null. The timestamp is absent."""
+    result = ticker(info={"secret": 1}, high=0.00001, open=None)
+    document = result.model_dump(exclude_unset=True)
+    assert (result.price, result.last, document["high"], document["open"]) == (
+        100,
+        100,
+        0.00001,
+        None,
+    )
     assert "info" not in document
     assert "timestamp" not in document
 
@@ -29,21 +41,22 @@ def test_a_plausible_ticker_keeps_its_numbers() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"last": None}, {"last": 0.0}, {"last": -1.0}, {"last": math.nan}, {"last": math.inf}, {"last": "100"},
+        {"last": None}, {"last": 0.0}, {"last": -1.0}, {"last": math.nan}, {"last": math.inf},
+        {"last": "100"},
         {"last": True}, {"bid": 102.0}, {"symbol": "ETH/USDT"}, {"symbol": None},
     ],
     ids=str,
 )  # fmt: skip
-def test_an_implausible_ticker_is_refused(changes: dict[str, Any]) -> None:
-    """No price, no finite number, a crossed market or another symbol: bad data."""
+def test_implausible_ticker_is_bad_data(changes: dict[str, Any]) -> None:
+    """A ticker without a finite price, with a crossed market or for another symbol is bad data."""
     with pytest.raises(BadUpstreamData):
         ticker(**changes)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1", True, [1]], ids=str)
 @pytest.mark.parametrize("field", ["bid", "ask", "high", "vwap", "percentage", "quoteVolume"])
-def test_what_is_no_finite_number_is_null(field: str, value: object) -> None:
-    """A secondary figure that cannot be a number is null, and the body stays strict JSON."""
+def test_secondary_values_that_are_not_finite_numbers_are_null(field: str, value: object) -> None:
+    """The JSON body contains no NaN or Infinity."""
     body = encode(ticker(**{field: value}))
     assert f'"{field}":null'.encode() in body
     assert b"NaN" not in body
@@ -53,41 +66,48 @@ def test_what_is_no_finite_number_is_null(field: str, value: object) -> None:
 @pytest.mark.parametrize(
     "changes", [{"bid": 101.0, "ask": 101.0}, {"ask": 0.0}, {"bid": None}, {"bid": 0.0, "ask": 0.0}]
 )
-def test_a_missing_or_equal_side_is_plausible(changes: dict[str, Any]) -> None:
-    """Bid equal to ask happens; a side without orders is no reason to refuse a price."""
+def test_missing_or_equal_bid_and_ask_are_plausible(changes: dict[str, Any]) -> None:
+    """Bid and ask may be equal, and one side may have no orders."""
     assert ticker(**changes).price == 100
 
 
-def test_numbers_no_json_can_hold_are_refused() -> None:
-    """Integers past 64 bits are no times and no amounts: null where they may be missing, bad data where not."""
+def test_huge_integers_are_null_or_bad_data() -> None:
+    """Integers above 64 bits are null in optional fields and bad data in required fields."""
     huge = 10**30
     assert "timestamp" not in ticker(timestamp=huge).model_dump(exclude_unset=True)
-    assert OrderBook.from_ccxt({"bids": [[1, 1]], "asks": [], "nonce": huge}, "x", "A/B", NOW, limit=1).nonce is None
+    assert (
+        OrderBook.from_ccxt(
+            {"bids": [[1, 1]], "asks": [], "nonce": huge}, "x", "A/B", NOW, limit=1
+        ).nonce
+        is None
+    )
     assert b"1e+30" in encode(ticker(high=float(huge)))
     assert b'"high":null' in encode(ticker(high=10**400))
     for build in (
         lambda: candles([[huge, 10.0, 12.0, 9.0, 11.0, 5.0]]),
-        lambda: Trades.from_ccxt([{"timestamp": huge, "price": 1.0, "amount": 1.0}], "x", "A/B", NOW),
+        lambda: Trades.from_ccxt(
+            [{"timestamp": huge, "price": 1.0, "amount": 1.0}], "x", "A/B", NOW
+        ),
     ):
         with pytest.raises(BadUpstreamData):
             build()
 
 
 @pytest.mark.parametrize("last", [None, 0.0])
-def test_a_market_that_never_traded_is_no_failure(last: float | None) -> None:
-    """No price with no volume is a fact about the market, which must not open a breaker."""
+def test_market_that_never_traded_has_no_price(last: float | None) -> None:
+    """No price and no volume is `NoPrice`, which does not open a breaker."""
     with pytest.raises(NoPrice):
         ticker(last=last, baseVolume=0.0)
 
 
-def test_an_exchange_time_is_kept_and_never_made_up() -> None:
-    """`timestamp` and `datetime` are the exchange's or not there; zero, text and None are not times."""
+def test_timestamp_is_the_exchanges_own_or_absent() -> None:
+    """Zero, text and None are not timestamps."""
     assert ticker(timestamp=123, datetime="1970").model_dump(exclude_unset=True)["timestamp"] == 123
-    for none in (None, 0, "123", 1.5):
-        assert "timestamp" not in ticker(timestamp=none).model_dump(exclude_unset=True)
+    for invalid in (None, 0, "123", 1.5):
+        assert "timestamp" not in ticker(timestamp=invalid).model_dump(exclude_unset=True)
 
 
-def test_zero_is_a_number() -> None:
+def test_zero_is_not_replaced_by_null() -> None:
     """A change of zero or an amount of zero stays zero."""
     assert ticker(change=0.0, bidVolume=0).change == 0
     assert ticker(bidVolume=0).bid_volume == 0
@@ -97,19 +117,20 @@ def book(bids: object, asks: object) -> OrderBook:
     return OrderBook.from_ccxt({"bids": bids, "asks": asks}, "kraken", "BTC/USDT", NOW, limit=10)
 
 
-def test_a_book_keeps_price_and_amount() -> None:
-    """Rows of three elements, as kraken's, lose the third; one side may be empty."""
+def test_order_book_keeps_price_and_amount() -> None:
+    """Rows with three elements, as Kraken sends, lose the third. One side may be empty."""
     assert book([[99, 1, 5], [98, 2, 5]], []).bids == [[99, 1], [98, 2]]
     assert len(book([[99 - level, 1] for level in range(20)], []).bids) == 10
 
 
 @pytest.mark.parametrize(
     ("bids", "asks"),
-    [([], []), (None, None), ([[101, 1]], [[100, 1]]), ([[100, 1]], [[100, 1]]), ([[None, 1]], []), ([[1]], []),
+    [([], []), (None, None), ([[101, 1]], [[100, 1]]), ([[100, 1]], [[100, 1]]),
+     ([[None, 1]], []), ([[1]], []),
      ([[math.nan, 1]], []), ([[1, -1]], [])],
 )  # fmt: skip
-def test_an_implausible_book_is_refused(bids: object, asks: object) -> None:
-    """Empty, crossed, touching, or not made of numbers."""
+def test_implausible_order_book_is_bad_data(bids: object, asks: object) -> None:
+    """An order book that is empty, crossed, touching or not numeric is bad data."""
     with pytest.raises(BadUpstreamData):
         book(bids, asks)
 
@@ -118,8 +139,8 @@ def candles(rows: object, since: int | None = None) -> Candles:
     return Candles.from_ccxt(rows, "kraken", "BTC/USDT", NOW, timeframe="1m", since=since)
 
 
-def test_candles_may_be_empty_only_where_none_can_be_yet() -> None:
-    """Since a moment ago there may be none; since an hour ago there must be."""
+def test_candles_may_be_empty_only_after_a_recent_since() -> None:
+    """There may be no candle since a minute ago, but there must be one since an hour ago."""
     assert candles([], since=NOW - 60_000).candles == []
     for since in (None, NOW - 3_600_000):
         with pytest.raises(BadUpstreamData):
@@ -132,23 +153,26 @@ GOOD = [60_000, 10.0, 12.0, 9.0, 11.0, 5.0]
 @pytest.mark.parametrize(
     "rows",
     [
-        [GOOD, GOOD], [[120_000, *GOOD[1:]], GOOD], [[60_000, 10, 9, 12, 11, 5]], [[60_000, 10, 12, 9, 0, 5]],
+        [GOOD, GOOD], [[120_000, *GOOD[1:]], GOOD], [[60_000, 10, 9, 12, 11, 5]],
+        [[60_000, 10, 12, 9, 0, 5]],
         [[60_000, None, 12, 9, 11, 5]], [GOOD[:5]], "rows",
     ],
     ids=str,
 )  # fmt: skip
-def test_implausible_candles_are_refused(rows: object) -> None:
-    """Repeated, out of order, high below low, closed at nothing, not numbers or too short."""
+def test_implausible_candles_are_bad_data(rows: object) -> None:
+    """Repeated, unordered, short or non-numeric rows, high below low and a close of zero."""
     with pytest.raises(BadUpstreamData):
         candles(rows)
     assert candles([GOOD]).candles == [GOOD]
 
 
-def test_trades_are_numbers_in_order() -> None:
-    """None at all is a fact about the market; one that is no number is bad data; an odd side is null."""
+def test_trades_are_checked() -> None:
+    """No trades is `NoPrice`, a trade without numbers is bad data, an unknown side is null."""
     good = {"id": 7, "timestamp": NOW, "side": "buy", "price": 1.5, "amount": 0.0, "info": {}}
-    made = Trades.from_ccxt([good, good | {"side": "?", "id": None}], "kraken", "BTC/USDT", NOW).trades
-    assert (made[0].id, made[0].side, made[1].id, made[1].side) == ("7", "buy", None, None)
+    result = Trades.from_ccxt(
+        [good, good | {"side": "?", "id": None}], "kraken", "BTC/USDT", NOW
+    ).trades
+    assert (result[0].id, result[0].side, result[1].id, result[1].side) == ("7", "buy", None, None)
     with pytest.raises(NoPrice):
         Trades.from_ccxt([], "kraken", "BTC/USDT", NOW)
     for bad in ({"price": None}, {"price": 0}, {"amount": math.nan}, {"timestamp": None}):

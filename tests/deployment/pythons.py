@@ -1,8 +1,8 @@
-"""Run `make demo` and `make test` of the committed code on fresh Debian systems, each with the Python of its release.
+"""Run `make demo` and `make test` of the committed code on new Debian systems with their Python.
 
-A system is a chroot that contains a minimal Debian with python3, python3-venv, make, git and ca-certificates, and
-nothing else. Systems are kept for the next run. Mounts and processes exist in namespaces that end with the run.
-`make test-pythons` runs this; it needs root, debootstrap, git and unshare.
+A system is a chroot with a minimal Debian, python3, python3-venv, make, git and ca-certificates.
+Systems are kept for the next run. Mounts and processes are in namespaces that end with the run.
+`make test-pythons` runs this script. It needs root, debootstrap, git and unshare.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 CHROOTS = CACHE / "virtuoso" / "chroots"
-PACKAGE_CACHES = ("pip", "virtuoso/wheels")  # folders of the cache that the systems share with the host
-SUITES = ["trixie", "forky"]  # Python 3.13, and the newest that Debian has
+PACKAGE_CACHES = ("pip", "virtuoso/wheels")  # cache folders that systems share with the host
+SUITES = ["trixie", "forky"]  # Python 3.13, and the newest Python of Debian
 PACKAGES = "python3,python3-venv,make,git,ca-certificates"
 SCRIPTS = Path("/usr/share/debootstrap/scripts")
 CLONE = "/root/virtuoso"
-# How the host reaches the package index: its name server, pip's configuration, and the certificates it trusts.
+# Files of the host for access to the package index: name server, pip configuration, certificates.
 NETWORK_FILES = (
     "/etc/resolv.conf",
     "/etc/hosts",
@@ -33,25 +33,34 @@ NETWORK_FILES = (
     "/etc/xdg/pip",
     "/etc/ssl/certs/ca-certificates.crt",
 )
-NETWORK_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")  # in lower case too; and all that begin with PIP_
-PORT, SANDBOX_PORT = 18000, 19100  # of the demo: the network is that of the host
+# Passed in upper and lower case, together with all variables that start with PIP_.
+NETWORK_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+# Ports of the demo, which uses the network of the host.
+PORT = 18000
+SANDBOX_PORT = 19100
 ANSWER_SECONDS = 30
-READY_SECONDS = 300  # of the demo with its installation; its packages may have to be downloaded
+READY_SECONDS = 300  # start of the demo, including its installation and downloads
 
 
 def main() -> int:
-    """Run everything on each system. Return 1 if anything failed on one of them."""
-    parser = argparse.ArgumentParser(description="Run demo and tests on fresh Debian systems.")
-    parser.add_argument("suites", nargs="*", metavar="SUITE", default=SUITES, help="Debian release, such as trixie")
+    """Run demo and tests on each system. Returns 1 if any of them failed."""
+    parser = argparse.ArgumentParser(description="Run demo and tests on new Debian systems.")
+    parser.add_argument(
+        "suites", nargs="*", metavar="SUITE", default=SUITES, help="Debian release, such as trixie"
+    )
     parser.add_argument("--mirror", default="http://deb.debian.org/debian")
-    parser.add_argument("--tests", default="", help="arguments for pytest, to run these tests instead of `make test`")
+    parser.add_argument(
+        "--tests",
+        default="",
+        help="arguments for pytest, to run these tests instead of `make test`",
+    )
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
         run_demo()
         return run_tests(shlex.split(options.tests))
     if os.geteuid() != 0:
-        sys.exit("root is needed: chroots and mounts")
+        sys.exit("this script must run as root, because it uses chroot and mount")
     failed = []
     for suite in options.suites:
         system = install(suite, options.mirror)
@@ -63,13 +72,13 @@ def main() -> int:
 
 
 def install(suite: str, mirror: str) -> Path:
-    """Install a Debian release, unless a run before has done it. Return its folder."""
+    """Install a Debian release unless it exists. Returns its folder."""
     system = CHROOTS / suite
     if not system.exists():
         print(f"{suite}: installing Debian into {system}", flush=True)
         unfinished = system.with_suffix(".new")
         shutil.rmtree(unfinished, ignore_errors=True)
-        # debootstrap does not know a release that is newer than itself; all of them are installed alike.
+        # debootstrap has no script for releases newer than itself; the script of sid is the same.
         script = next(SCRIPTS / name for name in (suite, "sid") if (SCRIPTS / name).exists())
         command = [
             "debootstrap",
@@ -86,11 +95,12 @@ def install(suite: str, mirror: str) -> Path:
 
 
 def prepare(system: Path) -> None:
-    """Clone the checkout into a system, and copy how the host reaches the package index."""
+    """Clone the checkout into a system and copy the network configuration of the host."""
     clone = system / CLONE[1:]
     shutil.rmtree(clone, ignore_errors=True)
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-    sources = {path: path for path in NETWORK_FILES} | {f"{Path.home()}/.config/pip": "/root/.config/pip"}
+    sources = {path: path for path in NETWORK_FILES}
+    sources[f"{Path.home()}/.config/pip"] = "/root/.config/pip"
     for path, target in ((Path(source), system / target[1:]) for source, target in sources.items()):
         if path.is_dir():
             shutil.copytree(path, target, dirs_exist_ok=True)
@@ -101,15 +111,16 @@ def prepare(system: Path) -> None:
 
 
 def enter(system: Path, tests: str) -> int:
-    """Run this script inside a system, with namespaces of its own for mounts and processes. Return the exit code."""
+    """Run this script in a system with its own namespaces. Returns the exit code."""
     caches = {CACHE / name: system / "root" / ".cache" / name for name in PACKAGE_CACHES}
     for folder in (*caches, *caches.values()):
         folder.mkdir(parents=True, exist_ok=True)
+    inside = f'cd {CLONE} && python3 -m tests.deployment.pythons --inside "$0"'
     script = [
         f"mount -t proc proc {system}/proc",
         f"mount --rbind /dev {system}/dev",
         *(f"mount --bind {source} {target}" for source, target in caches.items()),
-        f'chroot {system} sh -c \'cd {CLONE} && python3 -m tests.deployment.pythons --inside "$0"\' "$1"',
+        f"chroot {system} sh -c '{inside}' \"$1\"",
     ]
     command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec"]
     command += ["\n".join(script), "sh", f"--tests={tests}"]
@@ -118,7 +129,12 @@ def enter(system: Path, tests: str) -> int:
         for name, value in os.environ.items()
         if name.startswith("PIP_") or name.upper() in NETWORK_VARIABLES
     }
-    environment = {"HOME": "/root", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
+    environment = {
+        "HOME": "/root",
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "LANG": "C.UTF-8",
+        "PYTHONUNBUFFERED": "1",
+    }
     return subprocess.run(command, env=environment | network, check=False).returncode
 
 
@@ -141,15 +157,16 @@ def run_demo() -> None:
             sys.exit("make demo ended before it was ready")
         url = line.split()[-1] if "curl -i" in line else None
     watchdog.cancel()
-    print(f"make demo was ready after {time.monotonic() - began:.0f} s with Python {sys.version.split()[0]}")
+    seconds = time.monotonic() - began
+    print(f"make demo was ready after {seconds:.0f} s with Python {sys.version.split()[0]}")
     with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
-        print(f"GET {url}: {answer.status}", flush=True)  # any other status than 200 raises
+        print(f"GET {url}: {answer.status}", flush=True)  # other statuses raise an error
     os.killpg(demo.pid, signal.SIGINT)
     demo.communicate(timeout=ANSWER_SECONDS)
 
 
 def run_tests(arguments: list[str]) -> int:
-    """Run `make test`, or pytest with these arguments. Return the exit code."""
+    """Run `make test`, or pytest with these arguments. Returns the exit code."""
     if not arguments:
         return subprocess.run(["make", "test"], check=False).returncode
     subprocess.run(["make", ".venv/.dev"], check=True)

@@ -1,5 +1,7 @@
-"""deploy.sh, run with a `docker` and an `ssh` that keep their state in files: what it does, in which order, and what it
-leaves when something fails."""
+"""Tests of deploy.sh with stub programs for `docker` and `ssh` that keep their state in files.
+
+They check the order of the steps and the state after failures.
+"""
 
 import asyncio
 import json
@@ -24,9 +26,10 @@ SECRETS = ["canary-of-redis", "canary-of-grafana", "canary-of-a-client"]
 SETTINGS = f"REDIS_PASSWORD={SECRETS[0]}\nGRAFANA_PASSWORD={SECRETS[1]}\nAPI_KEYS=me:{SECRETS[2]}\n"
 QUICK = {"READY_SECONDS": "1", "SMOKE_SECONDS": "1"}
 
-pytestmark = pytest.mark.full  # some seconds for each deployment
+pytestmark = pytest.mark.full  # each deployment takes some seconds
 
-# Knows what deploy.sh uses. Makes containers anew as Compose does: when tag or .env are not those they were made with.
+# Implements the docker commands that deploy.sh uses. Recreates containers like Compose, when the
+# tag or .env differs from those of their creation.
 DOCKER = r"""#!PYTHON -IS
 import json, os, sys, time
 args, home = sys.argv[1:], "HOME"
@@ -48,7 +51,8 @@ def save():
     with open(f"{home}/state.new", "w") as file:
         json.dump(state, file)
     os.replace(f"{home}/state.new", f"{home}/state")
-    serving = sum(app["health"] == "healthy" and app["status"] == "running" for app in apps.values())
+    states = [(app["health"], app["status"]) for app in apps.values()]
+    serving = states.count(("healthy", "running"))
     with open(f"{home}/serving", "a") as file:
         file.write(f"{serving}\n")
 
@@ -59,7 +63,8 @@ def end(code=0, text=""):
 
 def make():
     state["made"] += 1
-    apps[f"c{state['made']}"] = {"tag": tag, "status": "running", "health": "starting", "env": found}
+    app = {"tag": tag, "status": "running", "health": "starting", "env": found}
+    apps[f"c{state['made']}"] = app
 
 def up(count):
     for name, app in list(apps.items()):
@@ -71,7 +76,8 @@ def up(count):
     while len(apps) < count:
         make()
 
-log("docker " + " ".join(word if len(word) < 60 else "..." for word in args) + f" TAG={tag}" * (args[0] == "compose"))
+command = " ".join(word if len(word) < 60 else "..." for word in args)
+log(f"docker {command}" + f" TAG={tag}" * (args[0] == "compose"))
 for word, wanted in fail.items():
     if word in " ".join(args) and wanted in (tag, True):
         end(1, f"stub: {word} fails")
@@ -80,7 +86,8 @@ for word, wanted in fail.items():
         time.sleep(60)
 match args:
     case ["compose", "ps", option, "app"]:
-        end(0, "\n".join(name for name, app in apps.items() if option == "-aq" or app["status"] == "running"))
+        shown = [name for name in apps if option == "-aq" or apps[name]["status"] == "running"]
+        end(0, "\n".join(shown))
     case ["compose", "up", *rest]:
         scale = [word for word in rest if word.startswith("app=")]
         if "--force-recreate" in rest:
@@ -94,14 +101,16 @@ match args:
             del apps[name]
     case ["inspect", "-f", _, name]:
         app = apps[name]
-        told = f"{app['status']} {app['health']}"
+        status = f"{app['status']} {app['health']}"
         if app["health"] == "starting" and fail.get("starting") != app["tag"]:
             app["health"] = "unhealthy" if fail.get("health") == app["tag"] else "healthy"
-        end(0, told)
+        end(0, status)
     case ["exec", name, "python", "-c", _, path]:
         wrong = fail.get("smoke" if path.startswith("/ticker/") else "ready")
         log(f"asked {apps[name]['tag']} for {path}")
-        end(*(1, "HTTP Error 503: Service Unavailable") if wrong == apps[name]["tag"] else (0, "200"))
+        if wrong == apps[name]["tag"]:
+            end(1, "HTTP Error 503: Service Unavailable")
+        end(0, "200")
     case ["logs", *_, name]:
         end(0, f"last words of {apps[name]['tag']}")
     case ["stop", *names]:
@@ -113,7 +122,8 @@ match args:
                 end(1, f"stub: {name} is running")
             del apps[name]
     case ["image", "ls", *_, repository]:
-        end(0, "\n".join(name.rpartition(":")[2] for name in place["images"] if name.rpartition(":")[0] == repository))
+        images = [name.rpartition(":") for name in place["images"]]
+        end(0, "\n".join(tag for name, _, tag in images if name == repository))
     case ["image", "inspect", *_, name]:
         end(0 if name in place["images"] else 1)
     case ["image", "rm", name]:
@@ -130,7 +140,7 @@ match args:
         state["registry"].append(name)
     case ["save", name]:
         print(name)
-        sys.exit()  # `load` runs at the same time, and changes the state
+        sys.exit()  # `load` runs concurrently and changes the state
     case ["load"]:
         place["images"].insert(0, sys.stdin.read().strip())
 end()
@@ -143,7 +153,7 @@ STUB_WHERE=server exec env -u COMPOSE_PROJECT_NAME sh -c "$2"
 
 
 class Bench:
-    """A checkout with deploy.sh in it, a server's directory, and the stubs."""
+    """A checkout with deploy.sh, a directory of a server, and the stub programs."""
 
     def __init__(self, folder: Path) -> None:
         self.home = folder / "stubs"
@@ -151,10 +161,16 @@ class Bench:
         self.server = folder / "server"
         for path in (self.home, self.tree / "deploy" / "edge", self.server):
             path.mkdir(parents=True)
-        stubs = {"docker": DOCKER, "ssh": SSH, "sleep": '#!/bin/sh\necho "here: sleep $1" >>HOME/log\n'}
+        stubs = {
+            "docker": DOCKER,
+            "ssh": SSH,
+            "sleep": '#!/bin/sh\necho "here: sleep $1" >>HOME/log\n',
+        }
         for name, text in stubs.items():
             path = self.home / name
-            path.write_text(text.replace("HOME", str(self.home)).replace("PYTHON", sys.executable, 1))
+            path.write_text(
+                text.replace("HOME", str(self.home)).replace("PYTHON", sys.executable, 1)
+            )
             path.chmod(0o755)
         empty: dict[str, Any] = {"apps": {}, "images": []}
         self.write(made=0, registry=[], here=empty, server=empty)
@@ -167,7 +183,9 @@ class Bench:
         self.tags = [self.commit("first")]
         (self.tree / ".env").write_text(SETTINGS)
         (self.tree / ".env").chmod(0o600)
-        (self.server / ".env").write_text(SETTINGS.rstrip("\n"))  # as an editor may leave it
+        (self.server / ".env").write_text(
+            SETTINGS.rstrip("\n")
+        )  # some editors omit the final line feed
 
     def git(self, *arguments: str) -> str:
         name = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
@@ -175,7 +193,7 @@ class Bench:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     def commit(self, what: str) -> str:
-        """Commit the tree as it is; returns the tag deploy.sh gives it."""
+        """Commit all files and return the tag that deploy.sh uses."""
         self.git("add", "--all")
         self.git("commit", "--quiet", "--allow-empty", "--message", what)
         return self.git("rev-parse", "--short", "HEAD")
@@ -184,8 +202,10 @@ class Bench:
         (self.home / "state").write_text(json.dumps(state))
 
     def fail(self, **what: Any) -> None:
-        """Have words of docker commands fail; by tag, or whatever the tag (True)."""
-        (self.home / "fail").write_text(json.dumps({word.replace("_", "-"): wanted for word, wanted in what.items()}))
+        """Let docker commands with these words fail, for one tag or for all tags (True)."""
+        (self.home / "fail").write_text(
+            json.dumps({word.replace("_", "-"): wanted for word, wanted in what.items()})
+        )
 
     def state(self) -> Any:
         return json.loads((self.home / "state").read_text())
@@ -195,49 +215,59 @@ class Bench:
         return kept | {"PATH": f"{self.home}:{os.environ['PATH']}"} | more
 
     def deploy(self, *arguments: str, code: int = 0, **environment: str) -> str:
-        """Run deploy.sh; returns all it printed, which never holds a secret."""
+        """Run deploy.sh and return its output, which may not contain a secret."""
         for name in ("log", "serving"):
             (self.home / name).write_text("")
         command = [str(self.tree / "deploy.sh"), *arguments]
         ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=180, check=False, env=self.environment(**environment)
+            command,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+            env=self.environment(**environment),
         )
-        told = ended.stdout + ended.stderr
-        assert ended.returncode == code, told
-        assert not [secret for secret in SECRETS if secret in told]
-        return told
+        output = ended.stdout + ended.stderr
+        assert ended.returncode == code, output
+        assert not [secret for secret in SECRETS if secret in output]
+        return output
 
-    def next(self, *arguments: str, code: int = 0, **environment: str) -> str:
-        """Commit something and deploy it."""
+    def deploy_next(self, *arguments: str, code: int = 0, **environment: str) -> str:
+        """Commit a change and deploy it."""
         self.tags.append(self.commit(f"number {len(self.tags) + 1}"))
         return self.deploy(*arguments, code=code, **environment)
 
     def log(self) -> list[str]:
-        """Return what docker and sleep were told, without what only looks and waits."""
-        looks = r"docker (compose (version|ps|config)|inspect|image (inspect|ls))|asked .*|docker exec|sleep 1$"
+        """Return the logged steps, without read-only commands and waits."""
+        reads = (
+            r"docker (compose (version|ps|config)|inspect|image (inspect|ls))"
+            r"|asked .*|docker exec|sleep 1$"
+        )
         lines = (self.home / "log").read_text().splitlines()
-        return [line for line in lines if not re.match(rf"\w+: ({looks})", line)]
+        return [line for line in lines if not re.match(rf"\w+: ({reads})", line)]
 
     def asked(self) -> list[str]:
         return re.findall(r": asked (.*)", (self.home / "log").read_text())
 
     def least_serving(self) -> int:
-        """Return how many healthy containers there were at the worst of times."""
+        """Return the lowest number of healthy containers at any time."""
         return min(int(line) for line in (self.home / "serving").read_text().split())
 
     def apps(self, where: str = "here") -> list[str]:
-        return [app["tag"] for app in self.state()[where]["apps"].values() if app["status"] == "running"]
+        return [
+            app["tag"] for app in self.state()[where]["apps"].values() if app["status"] == "running"
+        ]
 
     def names(self, where: str = "here") -> list[str]:
         return list(self.state()[where]["apps"])
 
     def lines(self, folder: Path | None = None) -> dict[str, str]:
-        """Return what deploy.sh keeps in .env."""
+        """Return the lines of .env that deploy.sh writes."""
         text = ((folder or self.tree) / ".env").read_text()
         return dict(re.findall(r"^(TAG|PREVIOUS_TAGS|REGISTRY)=(.*)$", text, re.MULTILINE))
 
-    def everything(self) -> dict[str, str]:
-        """Return every file of checkout and server, and the state of the stubs."""
+    def snapshot(self) -> dict[str, str]:
+        """Return all files of the checkout and the server, and the state of the stubs."""
         folders = [*self.tree.rglob("*"), *self.server.rglob("*"), self.home / "state"]
         return {
             str(path): path.read_text(errors="replace")
@@ -252,7 +282,7 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def scale(bench: Bench, count: int, where: str = "here") -> None:
-    """Have that many containers of what runs, as `docker compose up -d --scale` makes them."""
+    """Run this number of containers, like `docker compose up -d --scale`."""
     state = bench.state()
     (app,) = state[where]["apps"].values()
     for number in range(1, count):
@@ -260,40 +290,42 @@ def scale(bench: Bench, count: int, where: str = "here") -> None:
     bench.write(**state)
 
 
-def test_the_first_deployment_is_a_plain_start(bench: Bench) -> None:
-    """Build, start all, check the app, and note the tag; .env keeps its other lines and its permissions."""
-    told = bench.deploy()
+def test_first_deployment_builds_starts_and_checks(bench: Bench) -> None:
+    """.env keeps its other lines and its permissions."""
+    output = bench.deploy()
     (tag,) = bench.tags
     assert bench.log() == [
         f"here: docker build --build-arg VERSION={tag} --tag virtuoso:{tag} .",
         f"here: docker compose up -d --no-build TAG={tag}",
-        "here: docker compose up -d --no-build --remove-orphans --wait --wait-timeout 180 --scale app=1 "
-        + f"TAG={tag}",
+        "here: docker compose up -d --no-build --remove-orphans --wait --wait-timeout 180"
+        f" --scale app=1 TAG={tag}",
     ]
     assert bench.asked() == [f"{tag} for /health/ready", f"{tag} for /ticker/BTC-USDT"]
     assert bench.apps() == [tag]
     assert (bench.tree / ".env").read_text() == SETTINGS + f"PREVIOUS_TAGS=\nTAG={tag}\n"
     assert stat.S_IMODE((bench.tree / ".env").stat().st_mode) == 0o600
     assert not (bench.tree / ".env.before").exists()
-    assert f"tag {tag} runs" in told
+    assert f"tag {tag} is running" in output
 
 
-def test_three_replicas_are_replaced_and_three_always_serve(bench: Bench) -> None:
-    """New ones beside the old, all of them asked, the edge given time, then the old stopped; none is made anew."""
+def test_replicas_are_replaced_without_reducing_capacity(bench: Bench) -> None:
+    """New containers start and are checked before the old ones stop. None is recreated."""
     bench.deploy()
     scale(bench, 3)
     old = bench.names()
-    bench.next(SMOKE_SYMBOL="ETH-USDT")
+    bench.deploy_next(SMOKE_SYMBOL="ETH-USDT")
     first, tag = bench.tags
     stop = " ".join(old)
     assert bench.log() == [
         f"here: docker build --build-arg VERSION={tag} --tag virtuoso:{tag} .",
         f"here: docker compose rm -f app TAG={tag}",
-        f"here: docker compose up -d --no-build --no-deps --no-recreate --scale app=6 app TAG={tag}",
+        "here: docker compose up -d --no-build --no-deps --no-recreate"
+        f" --scale app=6 app TAG={tag}",
         "here: sleep 8",
         f"here: docker stop {stop}",
         f"here: docker rm {stop}",
-        f"here: docker compose up -d --no-build --remove-orphans --wait --wait-timeout 180 --scale app=3 TAG={tag}",
+        "here: docker compose up -d --no-build --remove-orphans --wait --wait-timeout 180"
+        f" --scale app=3 TAG={tag}",
     ]
     assert bench.asked() == [f"{tag} for /health/ready", f"{tag} for /ticker/ETH-USDT"] * 3
     assert bench.least_serving() == 3
@@ -301,24 +333,24 @@ def test_three_replicas_are_replaced_and_three_always_serve(bench: Bench) -> Non
     assert bench.lines() == {"TAG": tag, "PREVIOUS_TAGS": first}
 
 
-def test_a_stopped_container_does_not_stand_in_for_a_new_one(bench: Bench) -> None:
-    """One that has ended is removed first; Compose would start it again, with the old image."""
+def test_stopped_containers_are_removed_first(bench: Bench) -> None:
+    """Compose would restart a stopped container with the old image."""
     bench.deploy()
     scale(bench, 2)
     state = bench.state()
     state["here"]["apps"]["scaled1"]["status"] = "exited"
     bench.write(**state)
-    bench.next()
+    bench.deploy_next()
     assert bench.apps() == [bench.tags[1]]
 
 
-def test_a_dry_run_prints_every_step_and_takes_none(bench: Bench) -> None:
-    """Nothing is different afterwards, and what is printed is what is then done."""
+def test_dry_run_prints_the_steps_without_changes(bench: Bench) -> None:
+    """The printed steps are those of the real deployment."""
     bench.deploy("--host", "ops@gate", "--dir", str(bench.server))
     bench.tags.append(bench.commit("second"))
-    before = bench.everything()
-    told = bench.deploy("--host", "ops@gate", "--dir", str(bench.server), "--dry-run")
-    assert bench.everything() == before
+    before = bench.snapshot()
+    output = bench.deploy("--host", "ops@gate", "--dir", str(bench.server), "--dry-run")
+    assert bench.snapshot() == before
     assert bench.log() == []
     real = bench.deploy("--host", "ops@gate", "--dir", str(bench.server))
     (new,) = bench.names("server")
@@ -326,39 +358,53 @@ def test_a_dry_run_prints_every_step_and_takes_none(bench: Bench) -> None:
     def steps(text: str) -> list[str]:
         return [line.replace(new, "NEW_CONTAINERS") for line in text.splitlines() if "$ " in line]
 
-    assert steps(told) == steps(real)
-    for part in ("build", "docker save", "git archive", "TAG=", "scale app=2", "/ticker/BTC-USDT", "docker stop c1"):
-        assert part in told
+    assert steps(output) == steps(real)
+    for part in (
+        "build",
+        "docker save",
+        "git archive",
+        "TAG=",
+        "scale app=2",
+        "/ticker/BTC-USDT",
+        "docker stop c1",
+    ):
+        assert part in output
 
 
-def test_with_a_registry_the_image_goes_through_it(bench: Bench) -> None:
-    """Pushed from here, pulled there, named after it, and remembered in .env for Compose and for the next time."""
+def test_image_is_pushed_to_and_pulled_from_the_registry(bench: Bench) -> None:
+    """The registry is stored in .env for Compose and for the next deployment."""
     host = ["--host", "ops@gate", "--dir", str(bench.server)]
-    told = bench.deploy(*host, REGISTRY="registry.example:5000/team")
+    output = bench.deploy(*host, REGISTRY="registry.example:5000/team")
     image = f"registry.example:5000/team/virtuoso:{bench.tags[0]}"
     assert [line for line in bench.log() if "push" in line or "pull" in line or "load" in line] == [
         f"here: docker push {image}",
         f"server: docker pull {image}",
     ]
-    assert told.index("docker build") < told.index("docker push") < told.index("docker pull")
+    assert output.index("docker build") < output.index("docker push") < output.index("docker pull")
     assert bench.lines(bench.server)["REGISTRY"] == "registry.example:5000/team"
-    bench.next(*host)
-    assert bench.state()["registry"] == [f"registry.example:5000/team/virtuoso:{tag}" for tag in bench.tags]
+    bench.deploy_next(*host)
+    assert bench.state()["registry"] == [
+        f"registry.example:5000/team/virtuoso:{tag}" for tag in bench.tags
+    ]
 
 
-def test_a_push_that_fails_stops_before_anything_runs(bench: Bench) -> None:
-    """Exit code 1, and the server was not told to change anything."""
+def test_failed_push_changes_nothing_on_the_server(bench: Bench) -> None:
+    """The exit code is 1."""
     before = (bench.server / ".env").read_text()
     bench.fail(push=True)
-    bench.deploy("--host", "ops@gate", "--dir", str(bench.server), REGISTRY="registry.example", code=1)
+    bench.deploy(
+        "--host", "ops@gate", "--dir", str(bench.server), REGISTRY="registry.example", code=1
+    )
     assert [line for line in bench.log() if line.startswith("server")] == []
     assert (bench.server / ".env").read_text() == before
 
 
-def test_over_ssh_image_and_files_are_sent(bench: Bench) -> None:
-    """No registry: the image by save and load, the files of the commit by archive, and .env is the server's own."""
+def test_ssh_deployment_copies_image_and_files(bench: Bench) -> None:
+    """Without a registry: `docker save` and `load`, `git archive`, and the .env of the server."""
     (bench.tree / ".env").unlink()
-    told = bench.deploy("--host", "ops@gate", "--dir", str(bench.server), COMPOSE_PROJECT_NAME="blue")
+    output = bench.deploy(
+        "--host", "ops@gate", "--dir", str(bench.server), COMPOSE_PROJECT_NAME="blue"
+    )
     (tag,) = bench.tags
     assert bench.apps("server") == [tag]
     assert bench.apps("here") == []
@@ -366,53 +412,64 @@ def test_over_ssh_image_and_files_are_sent(bench: Bench) -> None:
     assert (bench.server / "deploy/edge/nginx.conf").read_text() == "first\n"
     assert (bench.server / ".env").read_text() == SETTINGS + f"PREVIOUS_TAGS=\nTAG={tag}\n"
     assert not (bench.server / "deploy.sh").exists()
-    assert "env TAG=" + tag + " REGISTRY= COMPOSE_PROJECT_NAME=blue docker compose up" in told.replace("''", "")
+    assert (
+        "env TAG=" + tag + " REGISTRY= COMPOSE_PROJECT_NAME=blue docker compose up"
+        in output.replace("''", "")
+    )
 
 
-def test_files_that_changed_have_their_service_made_anew(bench: Bench) -> None:
-    """Services read their files at the start. Only those whose files are others; over ssh as well as here."""
+def test_services_are_recreated_when_their_files_change(bench: Bench) -> None:
+    """Services read their files at startup. Other services keep running."""
     host = ["--host", "ops@gate", "--dir", str(bench.server)]
     for options, where in (([], "here"), (host, "server")):
         bench.deploy(*options)
         (bench.tree / "deploy/edge/nginx.conf").write_text(f"another for {where}\n")
-        bench.next(*options)
-        assert [line for line in bench.log() if "made anew" in line] == [f"{where}: made anew: edge"]
+        bench.deploy_next(*options)
+        assert [line for line in bench.log() if "made anew" in line] == [
+            f"{where}: made anew: edge"
+        ]
         (bench.tree / "prometheus.yml").write_text(f"another for {where}\n")
-        bench.next(*options)
-        assert [line for line in bench.log() if "made anew" in line] == [f"{where}: made anew: prometheus"]
+        bench.deploy_next(*options)
+        assert [line for line in bench.log() if "made anew" in line] == [
+            f"{where}: made anew: prometheus"
+        ]
 
 
 @pytest.mark.parametrize(
-    ("fault", "over_ssh"), [("health", False), ("starting", False), ("ready", False), ("smoke", False), ("smoke", True)]
+    ("fault", "over_ssh"),
+    [("health", False), ("starting", False), ("ready", False), ("smoke", False), ("smoke", True)],
 )
-def test_new_containers_that_are_not_well_are_taken_away(bench: Bench, fault: str, over_ssh: bool) -> None:
-    """The old ones run all the time and are what is left, with their files and tag; the log says why."""
+def test_failing_new_containers_are_removed(bench: Bench, fault: str, over_ssh: bool) -> None:
+    """The old containers keep running with their files and tag. The output shows the reason."""
     options = ["--host", "ops@gate", "--dir", str(bench.server)] if over_ssh else []
     where, folder = ("server", bench.server) if over_ssh else ("here", bench.tree)
     bench.deploy(*options)
     scale(bench, 3, where)
-    old, env = bench.names(where), (folder / ".env").read_text()
+    old = bench.names(where)
+    env = (folder / ".env").read_text()
     (bench.tree / "prometheus.yml").write_text("second\n")
     bench.tags.append(bench.commit("second"))
     bench.fail(**{fault: bench.tags[1]})
-    told = bench.deploy(*options, code=1, **QUICK, HEALTHY_SECONDS="1" if fault == "starting" else "90")
+    output = bench.deploy(
+        *options, code=1, **QUICK, HEALTHY_SECONDS="1" if fault == "starting" else "90"
+    )
     assert bench.names(where) == old
     assert bench.apps(where) == [bench.tags[0]] * 3
     assert (folder / ".env").read_text() == env
     assert not (folder / ".env.before").exists()
-    assert f"last words of {bench.tags[1]}" in told
-    assert "what ran before still runs" in told
+    assert f"last words of {bench.tags[1]}" in output
+    assert f"tag {bench.tags[0]} is still running" in output
     assert not [line for line in bench.log() if "docker stop" in line]
     if over_ssh:
         assert (bench.server / "prometheus.yml").read_text() == "first\n"
-    if fault == "smoke":  # nothing is in the way of the next one
+    if fault == "smoke":  # the next deployment works
         bench.fail()
         bench.deploy(*options)
         assert bench.apps(where) == [bench.tags[1]] * 3
 
 
-def test_a_failed_first_deployment_leaves_no_app(bench: Bench) -> None:
-    """Nothing ran before, so nothing is what it goes back to."""
+def test_failed_first_deployment_leaves_no_container(bench: Bench) -> None:
+    """.env is restored as well."""
     bench.fail(smoke=bench.tags[0])
     assert "does not answer /ticker/BTC-USDT: HTTP Error 503" in bench.deploy(code=1, **QUICK)
     assert bench.names() == []
@@ -420,8 +477,8 @@ def test_a_failed_first_deployment_leaves_no_app(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("over_ssh", [False, True])
-def test_a_failure_after_the_switch_brings_the_previous_tag_back(bench: Bench, over_ssh: bool) -> None:
-    """The other services do not come up: the old tag rolls in the way the new one did, without a gap."""
+def test_failure_after_the_switch_restores_the_previous_tag(bench: Bench, over_ssh: bool) -> None:
+    """The other services fail to start, and the old tag is deployed again without a gap."""
     options = ["--host", "ops@gate", "--dir", str(bench.server)] if over_ssh else []
     where, folder = ("server", bench.server) if over_ssh else ("here", bench.tree)
     bench.deploy(*options)
@@ -429,27 +486,29 @@ def test_a_failure_after_the_switch_brings_the_previous_tag_back(bench: Bench, o
     env = (folder / ".env").read_text()
     bench.tags.append(bench.commit("second"))
     bench.fail(remove_orphans=bench.tags[1])
-    told = bench.deploy(*options, code=1)
+    output = bench.deploy(*options, code=1)
     assert bench.apps(where) == [bench.tags[0]] * 2
-    assert bench.least_serving() >= (0 if over_ssh else 2)  # counted for both places, and here there is none
+    assert bench.least_serving() >= (
+        0 if over_ssh else 2
+    )  # also counted on this machine, which runs no container
     assert (folder / ".env").read_text() == env
     assert bench.asked()[-1] == f"{bench.tags[0]} for /ticker/BTC-USDT"
-    assert f"tag {bench.tags[0]} runs again" in told
+    assert f"tag {bench.tags[0]} is running again" in output
 
 
-def test_what_fails_while_coming_back_is_told(bench: Bench) -> None:
-    """The previous tag is not well either: what serves is left, and what to look at is named."""
+def test_failed_restore_is_reported(bench: Bench) -> None:
+    """The new containers keep serving if the previous tag fails its checks, too."""
     bench.deploy()
     bench.tags.append(bench.commit("second"))
     bench.fail(remove_orphans=bench.tags[1], smoke=bench.tags[0])
-    assert "that failed too: see docker compose ps" in bench.deploy(code=1, **QUICK)
+    assert "restoring failed: check docker compose ps" in bench.deploy(code=1, **QUICK)
     assert bench.tags[1] in bench.apps()
 
 
-def test_rollback_goes_back_and_back(bench: Bench) -> None:
-    """To the tag before, and then to the one before that; nothing is built."""
+def test_rollback_deploys_the_previous_tags_in_turn(bench: Bench) -> None:
+    """Nothing is built."""
     for _ in range(3):
-        bench.next()
+        bench.deploy_next()
     first, second, third = bench.tags[1:]
     assert bench.lines() == {"TAG": third, "PREVIOUS_TAGS": f"{second},{first}"}
     bench.deploy("--rollback")
@@ -460,129 +519,150 @@ def test_rollback_goes_back_and_back(bench: Bench) -> None:
     assert bench.apps() == [first]
 
 
-def test_rollback_over_ssh_takes_the_files_back_too(bench: Bench) -> None:
-    """The commit is in the tag, so its files are sent again."""
+def test_rollback_over_ssh_restores_the_files(bench: Bench) -> None:
+    """The tag names the commit of the files."""
     host = ["--host", "ops@gate", "--dir", str(bench.server)]
     bench.deploy(*host)
     (bench.tree / "deploy/edge/nginx.conf").write_text("second\n")
-    bench.next(*host)
+    bench.deploy_next(*host)
     bench.deploy("--rollback", *host)
     assert (bench.server / "deploy/edge/nginx.conf").read_text() == "first\n"
     assert "server: made anew: edge" in bench.log()
     assert "server: docker load" not in bench.log()
 
 
-def test_rollback_needs_something_to_go_back_to(bench: Bench) -> None:
-    """After the first deployment there is nothing."""
+def test_rollback_fails_without_a_previous_tag(bench: Bench) -> None:
+    """The first deployment has no previous tag."""
     bench.deploy()
-    assert "no tag was there before" in bench.deploy("--rollback", code=1)
+    assert "cannot roll back" in bench.deploy("--rollback", code=1)
     assert bench.apps() == [bench.tags[0]]
 
 
-def test_a_tag_that_is_there_can_be_deployed(bench: Bench) -> None:
-    """What was built elsewhere is deployed without a build; one that is not there is refused before any change."""
+def test_existing_tag_is_deployed_without_a_build(bench: Bench) -> None:
+    """A missing image is rejected before any change."""
     bench.deploy()
-    bench.next()
+    bench.deploy_next()
     bench.deploy("--tag", bench.tags[0])
     assert bench.apps() == [bench.tags[0]]
-    assert "there is no image virtuoso:v9" in bench.deploy("--tag", "v9", code=1)
+    assert "image virtuoso:v9 does not exist" in bench.deploy("--tag", "v9", code=1)
     assert bench.log() == []
 
 
-def test_the_last_three_tags_are_kept(bench: Bench) -> None:
-    """Older ones go, here and on the server; tags of somebody else's making stay."""
+def test_three_tags_are_kept(bench: Bench) -> None:
+    """Older images are removed on both machines. Images with other tags are kept."""
     host = ["--host", "ops@gate", "--dir", str(bench.server)]
     state = bench.state()
     state["server"]["images"] = ["virtuoso:latest", "other:0123456"]
     bench.write(**state)
     bench.deploy(*host)
     for _ in range(4):
-        bench.next(*host)
+        bench.deploy_next(*host)
     kept = [f"virtuoso:{tag}" for tag in bench.tags[:-4:-1]]
     assert bench.state()["server"]["images"] == [*kept, "virtuoso:latest", "other:0123456"]
     assert bench.state()["here"]["images"] == kept
 
 
-def test_an_uncommitted_change_is_refused_unless_wanted(bench: Bench) -> None:
-    """The tag would name what is not in it. With --dirty it says so."""
+def test_uncommitted_changes_require_dirty(bench: Bench) -> None:
+    """The tag of a dirty build ends in -dirty."""
     (bench.tree / "new.py").write_text("x = 1\n")
-    assert "not committed" in bench.deploy(code=1)
+    assert "uncommitted changes" in bench.deploy(code=1)
     assert bench.log() == []
     bench.deploy("--dirty")
     assert bench.apps() == [bench.tags[0] + "-dirty"]
 
 
-def test_without_env_nothing_begins(bench: Bench) -> None:
-    """Here and over ssh, the place where it has to be is named."""
+def test_missing_env_file_is_reported(bench: Bench) -> None:
+    """The message names the machine and the directory."""
     (bench.tree / ".env").unlink()
-    assert "no file .env is here" in bench.deploy(code=1)
+    assert "no file .env here" in bench.deploy(code=1)
     (bench.server / ".env").unlink()
-    told = bench.deploy("--host", "ops@gate", "--dir", str(bench.server), code=1)
-    assert f"no file .env is in ops@gate:{bench.server}" in told
+    output = bench.deploy("--host", "ops@gate", "--dir", str(bench.server), code=1)
+    assert f"no file .env in ops@gate:{bench.server}" in output
     assert bench.log() == []
 
 
-def test_a_server_that_cannot_be_reached_is_told(bench: Bench) -> None:
-    """That is another fault than a missing file."""
-    assert "no command can be run in ops@unreachable" in bench.deploy("--host", "ops@unreachable", code=1)
-    told = bench.deploy("--host", "ops@gate", "--dir", str(bench.server / "missing"), code=1)
-    assert "is the directory there?" in told
+def test_unreachable_server_is_reported(bench: Bench) -> None:
+    """The message differs from that of a missing .env."""
+    assert "cannot run commands in ops@unreachable" in bench.deploy(
+        "--host", "ops@unreachable", code=1
+    )
+    output = bench.deploy("--host", "ops@gate", "--dir", str(bench.server / "missing"), code=1)
+    assert "check that the host and the directory exist" in output
 
 
-def test_two_deployments_at_once_are_one_too_many(bench: Bench) -> None:
-    """What another one left, or is just using, is not touched."""
+def test_concurrent_deployment_is_refused(bench: Bench) -> None:
+    """Files of the running or interrupted deployment are not changed."""
     (bench.tree / ".env.before").write_text(SETTINGS)
-    assert "a deployment runs, or one was cut off" in bench.deploy(code=1)
+    assert "another deployment is running or was interrupted" in bench.deploy(code=1)
     assert bench.log() == []
 
 
-@pytest.mark.parametrize("arguments", [["--hots", "x"], ["--host"], ["--dir", "/x"], ["--host", "-oProxyCommand=x"],
-                                       ["--tag", "x", "--dirty"], ["--tag", "a b"]])  # fmt: skip
-def test_wrong_usage_is_exit_code_2(bench: Bench, arguments: list[str]) -> None:
-    """With a hint, and before anything is looked at."""
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--hots", "x"],
+        ["--host"],
+        ["--dir", "/x"],
+        ["--host", "-oProxyCommand=x"],
+        ["--tag", "x", "--dirty"],
+        ["--tag", "a b"],
+    ],
+)
+def test_invalid_usage_exits_with_2(bench: Bench, arguments: list[str]) -> None:
+    """The message points to --help, and no command is run."""
     assert "see --help" in bench.deploy(*arguments, code=2)
 
 
 def test_help_names_every_option(bench: Bench) -> None:
-    """And nothing of the code."""
-    told = bench.deploy("--help")
+    """The output contains no code."""
+    output = bench.deploy("--help")
     script = (ROOT / "deploy.sh").read_text()
-    options = set(re.findall(r"--[a-z-]+(?=[ |)])", re.search(r"parse\(\) \{.*?\n\}", script, re.DOTALL)[0]))  # type: ignore[index]
+    parser = re.search(r"parse\(\) \{.*?\n\}", script, re.DOTALL)
+    assert parser is not None
+    options = set(re.findall(r"--[a-z-]+(?=[ |)])", parser[0]))
     assert options >= {"--host", "--dry-run", "--rollback"}
-    assert not [option for option in options if option not in told]
-    assert "set -e" not in told
+    assert not [option for option in options if option not in output]
+    assert "set -e" not in output
 
 
 @pytest.mark.parametrize(
-    ("at", "left", "word"), [("scale app=2 app", 0, "still runs"), ("remove-orphans", 1, "runs and is")]
+    ("at", "left", "word"),
+    [("scale app=2 app", 0, "still running"), ("remove-orphans", 1, "is running and checked")],
 )
-def test_a_signal_leaves_a_state_that_is_named(bench: Bench, at: str, left: int, word: str) -> None:
-    """Before the switch the old are left, after it the new; nothing of the other, and the next deployment may begin."""
+def test_signal_leaves_a_defined_state(bench: Bench, at: str, left: int, word: str) -> None:
+    """Old containers remain before the switch, new ones after it. The next deployment can start."""
     bench.deploy()
     bench.tags.append(bench.commit("second"))
     bench.fail(**{at: f"hang {bench.tags[1]}"})
     (bench.home / "log").write_text("")
     command = [str(bench.tree / "deploy.sh")]
-    # A session of its own, so that the signal goes to all of it, as from a terminal. A shell cannot trap a signal that
-    # was ignored when it started, as it is in the background jobs of a script.
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env=bench.environment(), start_new_session=True, preexec_fn=heed_signals)  # fmt: skip
+    # A new session, so that the signal reaches all its processes, as from a terminal. heed_signals
+    # resets ignored signals, which a shell cannot trap; background jobs of scripts ignore SIGINT.
+    running = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=bench.environment(),
+        start_new_session=True,
+        preexec_fn=heed_signals,
+    )
     deadline = time.monotonic() + 30
     while at not in (bench.home / "log").read_text():
-        assert time.monotonic() < deadline, "it did not get there"
+        assert time.monotonic() < deadline, "deploy.sh did not reach this step"
         time.sleep(0.02)
     os.killpg(running.pid, signal.SIGINT)
-    told = running.communicate(timeout=30)[0]
-    assert running.returncode == 130, told
-    assert "stopped by SIGINT" in told
-    assert word in told
+    output = running.communicate(timeout=30)[0]
+    assert running.returncode == 130, output
+    assert "stopped by SIGINT" in output
+    assert word in output
     assert bench.apps() == [bench.tags[left]]
     assert bench.lines()["TAG"] == bench.tags[left]
     assert not (bench.tree / ".env.before").exists()
 
 
-async def test_the_probe_asks_a_real_gateway_with_its_own_key(start: StartGateway) -> None:
-    """What deploy.sh runs in a container answers for a gateway with keys, and prints a status and nothing more."""
+async def test_probe_uses_the_api_key_of_the_gateway(start: StartGateway) -> None:
+    """The program of deploy.sh prints only a status or an error without secrets."""
     live = await start(api_keys=f"me:{SECRETS[2]}")
     script = (ROOT / "deploy.sh").read_text()
     found = re.search(r"^PROBE='(.*?)'$", script, re.DOTALL | re.MULTILINE)
@@ -593,7 +673,13 @@ async def test_the_probe_asks_a_real_gateway_with_its_own_key(start: StartGatewa
         command = [sys.executable, "-c", probe, path]
         environment = os.environ | {"API_KEYS": keys, "HTTP_PROXY": "http://127.0.0.1:9"}
         ended = await asyncio.to_thread(
-            subprocess.run, command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+            subprocess.run,
+            command,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+            check=False,
         )
         return ended.returncode, ended.stdout + ended.stderr
 
@@ -604,14 +690,14 @@ async def test_the_probe_asks_a_real_gateway_with_its_own_key(start: StartGatewa
 
 
 def scripts() -> list[Path]:
-    """Every shell script of the project."""
+    """Return every shell script of the project."""
     found = [path for path in ROOT.rglob("*.sh") if ".venv" not in path.parts]
     return [*sorted(found), ROOT / ".ci" / "run"]
 
 
 @pytest.mark.parametrize("script", scripts(), ids=lambda path: path.name)
-def test_shellcheck_finds_nothing(script: Path) -> None:
-    """Every shell script of the project is clean."""
+def test_shell_scripts_pass_shellcheck(script: Path) -> None:
+    """Every shell script passes without a warning."""
     command = [tool("shellcheck", "shellcheck"), str(script)]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout

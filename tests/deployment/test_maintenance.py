@@ -1,4 +1,4 @@
-"""maintenance.py as cron runs it: against a running gateway, by its exit codes."""
+"""Tasks of maintenance.py against a running gateway: exit codes, output and effects."""
 
 import asyncio
 import time
@@ -12,56 +12,77 @@ from tests.conftest import FakeClock, Live, RedisServer, StartGateway, sample
 TOKEN = "open-sesame"
 
 
-async def run(monkeypatch: pytest.MonkeyPatch, live: Live | None, *arguments: str, **environment: str) -> int:
-    """Run a task in a thread, with the environment cron would give it."""
-    environment = {"GATEWAY_URL": live.url if live else "http://127.0.0.1:9", "ADMIN_TOKEN": TOKEN} | environment
+async def run(
+    monkeypatch: pytest.MonkeyPatch, live: Live | None, *arguments: str, **environment: str
+) -> int:
+    """Run a task in a thread, with an environment such as that of cron."""
+    environment = {
+        "GATEWAY_URL": live.url if live else "http://127.0.0.1:9",
+        "ADMIN_TOKEN": TOKEN,
+    } | environment
     environment = {"EXCHANGE_TIMEOUT_SECONDS": "30"} | environment
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return await asyncio.to_thread(maintenance.main, arguments)
 
 
-async def test_daily_clears_closes_and_is_noted(
-    start: StartGateway, sandbox: Sandbox, clock: FakeClock, redis: RedisServer, monkeypatch: pytest.MonkeyPatch,
+async def test_daily_clears_cache_resets_breakers_and_is_recorded(
+    start: StartGateway,
+    sandbox: Sandbox,
+    clock: FakeClock,
+    redis: RedisServer,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    """Our keys go, breakers close, and the success is a metric that survives a restart of the gateway."""
-    live = await start(admin_token=TOKEN, cb_threshold=1, redis_url=redis.url, api_keys="cron:cron-secret")
+) -> None:
+    """The time of the success is a metric that survives a restart of the gateway."""
+    live = await start(
+        admin_token=TOKEN, cb_threshold=1, redis_url=redis.url, api_keys="cron:cron-secret"
+    )
     key = {"X-API-Key": "cron-secret"}
     await live.get("/ticker/BTC/USDT?exchange=bybit", headers=key)
     await sandbox.set("bybit", status=500, rate_limit=-1)
     await live.get("/ticker/ETH/USDT?exchange=bybit", headers=key)
     assert await run(monkeypatch, live, "daily") == maintenance.OK
-    assert "cache: 1 cleared" in (out := capsys.readouterr().out)
-    assert "breakers closed: bybit" in out
+    assert "cache: 1 cleared" in (output := capsys.readouterr().out)
+    assert "breakers closed: bybit" in output
     await live.get("/metrics")
-    assert sample("maintenance_last_success_timestamp_seconds", task="daily") == pytest.approx(clock.time(), abs=1)
+    assert sample("maintenance_last_success_timestamp_seconds", task="daily") == pytest.approx(
+        clock.time(), abs=1
+    )
     restarted = await start(redis_url=redis.url)
     assert restarted.gateway.maintenance["daily"] == pytest.approx(clock.time(), abs=1)
 
 
-async def test_daily_leaves_bans_alone(
-    start: StartGateway, sandbox: Sandbox, redis: RedisServer, monkeypatch: pytest.MonkeyPatch,
+async def test_daily_does_not_end_bans(
+    start: StartGateway,
+    sandbox: Sandbox,
+    redis: RedisServer,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    """An exchange that told us to wait is not asked sooner for it, neither by who was told nor by another replica."""
-    told, other = [await start(admin_token=TOKEN, cb_threshold=1, redis_url=redis.url) for _ in range(2)]
+) -> None:
+    """No replica calls an exchange before the end of its `Retry-After`."""
+    limited, other = [
+        await start(admin_token=TOKEN, cb_threshold=1, redis_url=redis.url) for _ in range(2)
+    ]
     await sandbox.set("kraken", status=429, headers={"Retry-After": "1000"}, rate_limit=-1)
-    await told.get("/ticker/BTC/USDT?exchange=kraken")
+    await limited.get("/ticker/BTC/USDT?exchange=kraken")
     await sandbox.set("kraken", rate_limit=-1)
     sandbox.clear_counts()
-    for live in (told, other):
+    for live in (limited, other):
         assert await run(monkeypatch, live, "daily") == maintenance.OK
         assert "breakers closed: none" in capsys.readouterr().out
-    answers = [(await live.get("/ticker/BTC/USDT?exchange=kraken")).json()["code"] for live in (told, other)]
-    assert answers == ["circuit_open", "exchange_rate_limited"]
+    codes = [
+        (await live.get("/ticker/BTC/USDT?exchange=kraken")).json()["code"]
+        for live in (limited, other)
+    ]
+    assert codes == ["circuit_open", "exchange_rate_limited"]
     assert sandbox.count("kraken", "Ticker") == 0
 
 
-async def test_daily_fails_loudly(
+async def test_daily_reports_each_failure(
     start: StartGateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No gateway, a wrong token and no token each end with their exit code and one line that says what to do."""
+    """No gateway, a wrong token and no token have their exit codes, and a line with advice."""
     assert await run(monkeypatch, None, "daily") == maintenance.FAILED
     assert "does not answer at http://127.0.0.1:9" in capsys.readouterr().err
     live = await start(admin_token="another-token")
@@ -72,10 +93,13 @@ async def test_daily_fails_loudly(
     assert "CB_THRESHOLD" in capsys.readouterr().err
 
 
-async def test_daily_without_redis_has_failed(
-    start: StartGateway, own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+async def test_daily_fails_without_redis(
+    start: StartGateway,
+    own_redis: RedisServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What could not be cleared is no success: exit code 1, and nothing is noted."""
+    """If Redis was not cleared, the exit code is 1 and no success is recorded."""
     live = await start(admin_token=TOKEN, redis_url=own_redis.url)
     own_redis.kill()
     assert await run(monkeypatch, live, "daily") == maintenance.FAILED
@@ -83,10 +107,13 @@ async def test_daily_without_redis_has_failed(
     assert live.gateway.maintenance == {}
 
 
-async def test_status_tells_by_its_exit_code(
-    start: StartGateway, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+async def test_exit_code_of_status_is_the_health(
+    start: StartGateway,
+    sandbox: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """0 healthy, 3 degraded, 1 unhealthy."""
+    """0 is healthy, 3 degraded, 1 unhealthy."""
     live = await start(cb_threshold=1)
     assert await run(monkeypatch, live, "status") == maintenance.OK
     for name in ("bybit", "binance", "kraken"):
@@ -98,55 +125,74 @@ async def test_status_tells_by_its_exit_code(
     assert await run(monkeypatch, live, "status") == maintenance.FAILED
 
 
-async def test_check_asks_each_exchange_for_its_time(
-    start: StartGateway, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+async def test_check_reports_unreachable_exchanges_and_wrong_clocks(
+    start: StartGateway,
+    sandbox: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Reachable and in step is 0; a clock that is off or an exchange that is away is 1, each named."""
+    """The exit code is 0 if all exchanges are reachable and all clocks agree, else 1."""
     live = await start(admin_token=TOKEN)
     for listener in sandbox.listeners.values():
-        listener.now = time.time  # the clock of the test stood still meanwhile
-    urls = {f"{name.upper()}_REST_URL": url for name, url in sandbox.urls.items()} | {"REDIS_HOST": ""}
+        listener.now = time.time  # the clock of the test did not advance
+    urls = {f"{name.upper()}_REST_URL": url for name, url in sandbox.urls.items()} | {
+        "REDIS_HOST": ""
+    }
     assert await run(monkeypatch, live, "check", **urls) == maintenance.OK
     assert capsys.readouterr().out.count("reachable") == 3
     assert "check" in live.gateway.maintenance
     await sandbox.set("binance", clock_skew_ms=5000)
     await sandbox.set("bybit", refuse=True)
     assert await run(monkeypatch, live, "check", **urls) == maintenance.FAILED
-    told = capsys.readouterr()
-    assert "set the clock" in told.out
-    assert told.err.startswith("bybit: ")
+    output = capsys.readouterr()
+    assert "set the clock" in output.out
+    assert output.err.startswith("bybit: ")
 
 
-async def test_warm_fills_the_cache(
-    start: StartGateway, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+async def test_warm_loads_symbols_into_the_cache(
+    start: StartGateway,
+    sandbox: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The symbols are hits afterwards; one that is unknown makes the exit code 1 and is named."""
+    """The symbols are hits afterwards. For an unknown symbol, the exit code is 1."""
     live = await start()
-    assert await run(monkeypatch, live, "warm", "BTC-USDT", "eth/usdt", ADMIN_TOKEN="") == maintenance.OK
+    assert (
+        await run(monkeypatch, live, "warm", "BTC-USDT", "eth/usdt", ADMIN_TOKEN="")
+        == maintenance.OK
+    )
     assert "2 of 2 symbols are cached" in capsys.readouterr().out
     assert "hit" in (await live.get("/ticker/ETH/USDT")).headers["cache-status"]
-    assert await run(monkeypatch, live, "warm", "BTC-USDT", "NO-SUCH", ADMIN_TOKEN="") == maintenance.FAILED
+    assert (
+        await run(monkeypatch, live, "warm", "BTC-USDT", "NO-SUCH", ADMIN_TOKEN="")
+        == maintenance.FAILED
+    )
     assert "NO/SUCH is not listed" in capsys.readouterr().err
 
 
-async def test_what_answers_may_be_no_gateway(
+async def test_other_servers_are_not_mistaken_for_a_gateway(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A server that is something else is told from the gateway."""
+    """An answer that is not JSON is reported with the address."""
     await sandbox.set("bybit", body="<html>")
-    assert await run(monkeypatch, None, "status", GATEWAY_URL=sandbox.urls["bybit"]) == maintenance.FAILED
-    assert "is no gateway" in capsys.readouterr().err
+    assert (
+        await run(monkeypatch, None, "status", GATEWAY_URL=sandbox.urls["bybit"])
+        == maintenance.FAILED
+    )
+    assert "is not a gateway" in capsys.readouterr().err
 
 
-def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    """An unknown task is told from a failed one."""
-    with pytest.raises(SystemExit) as ended:
+def test_exit_code_of_an_unknown_task_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong usage and a failed task have different exit codes."""
+    with pytest.raises(SystemExit) as caught:
         maintenance.main(["weekly"])
-    assert ended.value.code == maintenance.USAGE
+    assert caught.value.code == maintenance.USAGE
 
 
-async def test_the_time_of_a_success_is_kept_without_redis(start: StartGateway, clock: FakeClock) -> None:
-    """Losing Redis costs the memory of it over a restart, not the note."""
+async def test_success_is_recorded_without_redis(start: StartGateway, clock: FakeClock) -> None:
+    """Without Redis, the time of the last success is lost at a restart, but recorded until then."""
     live = await start(admin_token=TOKEN)
-    await live.client.post(live.url + "/admin/maintenance/daily", headers={"Authorization": f"Bearer {TOKEN}"})
+    await live.client.post(
+        live.url + "/admin/maintenance/daily", headers={"Authorization": f"Bearer {TOKEN}"}
+    )
     assert live.gateway.maintenance == {"daily": pytest.approx(clock.time(), abs=1)}

@@ -1,9 +1,9 @@
-"""A real browser for the tests of the page: the system's Chromium without a window, and what is seen in it.
+"""A headless Chromium for the tests of the page, and the errors that the page reports in it.
 
-page, seen = await open_page(browser, f"{live.url}/", 1440, 900)
+page, errors = await open_page(browser, f"{live.url}/", 1440, 900)
 ...
 assert not await axe(page)
-seen.clean()
+errors.assert_none()
 """
 
 import asyncio
@@ -24,9 +24,9 @@ from playwright.async_api import Browser, ConsoleMessage, Page, Request, async_p
 
 ROOT = Path(__file__).parents[2]
 NPM_FOLDER = ROOT / "tests" / "page" / "node_modules"
-# In this order: where Ubuntu has a program chromium-browser, it may only tell that there is none.
+# In this order: on Ubuntu, chromium-browser may be a stub that only prints a hint.
 CHROMIUM_NAMES = ("chromium", "google-chrome", "chromium-browser")
-# It may be root here, and has nothing to look up, fetch or tell by itself.
+# Tests may run as root, and the browser must not use the network by itself.
 CHROMIUM_OPTIONS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -37,91 +37,106 @@ CHROMIUM_OPTIONS = [
     "--disable-sync",
 ]
 WCAG = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice")
-PATIENCE_MS = 120_000  # for what is about to be seen, on a starved machine
+PATIENCE_MS = 120_000  # timeout on a busy machine
 expect.set_options(timeout=PATIENCE_MS)
-# Before any code of the page. An init script is the browser's own: the page's Content-Security-Policy does not count.
+# Runs before the page. The page's Content-Security-Policy does not apply to an init script.
 WATCH = """
 window.__violations = [];
 addEventListener("securitypolicyviolation", (event) => {
-  const told = [event.effectiveDirective, event.blockedURI, event.sourceFile, event.lineNumber, event.sample].join(" ");
-  window.__violations.push(told);
-  console.error(`content security policy: ${told}`);
+  const { effectiveDirective, blockedURI, sourceFile, lineNumber, sample } = event;
+  const text = [effectiveDirective, blockedURI, sourceFile, lineNumber, sample].join(" ");
+  window.__violations.push(text);
+  console.error(`content security policy: ${text}`);
 });
 """
 
 
-def missing(what: str) -> NoReturn:
-    """Skip the test that needs something that is not there, or fail it where all tools are promised."""
+def missing(reason: str) -> NoReturn:
+    """Skip a test without its tool. With VIRTUOSO_ALL_TOOLS, fail the test."""
     if os.environ.get("VIRTUOSO_ALL_TOOLS"):
-        pytest.fail(what)
-    pytest.skip(what)
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 def find_chromium() -> str | None:
-    """Find the system's Chromium, or Chrome."""
+    """Return the path of the system's Chromium or Chrome."""
     return next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
 
 
 @cache
 def find_node() -> str | None:
-    """Find a Node that runs: the one of the package playwright, which needs the library libatomic, or another."""
+    """Return the path of a working Node: that of the package playwright, or the system's.
+
+    The former needs the library libatomic.
+    """
     package = find_spec("playwright")
-    carried = [str(Path(package.origin).parent / "driver" / "node")] if package and package.origin else []
-    found = filter(None, map(shutil.which, [*carried, "node"]))
-    return next(
-        (node for node in found if subprocess.run([node, "--version"], capture_output=True).returncode == 0), None
-    )
+    names = ["node"]
+    if package and package.origin:
+        names.insert(0, str(Path(package.origin).parent / "driver" / "node"))
+    for node in filter(None, map(shutil.which, names)):
+        if subprocess.run([node, "--version"], capture_output=True).returncode == 0:
+            return node
+    return None
 
 
 def npm_file(path: str) -> Path:
-    """Find a file of what npm installed for the tests, such as axe-core/axe.min.js."""
+    """Return the path of a file in node_modules, such as axe-core/axe.min.js."""
     file = NPM_FOLDER / path
     if not file.exists():
-        missing(f"{path.split('/')[0]} is not installed (make test tries `npm ci --prefix tests/page`)")
+        missing(
+            f"{path.split('/')[0]} is not installed (make test tries `npm ci --prefix tests/page`)"
+        )
     return file
 
 
 @dataclass
-class Seen:
-    """What a page has complained of: errors on its console or uncaught, requests that failed, refusals of its policy.
+class PageErrors:
+    """Errors of a page: console messages, exceptions, failed requests, policy violations.
 
-    An answer of 400 and above is an error on the console, too.
+    A response with a status of 400 or above is a console error, too.
     """
 
-    faults: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
 
     def watch(self, page: Page) -> None:
-        page.on("console", self._said)
-        page.on("pageerror", lambda error: self.faults.append(f"uncaught: {error}"))
-        page.on("requestfailed", self._failed)
-        page.on("crash", lambda _: self.faults.append("the page crashed"))
+        page.on("console", self._add_message)
+        page.on("pageerror", lambda error: self.messages.append(f"uncaught: {error}"))
+        page.on("requestfailed", self._add_failure)
+        page.on("crash", lambda _: self.messages.append("the page crashed"))
 
-    def _said(self, message: ConsoleMessage) -> None:
+    def _add_message(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning", "assert"):
             place = message.location
-            self.faults.append(f"{message.type}: {message.text} ({place['url']}:{place['lineNumber']})")
+            self.messages.append(
+                f"{message.type}: {message.text} ({place['url']}:{place['lineNumber']})"
+            )
 
-    def _failed(self, request: Request) -> None:
-        self.faults.append(f"request failed: {request.method} {request.url}: {request.failure}")
+    def _add_failure(self, request: Request) -> None:
+        self.messages.append(f"request failed: {request.method} {request.url}: {request.failure}")
 
-    def forget(self) -> None:
-        """Take what was complained of so far as meant, such as that a gateway is gone that the test has stopped."""
-        self.faults.clear()
+    def clear(self) -> None:
+        """Forget the errors so far, for example after the test stopped the gateway."""
+        self.messages.clear()
 
-    def clean(self, but: str = "") -> None:
-        """Assert that there was nothing, or nothing but what this expression is found in."""
-        left = [fault for fault in self.faults if not (but and re.search(but, fault))]
+    def assert_none(self, but: str = "") -> None:
+        """Assert that there are no errors, except those that match the expression `but`."""
+        left = [fault for fault in self.messages if not (but and re.search(but, fault))]
         assert not left, "\n".join(left)
 
 
 @asynccontextmanager
 async def chromium(*options: str, scrollbars: bool = False) -> AsyncIterator[Browser]:
-    """Run the system's Chromium with an empty profile; raises `FileNotFoundError` if it is not installed.
+    """Run the system's Chromium with an empty profile.
 
-    Playwright hides scrollbars by default. With `scrollbars` they take room from the content, as on most desks.
+    Raises `FileNotFoundError` if Chromium is not installed.
+
+    Playwright hides scrollbars. With `scrollbars` they reduce the room for content, as on
+    most desktops.
     """
     if (program := find_chromium()) is None:
-        raise FileNotFoundError(f"none of {', '.join(CHROMIUM_NAMES)} is installed (Debian: chromium)")
+        raise FileNotFoundError(
+            f"none of {', '.join(CHROMIUM_NAMES)} is installed (Debian: chromium)"
+        )
     async with async_playwright() as playwright:
         launched = await playwright.chromium.launch(
             executable_path=program,
@@ -136,7 +151,7 @@ async def chromium(*options: str, scrollbars: bool = False) -> AsyncIterator[Bro
 
 @pytest.fixture
 async def browser() -> AsyncIterator[Browser]:
-    """A browser of the test's own. To use it, a module of tests imports this name."""
+    """Start a browser for one test. Test modules import this fixture by its name."""
     try:
         async with chromium(scrollbars=True) as launched:
             yield launched
@@ -155,8 +170,8 @@ async def open_page(
     zone: str = "Europe/Berlin",
     locale: str = "en-US",
     **more: Any,
-) -> tuple[Page, Seen]:
-    """Open an address as a new visitor with such a screen; `more` is for `Browser.new_context`."""
+) -> tuple[Page, PageErrors]:
+    """Open a URL in a new profile. `more` are arguments of `Browser.new_context`."""
     context = await browser.new_context(
         viewport={"width": width, "height": height},
         color_scheme="dark" if dark else "light",
@@ -167,33 +182,37 @@ async def open_page(
     )
     context.set_default_timeout(PATIENCE_MS)
     await context.add_init_script(WATCH)
-    page, seen = await context.new_page(), Seen()
-    seen.watch(page)
+    page, errors = await context.new_page(), PageErrors()
+    errors.watch(page)
     await page.goto(url)
-    return page, seen
+    return page, errors
 
 
 async def axe(page: Page) -> str:
-    """Return what axe-core finds wrong for people who cannot see, hear or move well, as text; empty if nothing.
+    """Return the accessibility problems that axe-core finds, as text.
 
-    It is evaluated by the browser's debugger, so that the page's Content-Security-Policy is left in force and does not
-    stand in the way.
+    The browser's debugger runs axe-core, so that the page's Content-Security-Policy stays active
+    and does not block the script.
     """
     source = await asyncio.to_thread(npm_file("axe-core/axe.min.js").read_text)
-    told = f"{{runOnly: {list(WCAG)}, resultTypes: ['violations']}}"
+    options = f"{{runOnly: {list(WCAG)}, resultTypes: ['violations']}}"
     session = await page.context.new_cdp_session(page)
     try:
         await session.send("Runtime.evaluate", {"expression": f"{source}; 0"})
-        run = {"expression": f"axe.run(document, {told})", "awaitPromise": True, "returnByValue": True}
+        run = {
+            "expression": f"axe.run(document, {options})",
+            "awaitPromise": True,
+            "returnByValue": True,
+        }
         answer = await session.send("Runtime.evaluate", run)
     finally:
         await session.detach()
     assert "exceptionDetails" not in answer, answer
-    return "\n".join(_told(violation) for violation in answer["result"]["value"]["violations"])
+    return "\n".join(_describe(violation) for violation in answer["result"]["value"]["violations"])
 
 
-def _told(violation: dict[str, Any]) -> str:
-    """Write one broken rule, and where it is broken."""
+def _describe(violation: dict[str, Any]) -> str:
+    """Return a violated rule and its places as text."""
     lines = [f"{violation['id']} ({violation['impact']}): {violation['help']}"]
     for node in violation["nodes"]:
         summary = " ".join(str(node.get("failureSummary", "")).split())

@@ -1,5 +1,5 @@
-// The tests of src/static/format.js. The viewer's locale and zone are played here: a formatter that is made without any
-// gets these, whatever the environment of the process says.
+// Tests of format.js. The viewer's locale and time zone are simulated: they are the defaults of all
+// formatters, independent of the environment of the process.
 
 import assert from "node:assert/strict";
 import test from "node:test";
@@ -13,7 +13,7 @@ import {
 	duration,
 	isNumber,
 	percent,
-	points,
+	formatBasisPoints,
 	price,
 	rate,
 	share,
@@ -34,31 +34,38 @@ Intl.DateTimeFormat = class extends DateTimeFormat {
 	}
 };
 
-const NO_NUMBERS = [null, undefined, NaN, Infinity, -Infinity, "1.5", "", true, {}, [1]];
+const OTHER_VALUES = [null, undefined, NaN, Infinity, -Infinity, "1.5", "", true, {}, [1]];
 const SECONDS = { minute: 60, hour: 3_600, day: 86_400 };
 const MOMENT = Date.UTC(2026, 10, 21, 21, 26, 16, 535); // 02:56:16 of the next day in Kolkata
 
-/** Compare what a function makes of each value with what is promised. */
+/** Compare the results of a function with the expected ones. */
 function same(work, expected) {
-	for (const [value, promised] of expected) assert.equal(work(value), promised, `of ${value}`);
+	for (const [value, result] of expected) assert.equal(work(value), result, `of ${value}`);
 }
 
-/** The module as a viewer of this locale and zone has it, with formatters of its own. */
-async function seenFrom(locale, zone) {
+/** Import the module again for another locale and time zone, and return some results. */
+async function formatIn(locale, zone) {
 	const before = { ...viewer };
 	Object.assign(viewer, { locale, zone });
-	const seen = await import(`../../src/static/format.js?seen-from=${locale}`);
-	const shown = { price: seen.price(103338.9), percent: seen.percent(-1.5), clock: seen.time(MOMENT), zone: seen.time(MOMENT, "full") };
+	const module = await import(`../../src/static/format.js?locale=${locale}`);
+	const shown = {
+		price: module.price(103338.9),
+		percent: module.percent(-1.5),
+		clock: module.time(MOMENT),
+		zone: module.time(MOMENT, "full"),
+	};
 	Object.assign(viewer, before);
 	return shown;
 }
 
 test("only finite numbers are numbers", () => {
-	for (const value of NO_NUMBERS) assert.equal(isNumber(value), false, `of ${String(value)}`);
-	for (const value of [0, -0, 1.5, -3, 1e300, Number.MIN_VALUE]) assert.equal(isNumber(value), true, `of ${value}`);
+	for (const value of OTHER_VALUES) assert.equal(isNumber(value), false, `of ${String(value)}`);
+	for (const value of [0, -0, 1.5, -3, 1e300, Number.MIN_VALUE]) {
+		assert.equal(isNumber(value), true, `of ${value}`);
+	}
 });
 
-test("decimals are those a price carries, written out", () => {
+test("decimals are counted in decimal notation", () => {
 	same(decimalsOf, [
 		[103338.9, 1],
 		[103338, 0],
@@ -73,7 +80,7 @@ test("decimals are those a price carries, written out", () => {
 	]);
 });
 
-test("decimals behind eight digits are artefacts, and not counted", () => {
+test("decimals beyond eight digits are ignored", () => {
 	same(decimalsOf, [
 		[0.1 + 0.2, 8],
 		[103338.900000001, 2],
@@ -83,15 +90,20 @@ test("decimals behind eight digits are artefacts, and not counted", () => {
 	]);
 });
 
-test("there are at most eighteen decimals, and none of what is large", () => {
-	same(decimalsOf, [[1.5e-13, 14], [Number.MIN_VALUE, 18], [1e21, 0], [1.7e300, 0]]);
+test("there are at most eighteen decimals, and none for large numbers", () => {
+	same(decimalsOf, [
+		[1.5e-13, 14],
+		[Number.MIN_VALUE, 18],
+		[1e21, 0],
+		[1.7e300, 0],
+	]);
 });
 
-test("what is no number has no decimals", () => {
-	for (const value of NO_NUMBERS) assert.equal(decimalsOf(value), 0, `of ${String(value)}`);
+test("other values have no decimals", () => {
+	for (const value of OTHER_VALUES) assert.equal(decimalsOf(value), 0, `of ${String(value)}`);
 });
 
-test("a price has the decimals it carries", () => {
+test("a price keeps its decimals", () => {
 	same(price, [
 		[103338.9, "103,338.9"],
 		[103338, "103,338"],
@@ -102,13 +114,16 @@ test("a price has the decimals it carries", () => {
 	]);
 });
 
-test("prices of one symbol can share their decimals", () => {
-	assert.deepEqual([3510.3, 3510, 3509.25].map((value) => price(value, 2)), ["3,510.30", "3,510.00", "3,509.25"]);
+test("prices of one symbol can share decimals", () => {
+	assert.deepEqual(
+		[3510.3, 3510, 3509.25].map((value) => price(value, 2)),
+		["3,510.30", "3,510.00", "3,509.25"],
+	);
 	assert.equal(price(3510.36, 1), "3,510.4");
 	assert.equal(price(3510.36, 0), "3,510");
 });
 
-test("no price is written in powers of ten", () => {
+test("prices are never in scientific notation", () => {
 	for (let exponent = -11; exponent <= 25; exponent++) {
 		const text = price(1.7 * 10 ** exponent);
 		assert.match(text, /^[\d.,]+$/);
@@ -131,7 +146,7 @@ test("an amount has four digits", () => {
 	]);
 });
 
-test("a change has its sign, and none where it comes to nothing", () => {
+test("a change has a sign unless it rounds to zero", () => {
 	same(percent, [
 		[1.3234, "+1.32 %"],
 		[-0.5, "-0.50 %"],
@@ -142,30 +157,53 @@ test("a change has its sign, and none where it comes to nothing", () => {
 	]);
 });
 
-test("a share is told in percent", () => {
-	same(share, [[0, "0 %"], [1, "100 %"], [0.8123, "81.2 %"], [0.005, "0.5 %"], [0.9996, "100 %"]]);
+test("a share is in percent", () => {
+	same(share, [
+		[0, "0 %"],
+		[1, "100 %"],
+		[0.8123, "81.2 %"],
+		[0.005, "0.5 %"],
+		[0.9996, "100 %"],
+	]);
 });
 
-test("basis points are of the middle of two prices", () => {
+test("basis points relate to the mean of two prices", () => {
 	assert.equal(basisPoints(99.5, 100.5), 100);
 	assert.equal(basisPoints(100.5, 99.5), -100);
 	assert.equal(basisPoints(3, 3), 0);
 });
 
-test("no basis points between what are no prices", () => {
-	for (const value of NO_NUMBERS) {
+test("basis points need two prices", () => {
+	for (const value of OTHER_VALUES) {
 		assert.equal(basisPoints(value, 1), null, `of ${String(value)}`);
 		assert.equal(basisPoints(1, value), null, `of ${String(value)}`);
 	}
 	assert.equal(basisPoints(0, 0), null);
 });
 
-test("basis points below one have a decimal more", () => {
-	same(points, [[0.5, "0.50"], [-0.25, "-0.25"], [0, "0.00"], [1, "1.0"], [99.5025, "99.5"], [-12.34, "-12.3"]]);
+test("basis points below one have a second decimal", () => {
+	same(formatBasisPoints, [
+		[0.5, "0.50"],
+		[-0.25, "-0.25"],
+		[0, "0.00"],
+		[1, "1.0"],
+		[99.5025, "99.5"],
+		[-12.34, "-12.3"],
+	]);
 });
 
-test("a rate has a decimal below ten, and three below one", () => {
-	same(rate, [[0, "0"], [0.2617, "0.262"], [0.99, "0.99"], [9.4, "9.4"], [9.96, "10"], [10, "10"], [10.4, "10"], [12.4, "12"], [1234, "1,234"]]);
+test("a rate has one decimal below ten and three below one", () => {
+	same(rate, [
+		[0, "0"],
+		[0.2617, "0.262"],
+		[0.99, "0.99"],
+		[9.4, "9.4"],
+		[9.96, "10"],
+		[10, "10"],
+		[10.4, "10"],
+		[12.4, "12"],
+		[1234, "1,234"],
+	]);
 });
 
 test("a duration is in its largest whole unit", () => {
@@ -186,7 +224,7 @@ test("a duration is in its largest whole unit", () => {
 	]);
 });
 
-test("a countdown is rounded up and never past its end", () => {
+test("a countdown is rounded up and never negative", () => {
 	same(countdown, [
 		[-5, "0 s"],
 		[0, "0 s"],
@@ -201,34 +239,38 @@ test("a countdown is rounded up and never past its end", () => {
 	assert.equal(countdown(NaN), MISSING);
 });
 
-test("a time is in the viewer's zone, of 24 hours", () => {
+test("a time is in the viewer's time zone with 24 hours", () => {
 	assert.equal(time(MOMENT), "02:56:16");
 	assert.equal(time(MOMENT, "clock"), "02:56:16");
 	assert.equal(time(MOMENT, "minute"), "02:56");
 	assert.equal(time(MOMENT, "day"), "Nov 22");
 	const full = time(MOMENT, "full");
-	for (const part of ["Nov 22", "2026", "02:56:16", "GMT+5:30"]) assert.ok(full.includes(part), `${part} in ${full}`);
+	for (const part of ["Nov 22", "2026", "02:56:16", "GMT+5:30"]) {
+		assert.ok(full.includes(part), `${part} in ${full}`);
+	}
 });
 
-test("midnight is 00:00, not 24:00", () => {
+test("midnight is 00:00", () => {
 	const midnight = Date.UTC(2026, 10, 21, 18, 30);
 	assert.equal(time(midnight), "00:00:00");
 	assert.equal(time(midnight, "minute"), "00:00");
 	assert.equal(time(0), "05:30:00");
 });
 
-test("numbers and times are as the viewer's locale has them", async () => {
-	const shown = await seenFrom("de-DE", "America/New_York");
+test("numbers and times follow the viewer's locale", async () => {
+	const shown = await formatIn("de-DE", "America/New_York");
 	assert.equal(shown.price, "103.338,9");
 	assert.equal(shown.percent, "-1,50 %");
 	assert.equal(shown.clock, "16:26:16");
 	assert.match(shown.zone, /21\. Nov/);
 });
 
-test("what is missing is shown as a dash", () => {
+test("missing values are shown as a dash", () => {
 	assert.equal(MISSING, "–");
-	for (const work of [price, compact, percent, share, points, rate, duration, time]) {
-		for (const value of NO_NUMBERS) assert.equal(work(value), MISSING, `${work.name} of ${String(value)}`);
+	for (const work of [price, compact, percent, share, formatBasisPoints, rate, duration, time]) {
+		for (const value of OTHER_VALUES) {
+			assert.equal(work(value), MISSING, `${work.name} of ${String(value)}`);
+		}
 	}
 	assert.equal(price(null, 2), MISSING);
 	assert.equal(time(null, "day"), MISSING);

@@ -1,8 +1,8 @@
-"""Take the pictures of the page in docs/images: each view, at a desk and on a phone, light and dark.
+"""Take the screenshots in docs/images: each view, on desktop and phone, light and dark.
 
-`make screenshots`. They are of a gateway of its own with simulated exchanges, whose prices move, so that no two runs
-take the same ones. While the page is worked at:
-`python -m tests.page.screenshots --only market-desk-dark --out folder`, and `--url` takes them of a gateway that runs.
+`make screenshots` starts a gateway with simulated exchanges. Prices move, so that each run differs.
+During development: `python -m tests.page.screenshots --only market-desk-dark --out folder`.
+`--url` selects a running gateway.
 """
 
 import argparse
@@ -20,20 +20,20 @@ from playwright.async_api import TimeoutError as PlaywrightTimeoutError
 from benchmarks.servers import Servers
 from tests.page.browser import ROOT, chromium, open_page
 
-LIVELY_SECONDS = 5.0  # some updates come, and the gateway has figures of itself
+LIVELY_SECONDS = 5.0  # until there are updates and figures
 FOLDER = ROOT / "docs" / "images"
 
 
 class View(NamedTuple):
-    """One view of the page: its address, and what has to be in it before it is pictured."""
+    """One view of the page, and what must be visible before the screenshot."""
 
     path: str
     ready: str  # a CSS selector
-    text: str  # that is in one of those that can be seen, as a regular expression
+    text: str  # a regular expression for the text of a visible match
 
 
 class Size(NamedTuple):
-    """One kind of screen."""
+    """A screen."""
 
     width: int
     height: int
@@ -54,43 +54,55 @@ NAMES = [f"{view}-{size}-{scheme}" for view in VIEWS for size in SIZES for schem
 
 
 async def take(browser: Browser, url: str, name: str, folder: Path) -> bool:
-    """Take one picture, and say so; returns whether all was there, and nothing complained of."""
+    """Take one screenshot and print its path. Return true if the page had no errors."""
     view_name, size_name, scheme = name.split("-")
     view, size = VIEWS[view_name], SIZES[size_name]
-    page, seen = await open_page(
-        browser, url + view.path, size.width, size.height, dark=scheme == "dark", zone="UTC", **size.more
+    page, errors = await open_page(
+        browser,
+        url + view.path,
+        size.width,
+        size.height,
+        dark=scheme == "dark",
+        zone="UTC",
+        **size.more,
     )
     try:
-        await page.locator(view.ready).filter(has_text=re.compile(view.text), visible=True).first.wait_for()
-    except PlaywrightTimeoutError:  # what is there is pictured: it shows what is wrong
-        seen.faults.append(f"nothing visible is {view.ready} with a text like {view.text!r}")
+        await (
+            page.locator(view.ready)
+            .filter(has_text=re.compile(view.text), visible=True)
+            .first.wait_for()
+        )
+    except PlaywrightTimeoutError:  # the screenshot shows the problem
+        errors.messages.append(f"{view.ready} with a text like {view.text!r} is not visible")
     await asyncio.sleep(LIVELY_SECONDS)
     file = folder / f"{name}.png"
     picture = await page.screenshot(path=file, animations="disabled")
     await page.context.close()
-    print(f"{file}: {len(picture) / 1024:.0f} KB", *seen.faults, sep="\n  ")
-    return not seen.faults
+    print(f"{file}: {len(picture) / 1024:.0f} KB", *errors.messages, sep="\n  ")
+    return not errors.messages
 
 
 async def take_all(url: str, names: list[str], folder: Path) -> bool:
-    """Take these pictures, one after the other; returns whether all are as they should be."""
+    """Take these screenshots. Return true if no page had errors."""
     async with chromium() as browser:
         return all([await take(browser, url, name, folder) for name in names])
 
 
 @contextmanager
 def own_gateway() -> Iterator[str]:
-    """Run a gateway with simulated exchanges and a Redis; gives its address."""
+    """Run a gateway with simulated exchanges and Redis. Yield its URL."""
     with Servers() as servers:
         yield servers.gateway(servers.sandbox(), {"REDIS_URL": servers.redis()}).url
 
 
 def main() -> int:
-    """Take what is asked for; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Take the pictures of the page.")
-    parser.add_argument("--only", choices=NAMES, action="append", metavar="NAME", help=f"one of {', '.join(NAMES)}")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder to write to")
-    parser.add_argument("--url", default="", help="of a gateway that runs already")
+    """Run the command line. Return the exit code."""
+    parser = argparse.ArgumentParser(description="Take screenshots of the page.")
+    parser.add_argument(
+        "--only", choices=NAMES, action="append", metavar="NAME", help=f"one of {', '.join(NAMES)}"
+    )
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the output folder")
+    parser.add_argument("--url", default="", help="the URL of a running gateway")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with nullcontext(options.url.rstrip("/")) if options.url else own_gateway() as url:

@@ -1,7 +1,7 @@
-"""The code of the page: what eslint and node's own tests say of it; and that the tests' browser hides nothing.
+"""The code of the page: eslint, unit tests in Node, and a self-test of the browser helpers.
 
-The page's modules are ES modules without a build step and without a package.json beside them, so that an older node
-takes them for CommonJS. Its tests run in a copy of both, in a folder whose package.json says what they are.
+The page's ES modules have no package.json, so that an older Node takes them for CommonJS. The
+unit tests run on a copy, in a folder with a package.json.
 """
 
 import contextlib
@@ -20,47 +20,64 @@ from src.sandbox.server import listen
 from tests.conftest import eventually
 from tests.page.browser import ROOT, axe, browser, find_node, missing, npm_file, open_page
 
-__all__ = ["browser"]  # a fixture: pytest finds it here by its name
+__all__ = ["browser"]  # a fixture, which pytest finds by its name
 
-STATIC, DOCS, OWN = Path("src/static"), Path("src/static/docs"), Path("tests/page")
-SECONDS = 300  # longest that a tool may take, on a starved machine
+STATIC = Path("src/static")
+DOCS = Path("src/static/docs")
+TESTS = Path("tests/page")
+TOOL_TIMEOUT_SECONDS = 300  # on a busy machine
+MAX_COLUMNS = 100
 STRICT = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
-PAGE = '<!doctype html><html lang="en"><title>it</title><main><h1>it</h1>{}</main><script src="/it.js"></script></html>'
-WRONG = {  # what it is seen as -> a script that does it
-    "error: so it is": "console.error('so it is')",
-    "uncaught: so it is": "throw new Error('so it is')",
+PAGE = (
+    '<!doctype html><html lang="en"><title>Test</title><main><h1>Test</h1>{}</main>'
+    '<script src="/test.js"></script></html>'
+)
+FAULTS = {  # the reported error -> a script that causes the error
+    "error: broken": "console.error('broken')",
+    "uncaught: broken": "throw new Error('broken')",
     "request failed: GET": "fetch('/cut').catch(() => 0)",
     "404": "fetch('/nothing')",
     "content security policy: connect-src": "fetch('http://127.0.0.1:1/').catch(() => 0)",
     "content security policy: style-src-elem": (
-        "const it = document.createElement('style'); it.textContent = 'p {}'; document.head.append(it)"
+        "const style = document.createElement('style'); style.textContent = 'p {}';"
+        "document.head.append(style)"
     ),
-    "content security policy: require-trusted-types-for": "document.body.innerHTML = '<p>it</p>'",
+    "content security policy: require-trusted-types-for": "document.body.innerHTML = '<p>Test</p>'",
 }
 
 
-def run_node(*arguments: str, folder: Path = ROOT, text: str = "") -> subprocess.CompletedProcess[str]:
-    """Run node, and return what it printed."""
+def run_node(
+    *arguments: str, folder: Path = ROOT, text: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run Node and return its output."""
     if (node := find_node()) is None:
-        missing("no node runs (the package playwright carries one, which needs the library libatomic)")
+        missing("Node does not run (the one in the package playwright needs the library libatomic)")
     command = [node, *arguments]
-    return subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True, timeout=SECONDS, check=False)
+    return subprocess.run(
+        command,
+        cwd=folder,
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=TOOL_TIMEOUT_SECONDS,
+        check=False,
+    )
 
 
-def test_eslint_has_no_complaint() -> None:
-    """Neither of the page's code nor of its tests; a warning counts as an error."""
+def test_eslint_reports_no_problems() -> None:
+    """Eslint accepts the page and its tests. A warning counts as an error."""
     program = npm_file("eslint/bin/eslint.js")
-    options = ["--config", str(OWN / "eslint.config.js"), "--max-warnings", "0"]
-    linted = run_node(str(program), *options, str(STATIC), str(DOCS), str(OWN))
+    options = ["--config", str(TESTS / "eslint.config.js"), "--max-warnings", "0"]
+    linted = run_node(str(program), *options, str(STATIC), str(DOCS), str(TESTS))
     if linted.returncode:
         pytest.fail(linted.stdout + linted.stderr, pytrace=False)
 
 
-def test_eslint_complains() -> None:
-    """The rules are in force in the page's folder: each of these lines breaks the rule behind it, and no other does."""
+def test_eslint_rules_are_active() -> None:
+    """In the page's folder, each of these lines breaks exactly one rule."""
     broken = [
         ('document.body.innerHTML = "";', "no-restricted-properties"),
         ('document.body.insertAdjacentHTML("beforeend", "");', "no-restricted-properties"),
@@ -72,37 +89,60 @@ def test_eslint_complains() -> None:
         ("fetch(nowhere);", "no-undef"),
     ]
     program = npm_file("eslint/bin/eslint.js")
-    options = ["--config", str(OWN / "eslint.config.js"), "--format", "json", "--stdin"]
+    options = ["--config", str(TESTS / "eslint.config.js"), "--format", "json", "--stdin"]
     code = "\n".join(line for line, _ in broken) + "\n"
-    linted = run_node(str(program), *options, "--stdin-filename", str(STATIC / "it.js"), text=code)
+    linted = run_node(
+        str(program), *options, "--stdin-filename", str(STATIC / "test.js"), text=code
+    )
     assert linted.returncode == 1, linted.stderr
-    found = {(message["line"], message["ruleId"]) for message in json.loads(linted.stdout)[0]["messages"]}
+    found = {
+        (message["line"], message["ruleId"]) for message in json.loads(linted.stdout)[0]["messages"]
+    }
     assert found == {(number, rule) for number, (_, rule) in enumerate(broken, start=1)}
 
 
-def test_what_npm_installs_is_pinned() -> None:
-    """Each package by its hash, wherever it is fetched from; what we ask for by one version."""
-    wanted = json.loads((ROOT / OWN / "package.json").read_text())
-    locked = json.loads((ROOT / OWN / "package-lock.json").read_text())["packages"]
+def test_lines_have_at_most_100_columns() -> None:
+    """Lines of scripts, styles and HTML fit, with tabs of four columns."""
+    names = [*(ROOT / STATIC).rglob("*"), *(ROOT / TESTS).glob("*.js")]
+    long = [
+        f"{path.name}:{number}"
+        for path in names
+        if path.suffix in (".js", ".css", ".html")
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if len(line.expandtabs(4)) > MAX_COLUMNS
+    ]
+    assert long == []
+
+
+def test_npm_packages_are_pinned() -> None:
+    """Every package has a hash and no URL. Direct dependencies have an exact version."""
+    wanted = json.loads((ROOT / TESTS / "package.json").read_text())
+    locked = json.loads((ROOT / TESTS / "package-lock.json").read_text())["packages"]
     assert wanted["private"] is True
-    assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in wanted["devDependencies"].values())
+    assert all(
+        re.fullmatch(r"\d+\.\d+\.\d+", version) for version in wanted["devDependencies"].values()
+    )
     assert locked[""]["devDependencies"] == wanted["devDependencies"]
-    assert all(package["integrity"].startswith("sha512-") for name, package in locked.items() if name)
+    assert all(
+        package["integrity"].startswith("sha512-") for name, package in locked.items() if name
+    )
     assert not [name for name, package in locked.items() if "resolved" in package]
 
 
 def run_tests(folder: Path, tests: Sequence[Path]) -> subprocess.CompletedProcess[str]:
-    """Run node's test runner over a copy of the page's modules and of these tests."""
+    """Run Node's test runner on a copy of the page and these tests."""
     shutil.copytree(ROOT / STATIC, folder / STATIC)
-    (folder / OWN).mkdir(parents=True)
+    (folder / TESTS).mkdir(parents=True)
     (folder / "package.json").write_text('{"type": "module"}')
-    copies = [shutil.copy(test, folder / OWN) for test in tests]
-    return run_node("--test", "--test-reporter=spec", *(str(copy) for copy in copies), folder=folder)
+    copies = [shutil.copy(test, folder / TESTS) for test in tests]
+    return run_node(
+        "--test", "--test-reporter=spec", *(str(copy) for copy in copies), folder=folder
+    )
 
 
 def test_node_tests_pass(tmp_path: Path) -> None:
-    """All of tests/page/*.test.js; those that fail are named with what they say."""
-    tests = sorted((ROOT / OWN).glob("*.test.js"))
+    """All of tests/page/*.test.js pass. The failed ones are reported."""
+    tests = sorted((ROOT / TESTS).glob("*.test.js"))
     assert tests
     ran = run_tests(tmp_path, tests)
     if ran.returncode:
@@ -110,13 +150,13 @@ def test_node_tests_pass(tmp_path: Path) -> None:
 
 
 def failed_tests(report: str) -> str:
-    """Return the part of a spec report about what failed, which stands at its end."""
+    """Return the failures, at the end of a spec report."""
     return report.rpartition("failing tests:")[2].strip()
 
 
-def test_failing_node_tests_are_named(tmp_path: Path) -> None:
-    """Each of them by its name; what passes is left out."""
-    test = tmp_path / "it.test.js"
+def test_failed_node_tests_are_reported(tmp_path: Path) -> None:
+    """The report contains all failed tests and no others."""
+    test = tmp_path / "sample.test.js"
     test.write_text(
         'import assert from "node:assert/strict";\n'
         'import test from "node:test";\n'
@@ -126,20 +166,20 @@ def test_failing_node_tests_are_named(tmp_path: Path) -> None:
     )
     ran = run_tests(tmp_path / "copy", [test])
     assert ran.returncode == 1
-    told = failed_tests(ran.stdout)
-    assert "one is two" in told
-    assert "one is three" in told
-    assert "one is one" not in told
+    report = failed_tests(ran.stdout)
+    assert "one is two" in report
+    assert "one is three" in report
+    assert "one is one" not in report
 
 
 @pytest.fixture
 async def strict() -> AsyncIterator[str]:
-    """The address of a page under a strict policy, which is fine but for the `body` in its query."""
+    """Serve a page with a strict policy. Its query can add a `body`. Yield the URL."""
 
     async def answer(request: web.Request) -> web.Response:
         kind, body = {
             "/": ("text/html", PAGE.format(request.query.get("body", ""))),
-            "/it.js": ("text/javascript", "globalThis.ran = true"),
+            "/test.js": ("text/javascript", "globalThis.ran = true"),
         }.get(request.path, ("text/plain", ""))
         if request.path == "/cut" and request.transport is not None:
             request.transport.abort()
@@ -155,42 +195,46 @@ async def strict() -> AsyncIterator[str]:
 
 
 @pytest.mark.full
-async def test_a_strict_page_is_examined_as_it_is(browser: Browser, strict: str) -> None:
-    """The tests' own scripts and axe-core run in it, and break no rule of its policy."""
-    page, seen = await open_page(browser, strict, 800, 600)
+async def test_helpers_respect_a_strict_policy(browser: Browser, strict: str) -> None:
+    """The helpers' scripts and axe-core run in the page without a policy violation."""
+    page, errors = await open_page(browser, strict, 800, 600)
     assert await page.evaluate("ran") is True
     await page.wait_for_function("() => globalThis.ran")
     assert not await axe(page)
-    seen.clean()
+    errors.assert_none()
 
 
 @pytest.mark.full
-async def test_what_axe_finds_is_told(browser: Browser, strict: str) -> None:
-    """The rule, and where it is broken."""
-    page, _ = await open_page(browser, f"{strict}?body=<img src=/it.png>", 800, 600)
+async def test_axe_problems_are_reported(browser: Browser, strict: str) -> None:
+    """The report names the rule and the element."""
+    page, _ = await open_page(browser, f"{strict}?body=<img src=/test.png>", 800, 600)
     assert re.search(r"image-alt \(critical\).*\n.*img", await axe(page))
 
 
 @pytest.mark.full
-async def test_what_a_page_does_wrong_is_seen(browser: Browser, strict: str) -> None:
-    """Each of the ways, and a page that did it is not clean."""
-    for fault, script in WRONG.items():
-        page, seen = await open_page(browser, strict, 800, 600)
+async def test_page_errors_are_reported(browser: Browser, strict: str) -> None:
+    """Every kind of error is reported, and makes `assert_none` fail."""
+    for fault, script in FAULTS.items():
+        page, errors = await open_page(browser, strict, 800, 600)
         await page.evaluate(f"() => {{ setTimeout(() => {{ {script} }}) }}")
         with contextlib.suppress(TimeoutError):
-            await eventually(lambda: any(fault in told for told in seen.faults))  # noqa: B023
+            await eventually(lambda: any(fault in message for message in errors.messages))  # noqa: B023
         with pytest.raises(AssertionError, match=re.escape(fault)):
-            seen.clean()
-        seen.clean(but=".")
-        seen.forget()
-        seen.clean()
+            errors.assert_none()
+        errors.assert_none(but=".")
+        errors.clear()
+        errors.assert_none()
         await page.context.close()
 
 
-def test_the_runbook_has_every_place_that_is_named() -> None:
-    """What an operator is told to read is there."""
+def test_runbook_has_all_linked_sections() -> None:
+    """The advice in the gateway view links to existing sections."""
     headings = re.findall(r"^#+ (.+)$", (ROOT / "docs" / "runbook.md").read_text(), re.MULTILINE)
-    places = {heading.lower().replace(" ", "-") for heading in headings}
-    named = set(re.findall(r'"(virtuoso[a-z]+|exchange-errors)"', (ROOT / STATIC / "gateway.js").read_text()))
-    assert len(named) >= 7
-    assert named <= places
+    anchors = {heading.lower().replace(" ", "-") for heading in headings}
+    linked = set(
+        re.findall(
+            r'"(virtuoso[a-z]+|exchange-errors)"', (ROOT / STATIC / "gateway_view.js").read_text()
+        )
+    )
+    assert len(linked) >= 7
+    assert linked <= anchors

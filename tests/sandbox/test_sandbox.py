@@ -1,4 +1,4 @@
-"""The sandbox, seen by real ccxt clients and a plain HTTP client over real connections."""
+"""The REST interface of the sandbox, with ccxt clients and a plain HTTP client."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ Get = Callable[..., Coroutine[Any, Any, tuple[int, str, dict[str, str]]]]
 
 @dataclass
 class Clock:
-    """A clock that stands still until told."""
+    """A clock that tests set."""
 
     now: float = NOON
 
@@ -56,22 +56,26 @@ async def sandbox(clock: Clock) -> AsyncIterator[Sandbox]:
 
 @pytest.fixture
 async def get(sandbox: Sandbox) -> AsyncIterator[Get]:
-    """Ask an exchange of the sandbox for a path, or the control, with data to post."""
+    """Request a path of an exchange or of the control server. With data, send a POST."""
     async with aiohttp.ClientSession() as session:
 
-        async def ask(name: str, path: str = "", data: object = None) -> tuple[int, str, dict[str, str]]:
+        async def send(
+            name: str, path: str = "", data: object = None
+        ) -> tuple[int, str, dict[str, str]]:
             url = sandbox.control_url if name == "control" else sandbox.urls[name]
             method = "GET" if data is None else "POST"
-            async with session.request(method, url + path, json=data, allow_redirects=False) as answer:
+            async with session.request(
+                method, url + path, json=data, allow_redirects=False
+            ) as answer:
                 return answer.status, await answer.text(), dict(answer.headers)
 
-        yield ask
+        yield send
 
 
-def moved(urls: Any, base: str) -> Any:
-    """Put another scheme, host and port into every address."""
+def with_base(urls: Any, base: str) -> Any:
+    """Replace scheme, host and port of all addresses."""
     if isinstance(urls, dict):
-        return {key: moved(value, base) for key, value in urls.items()}
+        return {key: with_base(value, base) for key, value in urls.items()}
     return base + urlsplit(urls.replace("{hostname}", "host")).path
 
 
@@ -84,7 +88,7 @@ async def connect(sandbox: Sandbox) -> AsyncIterator[Connect]:
         client = getattr(ccxt, name)({"enableRateLimit": False, "options": options})
         client.has["fetchCurrencies"] = False
         client.timeout_on_exit, client.timeout = 0, 30_000
-        client.urls["api"] = moved(client.urls["api"], sandbox.urls[name])
+        client.urls["api"] = with_base(client.urls["api"], sandbox.urls[name])
         clients.append(client)
         await client.load_markets()
         return client
@@ -98,8 +102,8 @@ async def client(request: pytest.FixtureRequest, connect: Connect) -> Any:
     return await connect(request.param)
 
 
-async def test_listings(connect: Connect) -> None:
-    """Markets have unified names and precision; each exchange lists at least one symbol that the others lack."""
+async def test_each_exchange_lists_its_own_markets(connect: Connect) -> None:
+    """Markets have a precision. Each exchange lists a symbol that the others do not list."""
     clients = {name: await connect(name) for name in NAMES}
     bybit, binance, kraken = (set(client.markets) for client in clients.values())
     assert 555 <= len(bybit | binance | kraken) <= 580
@@ -113,25 +117,29 @@ async def test_listings(connect: Connect) -> None:
         assert 0 < market["precision"]["amount"] <= 0.001
 
 
-async def test_tickers_are_plausible(client: Any) -> None:
-    """A ticker's last price lies between bid and ask and within the day's range, in lists as alone."""
+async def test_ticker_figures_are_consistent(client: Any) -> None:
+    """The last price is between bid and ask, and in the range of the day."""
     symbols = ["BTC/USDT", "DOGE/USDT", "ETH/BTC", "EUR/USDT", "USDC/USDT"]
     tickers = await client.fetch_tickers(symbols)
     assert set(tickers) == set(symbols)
     assert tickers["BTC/USDT"]["last"] == (await client.fetch_ticker("BTC/USDT"))["last"]
-    every = await client.fetch_tickers(None, {"type": "spot"} if client.id == "bybit" else {})
-    assert set(every) == {symbol for symbol, market in client.markets.items() if market["spot"]}
-    assert len(every) > 500
-    for ticker in every.values():
+    all_tickers = await client.fetch_tickers(None, {"type": "spot"} if client.id == "bybit" else {})
+    assert set(all_tickers) == {
+        symbol for symbol, market in client.markets.items() if market["spot"]
+    }
+    assert len(all_tickers) > 500
+    for ticker in all_tickers.values():
         assert ticker["bid"] < ticker["last"] < ticker["ask"] < ticker["bid"] * 1.02
         assert ticker["high"] >= max(ticker["last"], ticker["open"])
         assert ticker["low"] <= min(ticker["last"], ticker["open"])
-        assert ticker["quoteVolume"] == pytest.approx(ticker["baseVolume"] * ticker["last"], rel=0.2)
+        assert ticker["quoteVolume"] == pytest.approx(
+            ticker["baseVolume"] * ticker["last"], rel=0.2
+        )
 
 
-async def test_order_book_is_sorted_and_honours_the_limit(client: Any, clock: Clock) -> None:
-    """The book has as many levels as asked, sorted, not crossed, around the last price."""
-    clock.now = NOON // 1  # books move in steps, ten a second, and tickers all the time
+async def test_order_book_is_sorted_and_has_the_requested_depth(client: Any, clock: Clock) -> None:
+    """The best levels of the book are the bid and ask of the ticker."""
+    clock.now = NOON // 1  # a full second: books change ten times per second
     book = await client.fetch_order_book("BTC/USDT", 20)
     bids, asks = [[level[0] for level in book[side]] for side in ("bids", "asks")]
     assert len(bids) == len(asks) == 20
@@ -143,29 +151,31 @@ async def test_order_book_is_sorted_and_honours_the_limit(client: Any, clock: Cl
 
 
 @pytest.mark.parametrize("frame", ["1m", "1h", "1d", "1w"])
-async def test_candles_end_at_the_ticker(client: Any, frame: str) -> None:
-    """Candles ascend without a gap, are consistent in themselves, and the last closes at the ticker's price."""
+async def test_candles_are_gapless_and_end_at_the_ticker(client: Any, frame: str) -> None:
+    """Each candle opens at the close of the previous one. The last closes at the ticker's price."""
     candles = await client.fetch_ohlcv("ETH/USDT", frame)
     starts, step = [candle[0] for candle in candles], client.parse_timeframe(frame) * 1000
     assert starts == list(range(starts[0], starts[-1] + 1, step))
     assert len(candles) >= 200
     assert NOON * 1000 - step < starts[-1] <= NOON * 1000
-    assert all(low <= min(start, end) <= max(start, end) <= high for _, start, high, low, end, _ in candles)
+    assert all(
+        low <= min(start, end) <= max(start, end) <= high for _, start, high, low, end, _ in candles
+    )
     assert all(candle[5] > 0 for candle in candles)
     assert candles[-1][4] == (await client.fetch_ticker("ETH/USDT"))["last"]
     assert all(earlier[4] == later[1] for earlier, later in pairwise(candles))
 
 
-async def test_time_and_candles_since(client: Any) -> None:
-    """The time is the sandbox's own; candles since a time start exactly there, and the limit counts from there."""
+async def test_candles_since_a_time_start_there(client: Any) -> None:
+    """The limit counts from the start. The exchange's time is that of the sandbox's clock."""
     assert abs(await client.fetch_time() - NOON * 1000) < 1_000
     since = int(NOON // 3600 - 100) * 3_600_000
     candles = await client.fetch_ohlcv("BTC/USDT", "1h", since, 10)
     assert [candle[0] for candle in candles] == [since + hour * 3_600_000 for hour in range(10)]
 
 
-async def test_trades(client: Any) -> None:
-    """Recent trades ascend in time up to now, with prices near the ticker's."""
+async def test_trades_ascend_until_now(client: Any) -> None:
+    """The prices of recent trades are close to the ticker's price."""
     trades = await client.fetch_trades("BTC/USDT", None, 30)
     times = [trade["timestamp"] for trade in trades]
     assert len(trades) == 30
@@ -173,12 +183,14 @@ async def test_trades(client: Any) -> None:
     assert NOON - 1 <= times[-1] / 1000 <= NOON
     assert {trade["side"] for trade in trades} == {"buy", "sell"}
     last = (await client.fetch_ticker("BTC/USDT"))["last"]
-    assert all(trade["price"] == pytest.approx(last, rel=0.01) and trade["amount"] > 0 for trade in trades)
+    assert all(
+        trade["price"] == pytest.approx(last, rel=0.01) and trade["amount"] > 0 for trade in trades
+    )
 
 
 @pytest.mark.parametrize("name", ["bybit", "binance"])
-async def test_perpetual_swaps(connect: Connect, name: str) -> None:
-    """Linear perpetual swaps answer all calls under their own names."""
+async def test_perpetual_swaps_have_all_kinds_of_data(connect: Connect, name: str) -> None:
+    """Linear perpetuals are separate markets with a ticker, candles, a book and trades."""
     client = await connect(name)
     ticker = await client.fetch_ticker("BTC/USDT:USDT")
     assert ticker["symbol"] == "BTC/USDT:USDT"
@@ -188,14 +200,18 @@ async def test_perpetual_swaps(connect: Connect, name: str) -> None:
     assert "ETH/USDT:USDT" in await client.fetch_tickers(["ETH/USDT:USDT"])
 
 
-async def test_prices_are_a_function_of_the_time(sandbox: Sandbox, clock: Clock, get: Get) -> None:
-    """The same moment gives the same answer, another a different one, and the exchanges differ by basis points."""
+async def test_prices_depend_only_on_the_time(sandbox: Sandbox, clock: Clock, get: Get) -> None:
+    """The prices of the exchanges differ by less than ten basis points."""
     first, again = [[(await get(name, TICKER[name]))[1] for name in NAMES] for _ in range(2)]
     clock.now += 60
     later = [(await get(name, TICKER[name]))[1] for name in NAMES]
     assert first == again
     assert all(before != after for before, after in zip(first, later, strict=True))
-    last = [float(price) for text in first for price in re.findall(r'(?:"lastPrice":"|"c":\[")([\d.]+)', text)]
+    last = [
+        float(price)
+        for text in first
+        for price in re.findall(r'(?:"lastPrice":"|"c":\[")([\d.]+)', text)
+    ]
     assert len(set(last)) == 3
     assert max(last) / min(last) < 1.001
 
@@ -213,8 +229,10 @@ async def test_prices_are_a_function_of_the_time(sandbox: Sandbox, clock: Clock,
         ("kraken", "/0/public/Nowhere", 404, "EGeneral:Unknown method"),
     ],
 )
-async def test_own_words(get: Get, name: str, path: str, status: int, text: str) -> None:
-    """Unknown symbols and paths get each exchange's own error; kraken answers a short name under the long one."""
+async def test_errors_have_the_format_of_the_exchange(
+    get: Get, name: str, path: str, status: int, text: str
+) -> None:
+    """Unknown symbols and paths are errors. kraken answers short market names with long ones."""
     answer = await get(name, path)
     assert answer[0] == status
     assert text in answer[1]
@@ -234,8 +252,10 @@ async def test_own_words(get: Get, name: str, path: str, status: int, text: str)
         ({"status": 429}, (ccxt.RateLimitExceeded, ccxt.DDoSProtection)),
     ],
 )
-async def test_spoiled_answers_raise(sandbox: Sandbox, client: Any, knobs: dict[str, Any], error: Any) -> None:
-    """Each knob makes ccxt raise what the real trouble would, and reset ends it."""
+async def test_knobs_raise_the_errors_of_real_failures(
+    sandbox: Sandbox, client: Any, knobs: dict[str, Any], error: Any
+) -> None:
+    """ccxt raises the error of the simulated failure until a reset."""
     client.timeout = 1_000
     await sandbox.set(client.id, **knobs)
     with pytest.raises(error):
@@ -252,11 +272,16 @@ async def test_spoiled_answers_raise(sandbox: Sandbox, client: Any, knobs: dict[
         ({"body": ""}, (200, "", {})),
         ({"size": 1_000}, (200, f'["{"x" * 996}"]', {})),
         ({"redirect": "http://127.0.0.1:1/"}, (302, "", {"Location": "http://127.0.0.1:1/"})),
-        ({"status": 418, "headers": {"Retry-After": "9"}}, (418, "status 418", {"Retry-After": "9"})),
+        (
+            {"status": 418, "headers": {"Retry-After": "9"}},
+            (418, "status 418", {"Retry-After": "9"}),
+        ),
     ],
 )
-async def test_plain_knobs(sandbox: Sandbox, get: Get, knobs: dict[str, Any], expected: Any) -> None:
-    """Body, headers, size, redirect and status come over the wire as set."""
+async def test_knobs_replace_status_body_and_headers(
+    sandbox: Sandbox, get: Get, knobs: dict[str, Any], expected: Any
+) -> None:
+    """Body, headers, size, redirect and status are sent as set."""
     for name in NAMES:
         await sandbox.set(name, **knobs)
         status, text, headers = await get(name, TIME[name])
@@ -264,23 +289,23 @@ async def test_plain_knobs(sandbox: Sandbox, get: Get, knobs: dict[str, Any], ex
         assert expected[2].items() <= headers.items()
 
 
-async def test_only_and_times(sandbox: Sandbox, get: Get) -> None:
-    """Knobs can be bound to a part of the paths, and to a number of requests."""
+async def test_knobs_apply_to_some_paths_and_requests(sandbox: Sandbox, get: Get) -> None:
+    """`only` selects paths by a part of their text, `times` limits the number of requests."""
     await sandbox.set("binance", status=503, only="ticker", times=2)
     paths = [TIME["binance"], *[TICKER["binance"]] * 3]
     assert [(await get("binance", path))[0] for path in paths] == [200, 503, 503, 200]
 
 
-async def test_price_and_clock_skew(sandbox: Sandbox, client: Any) -> None:
-    """One exchange's prices and its clock can be made to stand apart."""
+async def test_price_and_clock_skew_shift_one_exchange(sandbox: Sandbox, client: Any) -> None:
+    """`price` multiplies the prices of an exchange, `clock_skew_ms` shifts its clock."""
     before, now = (await client.fetch_ticker("BTC/USDT"))["last"], await client.fetch_time()
     await sandbox.set(client.id, price=1.05, clock_skew_ms=-60_000)
     assert (await client.fetch_ticker("BTC/USDT"))["last"] == pytest.approx(before * 1.05, rel=1e-5)
     assert await client.fetch_time() == now - 60_000
 
 
-async def test_hang_refuse_and_reopen(sandbox: Sandbox, get: Get) -> None:
-    """What hangs is answered when the knob changes and ended by a refusal; the port stays the same, stop is quick."""
+async def test_hanging_requests_end_when_the_knobs_change(sandbox: Sandbox, get: Get) -> None:
+    """They are answered, or aborted by `refuse`. The port stays the same. Stopping is fast."""
     url, ends = sandbox.urls["kraken"], []
     for knobs in ({}, {"refuse": True}):
         await sandbox.set("kraken", hang=True)
@@ -304,8 +329,8 @@ async def test_hang_refuse_and_reopen(sandbox: Sandbox, get: Get) -> None:
         await waiting
 
 
-async def test_binance_limit(sandbox: Sandbox, clock: Clock, get: Get) -> None:
-    """Binance counts weight, answers 429 until the minute ends, and bans those who go on."""
+async def test_binance_counts_weight_and_bans(sandbox: Sandbox, clock: Clock, get: Get) -> None:
+    """binance answers 429 until the minute ends, and bans clients that continue."""
     await sandbox.set("binance", rate_limit=4)
     answers = [await get("binance", TICKER["binance"]) for _ in range(3)]
     assert [status for status, _, _ in answers] == [200, 200, 429]
@@ -320,15 +345,30 @@ async def test_binance_limit(sandbox: Sandbox, clock: Clock, get: Get) -> None:
     assert (await get("binance", TICKER["binance"]))[0] == 200
 
 
-async def test_binance_weights(get: Get) -> None:
-    """Bigger answers cost more weight."""
-    queries = ["depth?symbol=BTCUSDT&limit=5000", "depth?symbol=BTCUSDT", 'ticker/24hr?symbols=["BTCUSDT","ETHUSDT"]']
-    answers = [await get("binance", f"/api/v3/{query}") for query in ["ticker/24hr", *queries, "exchangeInfo"]]
-    assert [int(headers["X-MBX-USED-WEIGHT-1M"]) for _, _, headers in answers] == [80, 330, 335, 337, 357]
+async def test_binance_weights_depend_on_the_size_of_the_answer(get: Get) -> None:
+    """The header counts the weight of all requests in the minute."""
+    queries = [
+        "depth?symbol=BTCUSDT&limit=5000",
+        "depth?symbol=BTCUSDT",
+        'ticker/24hr?symbols=["BTCUSDT","ETHUSDT"]',
+    ]
+    answers = [
+        await get("binance", f"/api/v3/{query}")
+        for query in ["ticker/24hr", *queries, "exchangeInfo"]
+    ]
+    assert [int(headers["X-MBX-USED-WEIGHT-1M"]) for _, _, headers in answers] == [
+        80,
+        330,
+        335,
+        337,
+        357,
+    ]
 
 
-async def test_bybit_limit(sandbox: Sandbox, clock: Clock, connect: Connect, get: Get) -> None:
-    """Bybit tells what is left, then shuts the door for ten minutes, which ccxt takes for a rate limit."""
+async def test_bybit_refuses_for_ten_minutes(
+    sandbox: Sandbox, clock: Clock, connect: Connect, get: Get
+) -> None:
+    """bybit counts down in a header. ccxt raises a rate limit error for the ban."""
     client = await connect("bybit")
     await sandbox.set("bybit", rate_limit=2)
     answers = [await get("bybit", TIME["bybit"]) for _ in range(3)]
@@ -342,8 +382,10 @@ async def test_bybit_limit(sandbox: Sandbox, clock: Clock, connect: Connect, get
 
 
 @pytest.mark.parametrize(("limit", "burst"), [(0, 15), (3, 3)])
-async def test_kraken_limit(sandbox: Sandbox, clock: Clock, connect: Connect, limit: int, burst: int) -> None:
-    """Kraken allows a burst and then one call per second."""
+async def test_kraken_allows_a_burst(
+    sandbox: Sandbox, clock: Clock, connect: Connect, limit: int, burst: int
+) -> None:
+    """After the burst, kraken allows one request per second."""
     client = await connect("kraken")
     await sandbox.set("kraken", rate_limit=limit)
     for _ in range(burst):
@@ -357,16 +399,16 @@ async def test_kraken_limit(sandbox: Sandbox, clock: Clock, connect: Connect, li
         await client.fetch_time()
 
 
-async def test_kraken_trades_go_on_from_the_last(get: Get) -> None:
-    """The mark that comes with kraken's trades, in nanoseconds, asks for the trades from there."""
+async def test_kraken_trades_continue_from_last(get: Get) -> None:
+    """`last` is the time of the last trade in nanoseconds, and a valid `since`."""
     path = "/0/public/Trades?pair=XBTUSDT"
     first = json.loads((await get("kraken", f"{path}&count=5"))[1])["result"]
     again = json.loads((await get("kraken", f"{path}&since={first['last']}"))[1])["result"]
     assert again["XBTUSDT"] == first["XBTUSDT"][-1:]
 
 
-async def test_counting(sandbox: Sandbox, get: Get) -> None:
-    """Requests are counted by path, with their query and headers kept."""
+async def test_requests_are_counted_by_path(sandbox: Sandbox, get: Get) -> None:
+    """The last requests are kept with their query and headers."""
     await get("bybit", TIME["bybit"])
     sandbox.clear_counts()
     await get("bybit", TICKER["bybit"])
@@ -379,10 +421,10 @@ async def test_counting(sandbox: Sandbox, get: Get) -> None:
     assert sandbox.count("kraken") == 0
 
 
-async def test_control(get: Get) -> None:
-    """The knobs can be turned and seen over HTTP, and mistakes are explained."""
-    turned = await get("control", "/kraken", {"status": 500, "rate_limit": None})
-    assert json.loads(turned[1])["kraken"]["knobs"]["status"] == 500
+async def test_control_replaces_and_shows_knobs(get: Get) -> None:
+    """Errors name the valid knobs."""
+    answer = await get("control", "/kraken", {"status": 500, "rate_limit": None})
+    assert json.loads(answer[1])["kraken"]["knobs"]["status"] == 500
     assert (await get("kraken", TIME["kraken"]))[0] == 500
     mistakes: list[object] = [{"statuss": 1}, {"status": "x"}, []]
     for data in mistakes:
@@ -396,8 +438,8 @@ async def test_control(get: Get) -> None:
     assert state["calls"] == {TIME["kraken"]: 1}
 
 
-def test_a_candle_takes_little_work() -> None:
-    """A thousand candles, never asked for before, take at most sixty function calls each."""
+def test_candles_need_few_function_calls() -> None:
+    """Uncached candles take at most 60 function calls each."""
     calls = 0
 
     def count(_frame: FrameType, event: str, _argument: object) -> None:
@@ -407,7 +449,9 @@ def test_a_candle_takes_little_work() -> None:
     market = Market(NOON)
     sys.setprofile(count)
     try:
-        candles = [market.candles(Pair(coin, "USDT"), 3_600, 1_000) for coin in ("BTC", "ETH", "SOL")]
+        numbers = market.periods(3_600, 1_000)
+        pairs = [Pair(coin, "USDT") for coin in ("BTC", "ETH", "SOL")]
+        candles = [[market.candle(pair, number, 3_600) for number in numbers] for pair in pairs]
     finally:
         sys.setprofile(None)
     assert [len(rows) for rows in candles] == [1_000] * 3

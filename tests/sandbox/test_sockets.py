@@ -1,4 +1,4 @@
-"""The sandbox's sockets, seen by real clients of ccxt.pro and by plain ones."""
+"""The sockets of the sandbox, with ccxt.pro clients and plain clients."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -21,12 +21,18 @@ MARKETS = [*((name, "ETH/USDT") for name in NAMES), ("bybit", SWAP), ("binance",
 PATHS = {"bybit": "/v5/public/spot", "binance": "/stream/ws/0", "kraken": "/v2"}
 OTHERS = {"bybit": "/v5/public/other/spot", "binance": "/stream/ws/other", "kraken": "/v2/other"}
 DEPTHS = {"bybit": 50, "binance": 100, "kraken": 25}
-LATE = 10**8  # milliseconds, as good as never
+LATE = 10**8  # milliseconds: in practice never
 FIGURES = ("last", "open", "high", "low", "baseVolume")
 FORBIDDEN = {"bybit": 403, "binance": 451, "kraken": 403}
 PING = {"bybit": {"op": "ping", "req_id": "7"}, "kraken": {"method": "ping", "req_id": 7}}
 ACCEPTED: dict[str, dict[str, Any]] = {
-    "bybit": {"success": True, "ret_msg": "subscribe", "conn_id": "0", "op": "subscribe", "req_id": "7"},
+    "bybit": {
+        "success": True,
+        "ret_msg": "subscribe",
+        "conn_id": "0",
+        "op": "subscribe",
+        "req_id": "7",
+    },
     "binance": {"result": None, "id": 7},
     "kraken": {
         "method": "subscribe",
@@ -45,12 +51,14 @@ Value = TypeVar("Value")
 
 
 def topic(name: str, coin: str) -> str:
-    """Name the topic of a coin's ticker."""
-    return {"bybit": f"tickers.{coin}USDT", "binance": f"{coin.lower()}usdt@ticker"}.get(name, f"ticker {coin}/USDT")
+    """Return the topic of a coin's ticker in USDT."""
+    return {"bybit": f"tickers.{coin}USDT", "binance": f"{coin.lower()}usdt@ticker"}.get(
+        name, f"ticker {coin}/USDT"
+    )
 
 
 def request(name: str, wanted: str, verb: str = "subscribe", **more: object) -> dict[str, Any]:
-    """Word a request for a topic as the exchange asks for it; kraken's topics are written with their channel here."""
+    """Return the message that subscribes to a topic. A topic of kraken is `channel symbol`."""
     if name == "bybit":
         return {"op": verb, "args": [wanted], "req_id": "7"}
     if name == "binance":
@@ -59,8 +67,8 @@ def request(name: str, wanted: str, verb: str = "subscribe", **more: object) -> 
     return {"method": verb, "params": {"channel": channel, "symbol": [symbol]} | more, "req_id": 7}
 
 
-async def soon(awaited: Awaitable[Value]) -> Value:
-    """Wait for something that is about to happen; the limit is for what never will."""
+async def within_limit(awaited: Awaitable[Value]) -> Value:
+    """Wait for at most 60 seconds."""
     return await asyncio.wait_for(awaited, 60)
 
 
@@ -75,21 +83,21 @@ def price(push: dict[str, Any]) -> float:
     return float(next(row[key] for key in ("lastPrice", "last", "c") if key in row))
 
 
-def mentioned(push: dict[str, Any]) -> str:
-    """Return the market a ticker is of, in one spelling."""
+def symbol_of(push: dict[str, Any]) -> str:
+    """Return the symbol of a ticker, without a slash."""
     row = ticker(push)
     return str(row.get("symbol") or row["s"]).replace("/", "")
 
 
 class Peer:
-    """A plain socket; what is pushed while it waits for something else is kept."""
+    """A plain socket. It keeps the pushes that arrive while it waits for a reply."""
 
     def __init__(self, name: str, ws: aiohttp.ClientWebSocketResponse) -> None:
         self.name, self.ws = name, ws
         self.pushed: list[dict[str, Any]] = []
 
     async def read(self) -> dict[str, Any]:
-        message: dict[str, Any] = orjson.loads((await soon(self.ws.receive())).data)
+        message: dict[str, Any] = orjson.loads((await within_limit(self.ws.receive())).data)
         return message
 
     async def push(self) -> dict[str, Any]:
@@ -97,24 +105,28 @@ class Peer:
             pass
         return message
 
-    async def ask(self, message: object) -> dict[str, Any]:
-        """Send a text, or something as JSON, and return the answer."""
-        await self.ws.send_str(message if isinstance(message, str) else orjson.dumps(message).decode())
+    async def request(self, message: object) -> dict[str, Any]:
+        """Send a text, or another value as JSON. Return the reply without its times."""
+        await self.ws.send_str(
+            message if isinstance(message, str) else orjson.dumps(message).decode()
+        )
         while self.is_push(answer := await self.read()):
             self.pushed.append(answer)
         return {key: value for key, value in answer.items() if key not in {"time_in", "time_out"}}
 
     async def ping(self) -> None:
-        """Send a ping of the protocol and wait for its answer."""
+        """Send a ping frame and wait for the pong."""
         await self.ws.ping()
-        while (message := await soon(self.ws.receive())).type is not aiohttp.WSMsgType.PONG:
+        while (message := await within_limit(self.ws.receive())).type is not aiohttp.WSMsgType.PONG:
             self.pushed.append(orjson.loads(message.data))
 
     def is_push(self, message: dict[str, Any]) -> bool:
-        return {"bybit": "topic", "binance": "s", "kraken": "data"}[self.name] in message and "method" not in message
+        return {"bybit": "topic", "binance": "s", "kraken": "data"}[
+            self.name
+        ] in message and "method" not in message
 
-    async def last(self) -> float:
-        """Return the last price that the next ticker tells."""
+    async def next_price(self) -> float:
+        """Return the last price of the next ticker."""
         return price(await self.push())
 
 
@@ -122,8 +134,8 @@ Dial = Callable[..., Coroutine[Any, Any, Peer]]
 
 
 @pytest.fixture(autouse=True)
-def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Nothing may fail behind the scenes: no handler, and no task that pushes."""
+def no_logged_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fail if a handler or a task logs an error."""
     yield
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
@@ -145,13 +157,18 @@ async def sandbox(clock: Clock) -> AsyncIterator[Sandbox]:
 
 @pytest.fixture
 async def dial(sandbox: Sandbox) -> AsyncIterator[Dial]:
-    """Open a plain socket at an exchange."""
+    """Return a function that opens a plain socket."""
     peers: list[Peer] = []
     async with aiohttp.ClientSession() as session:
 
         async def open_socket(name: str, path: str = "") -> Peer:
             url = sandbox.urls[name] + (path or PATHS[name])
-            peer = Peer(name, await session.ws_connect(url, autoping=False, timeout=aiohttp.ClientWSTimeout(None, 1)))
+            peer = Peer(
+                name,
+                await session.ws_connect(
+                    url, autoping=False, timeout=aiohttp.ClientWSTimeout(None, 1)
+                ),
+            )
             peers.append(peer)
             if name == "kraken":
                 assert (await peer.read())["channel"] == "status"
@@ -162,15 +179,15 @@ async def dial(sandbox: Sandbox) -> AsyncIterator[Dial]:
 
 
 def release(sockets: list[aiohttp.ClientWebSocketResponse]) -> None:
-    """Let go of connections: aiohttp does not by itself when the other side cut them, and warns of it later."""
+    """Close connections that the server aborted. aiohttp does not close them, and warns later."""
     for ws in sockets:
         ws._response.close()
 
 
-def moved(urls: Any, base: str) -> Any:
-    """Put another host and port into every address; sockets stay sockets."""
+def with_base(urls: Any, base: str) -> Any:
+    """Replace host and port of all addresses. Socket addresses keep a socket scheme."""
     if isinstance(urls, dict):
-        return {key: moved(value, base) for key, value in urls.items()}
+        return {key: with_base(value, base) for key, value in urls.items()}
     parts = urlsplit(urls.replace("{hostname}", "host"))
     return (base.replace("http", "ws") if parts.scheme == "wss" else base) + parts.path
 
@@ -180,7 +197,10 @@ async def connect(sandbox: Sandbox) -> AsyncIterator[Connect]:
     clients: list[Any] = []
 
     async def make(name: str, tickers: str = "ticker") -> Any:
-        options: dict[str, Any] = {"fetchMarkets": {"types": ["spot", "linear"]}, "fetchCurrencies": False}
+        options: dict[str, Any] = {
+            "fetchMarkets": {"types": ["spot", "linear"]},
+            "fetchCurrencies": False,
+        }
         options |= {"watchTickers": {"name": tickers}} if name == "binance" else {}
         client = getattr(import_module(f"ccxt.pro.{name}"), name)(
             {"enableRateLimit": False, "options": {} if name == "kraken" else options}
@@ -188,8 +208,8 @@ async def connect(sandbox: Sandbox) -> AsyncIterator[Connect]:
         client.has["fetchCurrencies"] = False
         client.timeout_on_exit, client.timeout = 0, 60_000
         base = sandbox.urls[name]
-        client.urls["api"] = moved(client.urls["api"], base)
-        if name == "binance":  # by this word ccxt tells spot from swaps, and it stood in the host
+        client.urls["api"] = with_base(client.urls["api"], base)
+        if name == "binance":  # ccxt recognizes spot sockets by "stream"
             client.urls["api"]["ws"]["spot"] = f"{base.replace('http', 'ws')}/stream/ws"
         clients.append(client)
         await client.load_markets()
@@ -205,8 +225,8 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @asynccontextmanager
-async def moving(clock: Clock) -> AsyncIterator[None]:
-    """Let the clock run, many times faster than the real one, so that a push has one step of a book or several."""
+async def fast_clock(clock: Clock) -> AsyncIterator[None]:
+    """Run the clock so fast that a push has one or more steps of a book."""
 
     async def move() -> None:
         while True:
@@ -218,58 +238,74 @@ async def moving(clock: Clock) -> AsyncIterator[None]:
     running.cancel()
 
 
-async def test_tickers_are_those_of_rest(clock: Clock, connect: Connect, name: str) -> None:
-    """Each ticker of a subscription comes, is what REST says at that time, and follows when time passes."""
+def figures(tickers: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return the figures of tickers by symbol."""
+    return {symbol: [row[figure] for figure in FIGURES] for symbol, row in tickers.items()}
+
+
+async def test_pushed_tickers_equal_rest(clock: Clock, connect: Connect, name: str) -> None:
+    """All tickers of a subscription are pushed, and change with the time."""
     client, symbols = await connect(name), ["BTC/USDT", "DOGE/USDT", "ETH/BTC"]
-    await soon(client.watch_tickers(symbols))
+    await within_limit(client.watch_tickers(symbols))
     for _ in range(2):
-        told = await client.fetch_tickers(symbols)
-        expected = {symbol: [told[symbol][figure] for figure in FIGURES] for symbol in symbols}
-        await eventually(lambda: {s: [t[f] for f in FIGURES] for s, t in client.tickers.items()} == expected)  # noqa: B023
+        fetched = await client.fetch_tickers(symbols)
+        expected = figures(fetched)
+        await eventually(lambda: figures(client.tickers) == expected)  # noqa: B023
         for symbol, ticker in client.tickers.items():
-            assert ticker["percentage"] == pytest.approx(told[symbol]["percentage"], abs=0.01)
-            sides = [told[symbol][side] for side in ("bid", "ask")]
+            assert ticker["percentage"] == pytest.approx(fetched[symbol]["percentage"], abs=0.01)
+            sides = [fetched[symbol][side] for side in ("bid", "ask")]
             assert [ticker["bid"], ticker["ask"]] == ([None, None] if name == "bybit" else sides)
             assert ticker["timestamp"] == (None if name == "kraken" else int(clock.now * 1000))
         clock.now += 60
 
 
 @pytest.mark.parametrize("name", ["bybit", "binance"])
-async def test_tickers_of_swaps(connect: Connect, name: str) -> None:
-    """A swap's ticker is what REST says; only bybit's has bid and ask."""
+async def test_pushed_swap_tickers_equal_rest(connect: Connect, name: str) -> None:
+    """Only bybit pushes the bid and ask of a swap."""
     client = await connect(name)
-    pushed, told = (await soon(client.watch_tickers([SWAP])))[SWAP], await client.fetch_ticker(SWAP)
-    assert [pushed[figure] for figure in FIGURES] == [told[figure] for figure in FIGURES]
-    sides = [told["bid"], told["ask"]] if name == "bybit" else [None, None]
+    pushed = (await within_limit(client.watch_tickers([SWAP])))[SWAP]
+    fetched = await client.fetch_ticker(SWAP)
+    assert [pushed[figure] for figure in FIGURES] == [fetched[figure] for figure in FIGURES]
+    sides = [fetched["bid"], fetched["ask"]] if name == "bybit" else [None, None]
     assert [pushed["bid"], pushed["ask"]] == sides
 
 
-async def test_small_tickers_have_no_sides(connect: Connect) -> None:
-    """The small ticker of binance tells the day's prices and neither bid nor ask."""
+async def test_mini_tickers_have_no_bid_and_ask(connect: Connect) -> None:
+    """The mini ticker of binance has only the prices of the day."""
     client = await connect("binance", "miniTicker")
-    pushed, told = (await soon(client.watch_tickers(["BTC/USDT"])))["BTC/USDT"], await client.fetch_ticker("BTC/USDT")
-    assert [pushed[figure] for figure in FIGURES] == [told[figure] for figure in FIGURES]
+    pushed = (await within_limit(client.watch_tickers(["BTC/USDT"])))["BTC/USDT"]
+    fetched = await client.fetch_ticker("BTC/USDT")
+    assert [pushed[figure] for figure in FIGURES] == [fetched[figure] for figure in FIGURES]
     assert [pushed["bid"], pushed["ask"]] == [None, None]
 
 
 @pytest.mark.parametrize(("name", "symbol"), MARKETS)
-async def test_best_bid_and_ask(clock: Clock, connect: Connect, name: str, symbol: str) -> None:
-    """The best bid and ask are those of REST's book at that time."""
-    clock.now = NOON - 0.05  # when a book changes, so that it is the book of now
+async def test_pushed_bid_and_ask_equal_rest(
+    clock: Clock, connect: Connect, name: str, symbol: str
+) -> None:
+    """Best bid and ask are the first levels of the REST book."""
+    clock.now = NOON - 0.05  # a time at which books change, so that tickers have the same prices
     client = await connect(name)
-    best, book = (await soon(client.watch_bids_asks([symbol])))[symbol], await client.fetch_order_book(symbol, 5)
+    best, book = (
+        (await within_limit(client.watch_bids_asks([symbol])))[symbol],
+        await client.fetch_order_book(symbol, 5),
+    )
     top = [book["bids"][0], book["asks"][0]]
     assert [best["bid"], best["ask"]] == [level[0] for level in top]
-    assert [best["bidVolume"], best["askVolume"]] == pytest.approx([level[1] for level in top], abs=1e-8)
+    assert [best["bidVolume"], best["askVolume"]] == pytest.approx(
+        [level[1] for level in top], abs=1e-8
+    )
 
 
 @pytest.mark.parametrize(("name", "symbol"), MARKETS)
-async def test_books_are_those_of_rest(clock: Clock, connect: Connect, name: str, symbol: str) -> None:
-    """A book made of pushes is never crossed while time runs, and then is REST's, even after a pause."""
+async def test_pushed_books_equal_rest(
+    clock: Clock, connect: Connect, name: str, symbol: str
+) -> None:
+    """Books are never crossed, and equal the REST book also after a pause."""
     client, depth = await connect(name), DEPTHS[name]
-    async with moving(clock):
+    async with fast_clock(clock):
         for _ in range(40):
-            book = await soon(client.watch_order_book(symbol, depth))
+            book = await within_limit(client.watch_order_book(symbol, depth))
             bids, asks = [[level[0] for level in book[side]] for side in ("bids", "asks")]
             assert bids == sorted(set(bids), reverse=True)
             assert asks == sorted(set(asks))
@@ -278,64 +314,71 @@ async def test_books_are_those_of_rest(clock: Clock, connect: Connect, name: str
         clock.now += pause
         step = int(clock.now * 10) * 100
         await eventually(lambda: client.orderbooks[symbol]["timestamp"] == step)  # noqa: B023
-        told, book = await client.fetch_order_book(symbol, depth), client.orderbooks[symbol].limit()
+        fetched = await client.fetch_order_book(symbol, depth)
+        book = client.orderbooks[symbol].limit()
         for side in ("bids", "asks"):
             assert len(book[side]) == depth
-            assert [level[:2] for level in book[side]] == [level[:2] for level in told[side]]
+            assert [level[:2] for level in book[side]] == [level[:2] for level in fetched[side]]
         if name == "binance":
-            assert book["nonce"] == told["nonce"] == step
+            assert book["nonce"] == fetched["nonce"] == step
 
 
 @pytest.mark.parametrize(("name", "symbol"), MARKETS)
-async def test_trades_are_those_of_rest(clock: Clock, connect: Connect, name: str, symbol: str) -> None:
-    """Each trade comes once and in order, none is lost, also when many come at once, and all are as REST says."""
+async def test_pushed_trades_equal_rest(
+    clock: Clock, connect: Connect, name: str, symbol: str
+) -> None:
+    """Each trade is pushed once and in order, also if a push has many trades."""
     client = await connect(name)
-    async with moving(clock):
+    async with fast_clock(clock):
         for _ in range(3):
-            await soon(client.watch_trades(symbol))
+            await within_limit(client.watch_trades(symbol))
     clock.now += 20
     await eventually(lambda: client.trades[symbol][-1]["timestamp"] == int(clock.now * 2) * 500)
     pushed = list(client.trades[symbol])
     assert len(pushed) >= 43
     numbers = [int(trade["id"]) for trade in pushed]
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-    told = await client.fetch_trades(symbol, None, len(pushed))
+    fetched = await client.fetch_trades(symbol, None, len(pushed))
     for figure in ("id", "timestamp", "side", "price", "amount"):
-        assert [trade[figure] for trade in pushed] == [trade[figure] for trade in told]
+        assert [trade[figure] for trade in pushed] == [trade[figure] for trade in fetched]
 
 
-async def test_one_market_under_rest_and_sockets(sandbox: Sandbox, dial: Dial, clock: Clock, name: str) -> None:
-    """The same time gives the same price again, to every socket; the price knob multiplies it."""
+async def test_sockets_share_one_market(
+    sandbox: Sandbox, dial: Dial, clock: Clock, name: str
+) -> None:
+    """The price depends only on the time. The price knob multiplies it for all sockets."""
     first, second = await dial(name), await dial(name, OTHERS[name])
     for peer in (first, second):
-        await peer.ask(request(name, topic(name, "BTC")))
-    before = await first.last()
-    assert await second.last() == before
+        await peer.request(request(name, topic(name, "BTC")))
+    before = await first.next_price()
+    assert await second.next_price() == before
     clock.now += 60
-    await first.ask(request(name, topic(name, "ETH"), "unsubscribe"))
-    assert await first.last() != before
+    await first.request(request(name, topic(name, "ETH"), "unsubscribe"))
+    assert await first.next_price() != before
     clock.now -= 60
     await first.ping()
-    assert await first.last() == before
+    assert await first.next_price() == before
     await sandbox.set(name, push_ms=5, price=1.05)
     await first.ping()
-    assert await first.last() == pytest.approx(before * 1.05, rel=1e-5)
+    assert await first.next_price() == pytest.approx(before * 1.05, rel=1e-5)
     await sandbox.reset()
     await first.ping()
-    assert await first.last() == before
+    assert await first.next_price() == before
 
 
-async def test_answers_to_subscriptions(dial: Dial, name: str) -> None:
-    """Subscribing and its contrary are confirmed in the exchange's words, and then hold, for one topic alone."""
+async def test_subscriptions_are_confirmed(dial: Dial, name: str) -> None:
+    """Subscribing and unsubscribing are confirmed, and apply only to their topic."""
     peer, bitcoin, ether = await dial(name), topic(name, "BTC"), topic(name, "ETH")
-    assert await peer.ask(request(name, bitcoin)) == ACCEPTED[name]
-    await peer.ask(request(name, ether))
+    assert await peer.request(request(name, bitcoin)) == ACCEPTED[name]
+    await peer.request(request(name, ether))
     both = [await peer.push() for _ in range(8)]
-    assert len({mentioned(push) for push in both}) == 2
-    answer, method = await peer.ask(request(name, bitcoin, "unsubscribe")), "unsubscribe"
-    changed = {"bybit": {"op": method, "ret_msg": method}, "kraken": {"method": method}}.get(name, {})
+    assert len({symbol_of(push) for push in both}) == 2
+    answer, method = await peer.request(request(name, bitcoin, "unsubscribe")), "unsubscribe"
+    changed = {"bybit": {"op": method, "ret_msg": method}, "kraken": {"method": method}}.get(
+        name, {}
+    )
     assert answer == ACCEPTED[name] | changed
-    assert {mentioned(await peer.push()) for _ in range(8)} == {"ETHUSDT"}
+    assert {symbol_of(await peer.push()) for _ in range(8)} == {"ETHUSDT"}
 
 
 @pytest.mark.parametrize(
@@ -343,151 +386,198 @@ async def test_answers_to_subscriptions(dial: Dial, name: str) -> None:
     [
         ("bybit", "tickers.NOPE", {"ret_msg": "error:handler not found,topic:tickers.NOPE"}),
         ("bybit", "nope.BTCUSDT", {"ret_msg": "error:handler not found,topic:nope.BTCUSDT"}),
-        ("bybit", "orderbook.3.BTCUSDT", {"ret_msg": "error:handler not found,topic:orderbook.3.BTCUSDT"}),
-        ("bybit", "orderbook.BTCUSDT", {"ret_msg": "error:handler not found,topic:orderbook.BTCUSDT"}),
-        ("binance", "nope@ticker", {"error": {"code": 2, "msg": "Invalid request: unknown stream"}}),
-        ("binance", "btcusdt@nope", {"error": {"code": 2, "msg": "Invalid request: unknown stream"}}),
-        ("kraken", "ticker NO/PE", {"error": "Currency pair not supported NO/PE", "symbol": "NO/PE"}),
+        (
+            "bybit",
+            "orderbook.3.BTCUSDT",
+            {"ret_msg": "error:handler not found,topic:orderbook.3.BTCUSDT"},
+        ),
+        (
+            "bybit",
+            "orderbook.BTCUSDT",
+            {"ret_msg": "error:handler not found,topic:orderbook.BTCUSDT"},
+        ),
+        (
+            "binance",
+            "nope@ticker",
+            {"error": {"code": 2, "msg": "Invalid request: unknown stream"}},
+        ),
+        (
+            "binance",
+            "btcusdt@nope",
+            {"error": {"code": 2, "msg": "Invalid request: unknown stream"}},
+        ),
+        (
+            "kraken",
+            "ticker NO/PE",
+            {"error": "Currency pair not supported NO/PE", "symbol": "NO/PE"},
+        ),
         ("kraken", "nope BTC/USDT", {"error": "Subscription name invalid", "symbol": "BTC/USDT"}),
     ],
 )
-async def test_wrong_topics(dial: Dial, name: str, wanted: str, error: dict[str, Any]) -> None:
-    """What does not exist is refused in the exchange's words, and nothing is pushed of it."""
-    peer, refused = await dial(name), {"bybit": {"success": False}, "kraken": {"success": False}}.get(name, {})
+async def test_unknown_topics_are_refused(
+    dial: Dial, name: str, wanted: str, error: dict[str, Any]
+) -> None:
+    """The error has the exchange's format. Nothing is pushed for the topic."""
+    peer, refused = (
+        await dial(name),
+        {"bybit": {"success": False}, "kraken": {"success": False}}.get(name, {}),
+    )
     asked = request(name, wanted)
-    answer = await peer.ask(asked)
+    answer = await peer.request(asked)
     assert answer.items() >= (error | refused).items()
-    assert {answer.get(key) for key in ("id", "req_id")} == {None, asked.get("id", asked.get("req_id"))}
-    await peer.ask(request(name, topic(name, "ETH")))
-    assert {mentioned(await peer.push()) for _ in range(4)} == {"ETHUSDT"}
+    assert {answer.get(key) for key in ("id", "req_id")} == {
+        None,
+        asked.get("id", asked.get("req_id")),
+    }
+    await peer.request(request(name, topic(name, "ETH")))
+    assert {symbol_of(await peer.push()) for _ in range(4)} == {"ETHUSDT"}
 
 
 @pytest.mark.parametrize("depth", [3, 0, "10", None])
-async def test_wrong_depths_at_kraken(dial: Dial, depth: object) -> None:
-    """A depth that kraken does not have is refused, and pushes of other topics go on."""
+async def test_kraken_refuses_unknown_depths(dial: Dial, depth: object) -> None:
+    """Other topics of the socket are still pushed."""
     peer = await dial("kraken")
-    answer = await peer.ask(request("kraken", "book BTC/USDT", depth=depth))
+    answer = await peer.request(request("kraken", "book BTC/USDT", depth=depth))
     assert answer["error"] == "Subscription depth not supported"
-    await peer.ask(request("kraken", "ticker ETH/USDT"))
-    assert mentioned(await peer.push()) == "ETHUSDT"
+    await peer.request(request("kraken", "ticker ETH/USDT"))
+    assert symbol_of(await peer.push()) == "ETHUSDT"
 
 
-async def test_pings(dial: Dial, name: str) -> None:
-    """Pings are answered, those of the protocol by all, those in words by bybit and kraken."""
+async def test_pings_are_answered(dial: Dial, name: str) -> None:
+    """All exchanges answer ping frames. bybit and kraken also answer ping messages."""
     peer = await dial(name)
     await peer.ping()
     if name == "bybit":
         pong = {"success": True, "ret_msg": "pong", "conn_id": "0", "op": "ping", "req_id": "7"}
-        assert await peer.ask(PING[name]) == pong
+        assert await peer.request(PING[name]) == pong
     if name == "kraken":
-        assert await peer.ask(PING[name]) == {"method": "pong", "req_id": 7}
+        assert await peer.request(PING[name]) == {"method": "pong", "req_id": 7}
 
 
-async def test_junk_is_refused(dial: Dial, name: str) -> None:
-    """What makes no sense is called malformed in the exchange's words and changes nothing; bytes are not answered."""
+async def test_malformed_messages_change_nothing(dial: Dial, name: str) -> None:
+    """The reply has the exchange's format. Binary messages are not answered."""
     peer, wanted = await dial(name), topic(name, "BTC")
-    await peer.ask(request(name, wanted))
-    for junk in ("hello", "", "[]", "7", "null", "{}", '{"op":"subscribe"}', '{"method":"subscribe","params":7}'):
-        assert await peer.ask(junk) == MALFORMED[name]
-    assert await peer.ask(request(name, wanted, "dance")) == MALFORMED[name]
+    await peer.request(request(name, wanted))
+    for junk in (
+        "hello",
+        "",
+        "[]",
+        "7",
+        "null",
+        "{}",
+        '{"op":"subscribe"}',
+        '{"method":"subscribe","params":7}',
+    ):
+        assert await peer.request(junk) == MALFORMED[name]
+    assert await peer.request(request(name, wanted, "dance")) == MALFORMED[name]
     await peer.ws.send_bytes(b"{}")
-    assert await peer.ask(request(name, wanted)) == ACCEPTED[name]
-    assert mentioned(await peer.push()) == "BTCUSDT"
+    assert await peer.request(request(name, wanted)) == ACCEPTED[name]
+    assert symbol_of(await peer.push()) == "BTCUSDT"
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("bybit", "orderbook.50.BTCUSDT"), ("kraken", "book BTC/USDT")])
-async def test_subscribing_again_begins_anew(
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("bybit", "orderbook.50.BTCUSDT"), ("kraken", "book BTC/USDT")]
+)
+async def test_subscribing_again_sends_a_new_snapshot(
     sandbox: Sandbox, dial: Dial, clock: Clock, name: str, wanted: str
 ) -> None:
-    """Who subscribes to a book again gets all of it first, even when no push was between."""
+    """This holds even without a push between unsubscribing and subscribing."""
     peer = await dial(name)
-    await peer.ask(request(name, wanted))
+    await peer.request(request(name, wanted))
     assert (await peer.push())["type"] == "snapshot"
     await sandbox.set(name, push_ms=LATE)
     await peer.ping()
     clock.now += 1
     for verb in ("unsubscribe", "subscribe"):
-        await peer.ask(request(name, wanted, verb))
+        await peer.request(request(name, wanted, verb))
     await sandbox.set(name, push_ms=5)
     assert (await peer.push())["type"] == "snapshot"
 
 
-async def test_counts(sandbox: Sandbox, dial: Dial, name: str) -> None:
-    """Sockets are counted by path as other calls are, and what they ask on top."""
+async def test_sockets_and_their_messages_are_counted(
+    sandbox: Sandbox, dial: Dial, name: str
+) -> None:
+    """Handshakes are counted by path, messages by path and " asked"."""
     path = PATHS[name]
     peer = await dial(name)
     assert sandbox.calls[name] == {path: 1}
-    await peer.ask(request(name, topic(name, "BTC")))
-    await peer.ask("junk")
+    await peer.request(request(name, topic(name, "BTC")))
+    await peer.request("junk")
     await dial(name, OTHERS[name])
     assert sandbox.calls[name] == {path: 1, f"{path} asked": 2, OTHERS[name]: 1}
     assert sandbox.count(name, "asked") == 2
 
 
-async def beside(dial: Dial, name: str) -> tuple[Peer, Peer]:
-    """Open two sockets that are pushed a ticker, the second on another path."""
+async def open_two(dial: Dial, name: str) -> tuple[Peer, Peer]:
+    """Open two sockets with a ticker, the second one on another path."""
     peers = [await dial(name), await dial(name, OTHERS[name])]
     for peer in peers:
-        await peer.ask(request(name, topic(name, "BTC")))
+        await peer.request(request(name, topic(name, "BTC")))
         await peer.push()
     return peers[0], peers[1]
 
 
-async def settled(peer: Peer) -> None:
-    """Take in what was under way."""
+async def drain_pushes(peer: Peer) -> None:
+    """Receive the pushes that were sent before."""
     for _ in range(3):
         await peer.ping()
 
 
 @pytest.mark.parametrize("knobs", [{"freeze": True}, {"latency_ms": LATE}, {"push_ms": LATE}])
-async def test_pushes_can_be_held_back(sandbox: Sandbox, dial: Dial, name: str, knobs: dict[str, Any]) -> None:
-    """A socket that is frozen, late or slow answers and pushes nothing, until a reset; one on another path goes on."""
-    other, spoiled = await beside(dial, name)
+async def test_pushes_can_be_held_back(
+    sandbox: Sandbox, dial: Dial, name: str, knobs: dict[str, Any]
+) -> None:
+    """The socket still replies, and pushes after a reset. Other sockets are not affected."""
+    other, spoiled = await open_two(dial, name)
     await sandbox.set(name, only="other", **({"push_ms": 5} | knobs))
-    await settled(spoiled)
+    await drain_pushes(spoiled)
     spoiled.pushed.clear()
-    await settled(other)
+    await drain_pushes(other)
     for _ in range(2):
         await other.push()
-    assert await spoiled.ask(request(name, topic(name, "BTC"))) == ACCEPTED[name]
+    assert await spoiled.request(request(name, topic(name, "BTC"))) == ACCEPTED[name]
     await spoiled.ping()
     assert spoiled.pushed == []
     await sandbox.reset()
     await spoiled.push()
 
 
-async def test_late_pushes(sandbox: Sandbox, dial: Dial, clock: Clock, name: str) -> None:
-    """What comes late says what was when it was due."""
+async def test_late_pushes_have_the_old_price(
+    sandbox: Sandbox, dial: Dial, clock: Clock, name: str
+) -> None:
+    """A delayed push has the price of the time at which it was due."""
     peer = await dial(name)
-    await peer.ask(request(name, topic(name, "BTC")))
-    first, prices = await peer.last(), list[float]()
+    await peer.request(request(name, topic(name, "BTC")))
+    first, prices = await peer.next_price(), list[float]()
     clock.now += 60
     await sandbox.set(name, push_ms=5, latency_ms=LATE)
-    await settled(peer)
+    await drain_pushes(peer)
     assert {price(push) for push in peer.pushed} <= {first}
     clock.now += 60
     await sandbox.set(name, push_ms=5)
     while len(set(prices) - {first}) < 2:
-        prices.append(await peer.last())
+        prices.append(await peer.next_price())
     assert len([value for value in prices if value != first]) == 2
 
 
-async def test_garbage(sandbox: Sandbox, dial: Dial, name: str) -> None:
-    """Texts can be pushed in place of data; handshakes and answers stay as they are."""
+async def test_body_replaces_pushes(sandbox: Sandbox, dial: Dial, name: str) -> None:
+    """Handshakes and replies are not replaced."""
     await sandbox.set(name, push_ms=5, body="<html>")
     peer = await dial(name)
-    assert await peer.ask(request(name, topic(name, "BTC"))) == ACCEPTED[name]
-    assert [(await soon(peer.ws.receive())).data for _ in range(3)] == ["<html>"] * 3
+    assert await peer.request(request(name, topic(name, "BTC"))) == ACCEPTED[name]
+    assert [(await within_limit(peer.ws.receive())).data for _ in range(3)] == ["<html>"] * 3
     await sandbox.reset()
-    while (text := (await soon(peer.ws.receive())).data) == "<html>":
+    while (text := (await within_limit(peer.ws.receive())).data) == "<html>":
         pass
     assert peer.is_push(orjson.loads(text))
 
 
 @pytest.mark.parametrize(("how", "code"), [("cut", 1006), ("close", 1000)])
-async def test_drop(sandbox: Sandbox, dial: Dial, name: str, how: str, code: int) -> None:
-    """Open sockets are cut or closed in order, those on other paths stay, and new ones are served."""
-    other, dropped = await beside(dial, name)
+async def test_drop_ends_open_sockets(
+    sandbox: Sandbox, dial: Dial, name: str, how: str, code: int
+) -> None:
+    """Sockets on other paths stay open, and new sockets are served."""
+    other, dropped = await open_two(dial, name)
 
     async def drain() -> None:
         async for _ in dropped.ws:
@@ -495,33 +585,35 @@ async def test_drop(sandbox: Sandbox, dial: Dial, name: str, how: str, code: int
 
     reading = asyncio.create_task(drain())
     await sandbox.set(name, push_ms=5, only="other", drop=how)
-    await soon(reading)
+    await within_limit(reading)
     assert dropped.ws.close_code == code
     await other.ping()
     await other.push()
     again = await dial(name, OTHERS[name])
-    await again.ask(request(name, topic(name, "BTC")))
+    await again.request(request(name, topic(name, "BTC")))
     await again.push()
 
 
 @pytest.mark.parametrize("knobs", [{"drop": "cut"}, {"drop": "close"}, {"refuse": True}])
-async def test_ccxt_notices_and_comes_back(
+async def test_ccxt_reconnects_after_a_drop(
     sandbox: Sandbox, connect: Connect, name: str, knobs: dict[str, Any]
 ) -> None:
-    """A client that waits for a push is told that its socket ended, and can watch again after a reset."""
+    """A waiting client raises a network error, and can watch again after a reset."""
     client = await connect(name)
-    await soon(client.watch_ticker("BTC/USDT"))
+    await within_limit(client.watch_ticker("BTC/USDT"))
     await sandbox.set(name, freeze=True)
-    await client.fetch_time()  # meanwhile what was under way has come
+    await client.fetch_time()  # receives the pushes that were sent before
     waiting = asyncio.create_task(client.watch_ticker("BTC/USDT"))
     await client.fetch_time()
-    sockets = [own.connection for own in client.clients.values()]
+    sockets = [socket.connection for socket in client.clients.values()]
     await sandbox.set(name, freeze=True, **knobs)
     with pytest.raises(ccxt.NetworkError):
-        await soon(waiting)
+        await within_limit(waiting)
     release(sockets)
     await sandbox.reset()
-    assert (await soon(client.watch_ticker("BTC/USDT")))["last"] == (await client.fetch_ticker("BTC/USDT"))["last"]
+    assert (await within_limit(client.watch_ticker("BTC/USDT")))["last"] == (
+        await client.fetch_ticker("BTC/USDT")
+    )["last"]
 
 
 @pytest.mark.parametrize(
@@ -533,8 +625,10 @@ async def test_ccxt_notices_and_comes_back(
         ({"size": 99}, 200),
     ],
 )
-async def test_handshakes_refused(sandbox: Sandbox, dial: Dial, name: str, knobs: dict[str, Any], status: int) -> None:
-    """Handshakes are answered with the status of the knobs, on their paths and so many times; open sockets go on."""
+async def test_knobs_refuse_handshakes(
+    sandbox: Sandbox, dial: Dial, name: str, knobs: dict[str, Any], status: int
+) -> None:
+    """`only` and `times` apply to handshakes. Open sockets stay open."""
     open_before = await dial(name, OTHERS[name])
     await sandbox.set(name, push_ms=5, only="other", times=2, **knobs)
     await dial(name)
@@ -543,14 +637,19 @@ async def test_handshakes_refused(sandbox: Sandbox, dial: Dial, name: str, knobs
             await dial(name, OTHERS[name])
         assert refused.value.status == (status or FORBIDDEN[name])
     for peer in (open_before, await dial(name, OTHERS[name])):
-        assert await peer.ask(request(name, topic(name, "BTC"))) == ACCEPTED[name]
+        assert await peer.request(request(name, topic(name, "BTC"))) == ACCEPTED[name]
 
 
-async def test_refuse_hang_and_reset(sandbox: Sandbox, dial: Dial, name: str) -> None:
-    """A closed port ends sockets and takes no new ones, reset aborts a handshake, and what hangs goes on later."""
+async def test_refuse_reset_and_hang_apply_to_sockets(
+    sandbox: Sandbox, dial: Dial, name: str
+) -> None:
+    """`refuse` ends sockets, `reset` aborts handshakes, `hang` delays them until a reset."""
     peer = await dial(name)
     await sandbox.set(name, refuse=True)
-    assert (await soon(peer.ws.receive())).type in {aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED}
+    assert (await within_limit(peer.ws.receive())).type in {
+        aiohttp.WSMsgType.CLOSE,
+        aiohttp.WSMsgType.CLOSED,
+    }
     with pytest.raises(aiohttp.ClientConnectorError):
         await dial(name)
     await sandbox.set(name, reset=True)
@@ -561,14 +660,14 @@ async def test_refuse_hang_and_reset(sandbox: Sandbox, dial: Dial, name: str) ->
     hanging = asyncio.create_task(dial(name))
     await eventually(lambda: sandbox.count(name, PATHS[name]) > asked)
     await sandbox.reset()
-    await (await soon(hanging)).ping()
+    await (await within_limit(hanging)).ping()
     assert sandbox.listeners[name].knobs.hang is False
 
 
-async def test_control(sandbox: Sandbox, dial: Dial) -> None:
-    """The knobs of sockets are turned over HTTP, mistakes are explained and change nothing, counts are shown."""
+async def test_control_replaces_the_knobs_of_sockets(sandbox: Sandbox, dial: Dial) -> None:
+    """Errors name the valid knobs and change nothing. Calls are counted."""
     peer = await dial("kraken")
-    await peer.ask(request("kraken", "ticker BTC/USDT"))
+    await peer.request(request("kraken", "ticker BTC/USDT"))
     mistakes: list[dict[str, object]] = [
         {"push_ms": 0},
         {"push_ms": "x"},
@@ -583,18 +682,23 @@ async def test_control(sandbox: Sandbox, dial: Dial) -> None:
                 assert "push_ms, freeze, mute, drop" in await answer.text()
         async with session.get(sandbox.control_url) as answer:
             assert (await answer.json())["kraken"]["knobs"]["push_ms"] == 5
-        async with session.post(f"{sandbox.control_url}/kraken", json={"freeze": True, "push_ms": 1}) as answer:
-            told = (await answer.json())["kraken"]
-    assert (told["knobs"]["freeze"], told["knobs"]["push_ms"]) == (True, 1)
-    assert told["calls"] == {"/v2": 1, "/v2 asked": 1}
+        async with session.post(
+            f"{sandbox.control_url}/kraken", json={"freeze": True, "push_ms": 1}
+        ) as answer:
+            state = (await answer.json())["kraken"]
+    assert (state["knobs"]["freeze"], state["knobs"]["push_ms"]) == (True, 1)
+    assert state["calls"] == {"/v2": 1, "/v2 asked": 1}
 
 
-async def test_sockets_that_left_are_forgotten(sandbox: Sandbox, dial: Dial, name: str) -> None:
-    """Nothing is kept of a socket that its client closed, and stopping ends those that are open."""
+async def test_closed_sockets_are_removed(sandbox: Sandbox, dial: Dial, name: str) -> None:
+    """Stopping the sandbox ends the open sockets."""
     peers = [await dial(name) for _ in range(3)]
     assert len(sandbox.listeners[name].sockets) == 3
     await peers[0].ws.close()
     await eventually(lambda: len(sandbox.listeners[name].sockets) == 2)
     await sandbox.stop()
     assert sandbox.listeners[name].sockets == {}
-    assert (await soon(peers[1].ws.receive())).type in {aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED}
+    assert (await within_limit(peers[1].ws.receive())).type in {
+        aiohttp.WSMsgType.CLOSE,
+        aiohttp.WSMsgType.CLOSED,
+    }

@@ -1,4 +1,4 @@
-"""The request budget: the window in memory, and the one all replicas share in Redis."""
+"""The sliding window in memory, and the request budgets that replicas share in Redis."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -16,8 +16,8 @@ from tests.conftest import FakeClock, RedisServer
 
 LIMIT, SECONDS = 10, 60
 KEY = f"{PREFIX}budget:{{binance}}"
-TICK = 1 / 64  # times in the window's tests are multiples of it, so that no rounding blurs the edges
-LONG = 100_000  # seconds of a window so long that the time a test takes is nothing in it
+TICK = 1 / 64  # seconds; times are multiples of it, so that they are exact floats
+LONG = 100_000  # seconds; the duration of a test is negligible in such a window
 BUCKET_MS = LONG * 1000 // BUCKETS
 
 Steps = list[tuple[int, int]]
@@ -27,7 +27,7 @@ Make = Callable[..., RateLimiter]
 
 
 def spend(window: Window, clock: FakeClock, schedule: Steps) -> list[tuple[float, int]]:
-    """Spend what fits, pausing before each step; returns when how much was spent."""
+    """Spend what fits, with a pause before each step, and return the times and weights."""
     spent = []
     for pause, cost in schedule:
         clock.advance(pause * TICK)
@@ -40,8 +40,8 @@ def spend(window: Window, clock: FakeClock, schedule: Steps) -> list[tuple[float
 
 @settings(max_examples=300, deadline=None)
 @given(steps, lengths)
-def test_no_window_of_its_length_holds_more_than_the_limit(schedule: Steps, seconds: int) -> None:
-    """Wherever a window of the given length is laid over the time, no more than the limit was spent in it."""
+def test_no_period_of_the_window_length_exceeds_the_limit(schedule: Steps, seconds: int) -> None:
+    """At most the limit is spent in any period as long as the window."""
     clock = FakeClock()
     spent = spend(Window(LIMIT, seconds, clock), clock, schedule)
     for begin, _ in spent:
@@ -50,8 +50,8 @@ def test_no_window_of_its_length_holds_more_than_the_limit(schedule: Steps, seco
 
 @settings(max_examples=300, deadline=None)
 @given(steps, lengths, st.integers(1, 12))
-def test_the_wait_is_exact(schedule: Steps, seconds: int, cost: int) -> None:
-    """After the wait the cost fits, and a moment before it does not."""
+def test_wait_is_exact(schedule: Steps, seconds: int, cost: int) -> None:
+    """The cost fits after the wait, and not shortly before."""
     clock = FakeClock()
     window = Window(LIMIT, seconds, clock)
     spend(window, clock, schedule)
@@ -64,8 +64,8 @@ def test_the_wait_is_exact(schedule: Steps, seconds: int, cost: int) -> None:
         assert window.wait_for(cost) == 0
 
 
-def test_weight_comes_back_by_tenths(clock: FakeClock) -> None:
-    """Weight comes back when the tenth of the window it was spent in has left the window, and no other with it."""
+def test_weight_returns_one_bucket_at_a_time(clock: FakeClock) -> None:
+    """Weight returns when its bucket, a tenth of the window, has left the window."""
     window = Window(2 * (BUCKETS + 1), 10, clock)
     for number in range(BUCKETS + 1):
         window.add(1)
@@ -78,8 +78,8 @@ def test_weight_comes_back_by_tenths(clock: FakeClock) -> None:
     assert window.used() == 0
 
 
-def test_a_cost_above_the_limit_counts_as_the_limit(clock: FakeClock) -> None:
-    """What costs more than the whole limit waits for an empty window, not for ever."""
+def test_cost_above_the_limit_counts_as_the_limit(clock: FakeClock) -> None:
+    """A cost above the limit waits for an empty window instead of forever."""
     window = Window(LIMIT, 10, clock)
     assert window.wait_for(10 * LIMIT) == 0
     window.add(1)
@@ -88,24 +88,27 @@ def test_a_cost_above_the_limit_counts_as_the_limit(clock: FakeClock) -> None:
     assert window.wait_for(10 * LIMIT) == 0
 
 
-def test_raising_only_raises(clock: FakeClock) -> None:
-    """A higher count of somebody who sees more is taken over, a lower one changes nothing."""
+async def test_raise_to_never_lowers_the_count(clock: FakeClock) -> None:
+    """A higher count is accepted, a lower one changes nothing."""
     window = Window(LIMIT, 10, clock)
+    shared = SharedWindow(KEY, window, RedisStore("", clock), "budget")
     window.add(3)
-    for told, used in ((7, 7), (2, 7), (7, 7), (15, 15)):
-        window.raise_to(told)
+    for count, used in ((7, 7), (2, 7), (7, 7), (15, 15)):
+        await shared.raise_to(count)
         assert window.used() == used
     assert window.wait_for(1) == 11
 
 
 @pytest.fixture
 async def make(clock: FakeClock) -> AsyncIterator[Make]:
-    """Make limiters with a budget for two exchanges: `make(redis.url)`, or `make()` without Redis."""
+    """Make limiters for two exchanges: `make(redis.url)`, or `make()` without Redis."""
     stores: list[RedisStore] = []
 
     def limiter(url: str = "", seconds: int = SECONDS) -> RateLimiter:
         stores.append(RedisStore(url, clock, timeout=5))
-        return RateLimiter(dict.fromkeys(["binance", "kraken"], (LIMIT, seconds)), stores[-1], clock)
+        return RateLimiter(
+            dict.fromkeys(["binance", "kraken"], (LIMIT, seconds)), stores[-1], clock
+        )
 
     yield limiter
     for store in stores:
@@ -125,7 +128,7 @@ def now_ms(redis: RedisServer) -> int:
 
 
 def put(redis: RedisServer, *ages: int, weight: int) -> int:
-    """Have weight spent so many tenths of a long window ago; returns the tenth of now."""
+    """Store weight that was spent a number of buckets ago, and return the current bucket."""
     current = now_ms(redis) // BUCKET_MS
     for age in ages:
         redis.client.hset(KEY, str(current - age), weight)
@@ -133,8 +136,10 @@ def put(redis: RedisServer, *ages: int, weight: int) -> int:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-async def test_a_budget_is_spent_once_by_all_who_ask_at_once(make: Make, redis: RedisServer, shared: bool) -> None:
-    """Of many calls at once as many are admitted as the budget holds, by two limiters on one Redis or one alone."""
+async def test_concurrent_calls_do_not_exceed_the_budget(
+    make: Make, redis: RedisServer, shared: bool
+) -> None:
+    """The budget limits concurrent calls of two limiters with one Redis, and of one alone."""
     limiters = [make(redis.url), make(redis.url)] if shared else [make()] * 2
     calls = [limiter.acquire("binance", 1) for limiter in limiters * LIMIT]
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -142,22 +147,26 @@ async def test_a_budget_is_spent_once_by_all_who_ask_at_once(make: Make, redis: 
 
 
 async def test_two_limiters_share_one_budget(make: Make, redis: RedisServer) -> None:
-    """What one limiter spent the other cannot, and learns of when it asks; another exchange has its own budget."""
-    one, other = make(redis.url), make(redis.url)
-    await one.acquire("binance", 6)
-    assert other.used_ratio("binance") == 0
-    await refused(other, 5)
-    assert other.used_ratio("binance") == 0.6
-    assert (other.is_spent("binance", 4), other.is_spent("binance", 5)) == (False, True)
-    await other.acquire("binance", 4)
-    assert other.used_ratio("binance") == 1
-    await refused(one)
-    await one.acquire("kraken", LIMIT)
+    """A limiter cannot spend what another has spent. Each exchange has its own budget."""
+    first, second = make(redis.url), make(redis.url)
+    await first.acquire("binance", 6)
+    assert second.used_ratio("binance") == 0
+    await refused(second, 5)
+    assert second.used_ratio("binance") == 0.6
+    assert (second.is_spent("binance", 4), second.is_spent("binance", 5)) == (False, True)
+    await second.acquire("binance", 4)
+    assert second.used_ratio("binance") == 1
+    await refused(first)
+    await first.acquire("kraken", LIMIT)
 
 
-@pytest.mark.parametrize(("cost", "age"), [(1, 10), (4, 10), (5, 6), (8, 6), (9, 0), (10, 0), (99, 0)])
-async def test_a_refusal_names_the_seconds(make: Make, redis: RedisServer, cost: int, age: int) -> None:
-    """A refusal says when enough of the oldest weight comes back for the cost to fit."""
+@pytest.mark.parametrize(
+    ("cost", "age"), [(1, 10), (4, 10), (5, 6), (8, 6), (9, 0), (10, 0), (99, 0)]
+)
+async def test_refusal_has_the_seconds_to_wait(
+    make: Make, redis: RedisServer, cost: int, age: int
+) -> None:
+    """The wait ends when enough of the oldest weight returns for the cost to fit."""
     current = put(redis, 0, weight=2)
     put(redis, 6, 10, weight=4)
     earliest = now_ms(redis)
@@ -167,8 +176,8 @@ async def test_a_refusal_names_the_seconds(make: Make, redis: RedisServer, cost:
     assert (frees_at - now_ms(redis)) / 1000 <= wait <= (frees_at - earliest) / 1000
 
 
-async def test_a_refusal_without_redis_names_the_seconds(make: Make, clock: FakeClock) -> None:
-    """Alone, too, a limiter says how long to wait, and not longer than that."""
+async def test_refusal_without_redis_has_the_seconds_to_wait(make: Make, clock: FakeClock) -> None:
+    """The cost fits after the wait."""
     limiter = make(seconds=10)
     await limiter.acquire("binance", LIMIT)
     refusal = await refused(limiter)
@@ -179,15 +188,15 @@ async def test_a_refusal_without_redis_names_the_seconds(make: Make, clock: Fake
     assert limiter.used_ratio("binance") == 0.1
 
 
-async def test_redis_forgets_what_left_the_window(make: Make, redis: RedisServer) -> None:
-    """Weight older than the window and its tenth neither counts nor stays in Redis."""
+async def test_old_buckets_are_deleted_from_redis(make: Make, redis: RedisServer) -> None:
+    """Weight older than the window and one bucket does not count, and is deleted."""
     current = put(redis, 11, 12, weight=LIMIT)
     await make(redis.url, LONG).acquire("binance", LIMIT)
     assert redis.client.hgetall(KEY) == {b"%d" % current: b"%d" % LIMIT}
 
 
-async def test_a_cost_above_the_limit_spends_the_limit(make: Make, redis: RedisServer) -> None:
-    """What costs more than the budget is admitted when all of it is there, and takes all of it."""
+async def test_cost_above_the_limit_spends_the_limit(make: Make, redis: RedisServer) -> None:
+    """A cost above the budget is admitted when the whole budget is available."""
     for limiter in (make(redis.url), make()):
         await limiter.acquire("binance", 10 * LIMIT)
         assert limiter.used_ratio("binance") == 1
@@ -195,54 +204,56 @@ async def test_a_cost_above_the_limit_spends_the_limit(make: Make, redis: RedisS
 
 
 @pytest.mark.parametrize("cause", [ExchangeBanned.cause, ExchangeRateLimited.cause])
-async def test_a_hold_of_one_stops_the_other(make: Make, redis: RedisServer, cause: str) -> None:
-    """A ban or limit one limiter was told of stops the other for as long, with its cause, and spends nothing."""
-    one, other = make(redis.url), make(redis.url)
-    await one.acquire("binance", 2)
-    await one.hold("binance", 90.5, cause)
+async def test_hold_applies_to_all_limiters(make: Make, redis: RedisServer, cause: str) -> None:
+    """A ban or rate limit stops all limiters for as long, with its cause, and spends nothing."""
+    first, second = make(redis.url), make(redis.url)
+    await first.acquire("binance", 2)
+    await first.hold("binance", 90.5, cause)
     for _ in range(LIMIT):
         with pytest.raises(ExchangeRateLimited) as raised:
-            await other.acquire("binance", 1)
+            await second.acquire("binance", 1)
     assert (raised.value.cause, raised.value.exchange) == (cause, "binance")
     assert 85 < (raised.value.retry_after or 0) <= 90.5
-    await other.acquire("kraken", 1)
-    assert other.used_ratio("binance") == 0.2
+    await second.acquire("kraken", 1)
+    assert second.used_ratio("binance") == 0.2
     with pytest.raises(ExchangeRateLimited):
-        await other.acquire("binance", LIMIT)
+        await second.acquire("binance", LIMIT)
 
 
-async def test_a_release_forgets_the_hold_only(make: Make, redis: RedisServer) -> None:
-    """After a release the other limiter may ask again, and what was spent stays spent."""
-    one, other = make(redis.url), make(redis.url)
-    await one.acquire("binance", 8)
-    await one.hold("binance", 90, "banned")
-    await one.release("binance")
-    await refused(other, 3)
-    await other.acquire("binance", 2)
+async def test_release_ends_only_the_hold(make: Make, redis: RedisServer) -> None:
+    """After a release, other limiters may spend again. Spent weight stays spent."""
+    first, second = make(redis.url), make(redis.url)
+    await first.acquire("binance", 8)
+    await first.hold("binance", 90, "banned")
+    await first.release("binance")
+    await refused(second, 3)
+    await second.acquire("binance", 2)
 
 
-async def test_a_hold_ends_by_itself(make: Make, redis: RedisServer) -> None:
-    """A hold whose time is over stops nobody."""
+async def test_hold_expires(make: Make, redis: RedisServer) -> None:
+    """A hold in the past stops no limiter."""
     redis.client.hset(KEY, "hold", f"{now_ms(redis)} banned")
     await make(redis.url).acquire("binance", 1)
 
 
-async def test_the_exchanges_own_count_corrects_both(make: Make, redis: RedisServer) -> None:
-    """A higher count the exchange tells one limiter counts for the other; a lower one changes nothing."""
-    one, other = make(redis.url), make(redis.url)
-    await one.acquire("binance", 2)
-    for told, ratio in ((7, 0.7), (3, 0.7)):
-        await one.correct("binance", told)
-        assert one.used_ratio("binance") == ratio
-    await refused(other, 4)
-    await other.acquire("binance", 3)
-    await one.correct("binance", 15)
-    await refused(other)
-    assert (one.used_ratio("binance"), other.used_ratio("binance")) == (1.5, 1.5)
+async def test_count_of_the_exchange_applies_to_all_limiters(
+    make: Make, redis: RedisServer
+) -> None:
+    """A higher count of the exchange is shared, a lower count changes nothing."""
+    first, second = make(redis.url), make(redis.url)
+    await first.acquire("binance", 2)
+    for count, ratio in ((7, 0.7), (3, 0.7)):
+        await first.correct("binance", count)
+        assert first.used_ratio("binance") == ratio
+    await refused(second, 4)
+    await second.acquire("binance", 3)
+    await first.correct("binance", 15)
+    await refused(second)
+    assert (first.used_ratio("binance"), second.used_ratio("binance")) == (1.5, 1.5)
 
 
-async def test_a_correction_is_waited_for(make: Make, redis: RedisServer) -> None:
-    """Weight an exchange reported counts from then on, for one window and its tenth at most."""
+async def test_corrected_weight_counts_for_one_window(make: Make, redis: RedisServer) -> None:
+    """Weight that an exchange reported counts for one window and one bucket at most."""
     limiter = make(redis.url, LONG)
     put(redis, 9, weight=1)
     await limiter.correct("binance", LIMIT)
@@ -252,7 +263,7 @@ async def test_a_correction_is_waited_for(make: Make, redis: RedisServer) -> Non
 
 
 async def test_keys_expire(make: Make, redis: RedisServer) -> None:
-    """A key lives as long as what it holds can matter: the window and its tenth, or a longer hold."""
+    """A key expires after the window and one bucket, or at the end of a longer hold."""
     limiter = make(redis.url)
     await limiter.acquire("binance", 1)
     assert 60_000 < redis.client.pttl(KEY) <= 66_000
@@ -265,8 +276,8 @@ async def test_keys_expire(make: Make, redis: RedisServer) -> None:
     assert redis.client.keys("*") == [KEY.encode()]
 
 
-async def test_without_redis_memory_is_the_budget(make: Make, clock: FakeClock) -> None:
-    """A limiter without Redis keeps its own budgets; a hold is nothing it could share."""
+async def test_without_redis_each_limiter_has_its_own_budget(make: Make, clock: FakeClock) -> None:
+    """Without Redis, holds are not shared."""
     limiter = make()
     await limiter.acquire("binance", 3)
     await limiter.correct("binance", 8)
@@ -280,106 +291,121 @@ async def test_without_redis_memory_is_the_budget(make: Make, clock: FakeClock) 
     assert not limiter.is_spent("binance", LIMIT)
 
 
-async def test_losing_redis_it_goes_on_from_the_shared_count(make: Make, own_redis: RedisServer) -> None:
-    """When Redis dies a limiter knows what all had spent, admits what is left of it, and never fails otherwise."""
-    one, other = make(own_redis.url), make(own_redis.url)
-    await one.acquire("binance", 4)
-    await other.acquire("binance", 3)
-    await one.acquire("binance", 1)
+async def test_limiter_continues_from_the_shared_count_without_redis(
+    make: Make, own_redis: RedisServer
+) -> None:
+    """When Redis dies, a limiter admits what is left of the shared budget."""
+    first, second = make(own_redis.url), make(own_redis.url)
+    await first.acquire("binance", 4)
+    await second.acquire("binance", 3)
+    await first.acquire("binance", 1)
     own_redis.kill()
-    await one.hold("binance", 90, "banned")
-    await one.release("binance")
-    await refused(one, 3)
-    await one.acquire("binance", 1)
-    await one.correct("binance", LIMIT)
-    assert ((await refused(one)).retry_after or 0) > SECONDS
+    await first.hold("binance", 90, "banned")
+    await first.release("binance")
+    await refused(first, 3)
+    await first.acquire("binance", 1)
+    await first.correct("binance", LIMIT)
+    assert ((await refused(first)).retry_after or 0) > SECONDS
 
 
-async def test_redis_back_is_used_again(make: Make, own_redis: RedisServer, clock: FakeClock) -> None:
-    """After an outage limiters share their budget as before."""
-    one, other = make(own_redis.url), make(own_redis.url)
+async def test_redis_is_used_again_after_an_outage(
+    make: Make, own_redis: RedisServer, clock: FakeClock
+) -> None:
+    """After an outage, limiters share their budget as before."""
+    first, second = make(own_redis.url), make(own_redis.url)
     own_redis.kill()
-    await one.acquire("binance", 1)
+    await first.acquire("binance", 1)
     own_redis.start()
     clock.advance(BREAKER_MAX_OPEN_SECONDS)
-    await one.acquire("binance", 6)
-    await refused(other, LIMIT)
-    assert other.used_ratio("binance") >= 0.6
+    await first.acquire("binance", 6)
+    await refused(second, LIMIT)
+    assert second.used_ratio("binance") >= 0.6
 
 
-async def test_an_outage_is_no_second_budget(make: Make, own_redis: RedisServer, clock: FakeClock) -> None:
-    """What was spent from memory while Redis was away counts when it is back, even if it came back empty."""
-    one = make(own_redis.url)
-    await one.acquire("binance", 1)
+async def test_outage_does_not_provide_a_second_budget(
+    make: Make, own_redis: RedisServer, clock: FakeClock
+) -> None:
+    """Weight spent without Redis counts when Redis is back, even with an empty Redis."""
+    limiter = make(own_redis.url)
+    await limiter.acquire("binance", 1)
     own_redis.kill()
-    await one.acquire("binance", LIMIT - 1)
+    await limiter.acquire("binance", LIMIT - 1)
     own_redis.start()
     clock.advance(BREAKER_MAX_OPEN_SECONDS)
-    await refused(one)
+    await refused(limiter)
     await refused(make(own_redis.url))
 
 
-async def test_a_look_after_an_outage_forgets_nothing(make: Make, own_redis: RedisServer, clock: FakeClock) -> None:
-    """Who only looks what others spent tells what it spent alone as well, and goes on counting it."""
-    one = make(own_redis.url)
+async def test_update_after_an_outage_keeps_local_weight(
+    make: Make, own_redis: RedisServer, clock: FakeClock
+) -> None:
+    """A limiter that only reads the shared count reports its local weight, and keeps it."""
+    limiter = make(own_redis.url)
     own_redis.kill()
-    await one.acquire("binance", LIMIT)
+    await limiter.acquire("binance", LIMIT)
     own_redis.start()
     clock.advance(BREAKER_MAX_OPEN_SECONDS)
-    await one.look("binance")
-    assert one.used_ratio("binance") == 1
+    await limiter.refresh("binance")
+    assert limiter.used_ratio("binance") == 1
     await refused(make(own_redis.url))
 
 
-async def test_what_is_spent_alone_while_redis_is_asked_counts(own_redis: RedisServer, clock: FakeClock) -> None:
-    """An answer that was under way meanwhile does not wipe it out, and Redis is told at the next word."""
+async def test_weight_spent_during_a_redis_call_counts(
+    own_redis: RedisServer, clock: FakeClock
+) -> None:
+    """The reply of Redis does not remove it, and the next call reports it to Redis."""
     store = RedisStore(own_redis.url, clock, timeout=20)
     shared = SharedWindow(KEY, Window(LIMIT, SECONDS, clock), store, "budget")
     await shared.spend(1)
     own_redis.client.client_pause(60_000, all=False)
-    asked = asyncio.create_task(shared.spend(2))
+    spending = asyncio.create_task(shared.spend(2))
     await asyncio.sleep(0)
-    shared.spend_alone(3)
+    shared.spend_locally(3)
     own_redis.client.client_unpause()
-    assert (await asked).admitted
+    assert (await spending).admitted
     assert shared.window.used() == 6
-    await shared.look()
-    other = SharedWindow(KEY, Window(LIMIT, SECONDS, clock), store, "budget")
-    await other.look()
-    assert other.window.used() == 6
+    await shared.update()
+    second = SharedWindow(KEY, Window(LIMIT, SECONDS, clock), store, "budget")
+    await second.update()
+    assert second.window.used() == 6
     await store.close()
 
 
-async def test_a_shorter_hold_does_not_shorten_a_longer_one(make: Make, redis: RedisServer) -> None:
-    """A ban stays a ban when a call that was under way brings home a shorter wait."""
-    one = make(redis.url)
-    await one.hold("binance", 600, "banned")
-    await one.hold("binance", 5, "rate_limited")
+async def test_shorter_hold_does_not_shorten_a_longer_one(make: Make, redis: RedisServer) -> None:
+    """A ban stays in effect if a running call returns a shorter wait."""
+    limiter = make(redis.url)
+    await limiter.hold("binance", 600, "banned")
+    await limiter.hold("binance", 5, "rate_limited")
     with pytest.raises(ExchangeBanned) as banned:
         await make(redis.url).acquire("binance", 1)
     assert (banned.value.retry_after or 0) > 500
-    await one.hold("binance", 1200, "rate_limited")
+    await limiter.hold("binance", 1200, "rate_limited")
     with pytest.raises(ExchangeRateLimited) as limited:
         await make(redis.url).acquire("binance", 1)
     assert (limited.value.retry_after or 0) > 1100
 
 
-async def test_a_changed_budget_starts_a_sane_count(make: Make, redis: RedisServer) -> None:
-    """Buckets another window left behind are no spending of the future, and no wait is longer than the window."""
-    far: dict[bytes | bytearray | memoryview[int] | str | int | float, Any] = {str(10**10): 500, str(10**11): 500}
+async def test_buckets_of_a_changed_budget_are_ignored(make: Make, redis: RedisServer) -> None:
+    """Buckets of another width are not weight in the future, and no wait exceeds the window."""
+    far: dict[bytes | bytearray | memoryview[int] | str | int | float, Any] = {
+        str(10**10): 500,
+        str(10**11): 500,
+    }
     redis.client.hset(KEY, mapping=far)
-    one = make(redis.url)
-    await one.acquire("binance", LIMIT)
-    assert 0 < ((await refused(one)).retry_after or 0) <= SECONDS * (1 + 1 / BUCKETS)
+    limiter = make(redis.url)
+    await limiter.acquire("binance", LIMIT)
+    assert 0 < ((await refused(limiter)).retry_after or 0) <= SECONDS * (1 + 1 / BUCKETS)
     assert len(redis.client.hkeys(KEY)) == 1
 
 
-async def test_what_others_spent_comes_back_when_it_does(make: Make, redis: RedisServer, clock: FakeClock) -> None:
-    """A limiter that learns late of spending knows how old it is: it does not hold its exchange back any longer."""
-    other = make(redis.url, LONG)
+async def test_weight_of_other_limiters_returns_on_time(
+    make: Make, redis: RedisServer, clock: FakeClock
+) -> None:
+    """A limiter that learns late of spent weight knows its age."""
+    limiter = make(redis.url, LONG)
     put(redis, BUCKETS - 1, weight=LIMIT - 2)
-    await other.acquire("binance", 1)
-    assert other.used_ratio("binance") == 0.9
+    await limiter.acquire("binance", 1)
+    assert limiter.used_ratio("binance") == 0.9
     clock.advance(2 * LONG / BUCKETS)
-    assert other.used_ratio("binance") == 0.1
-    assert not other.is_spent("binance", LIMIT - 1)
+    assert limiter.used_ratio("binance") == 0.1
+    assert not limiter.is_spent("binance", LIMIT - 1)

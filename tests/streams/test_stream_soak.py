@@ -1,4 +1,4 @@
-"""Streams while everything fails: for five minutes in `make stream-soak`, for some seconds in `make test-all`."""
+"""Streams under constant failures: 5 minutes in `make stream-soak`, 15 s in `make test-all`."""
 
 import asyncio
 import gc
@@ -19,25 +19,34 @@ from tests.streams.test_hub import BTC, Client, inside, slow_client
 
 SECONDS = float(os.environ.get("VIRTUOSO_SOAK_SECONDS", "15"))
 READERS = 5
-WARM_SECONDS = 20  # until what is made once is made
+WARM_UP_SECONDS = 20  # until objects that are created once exist
 CHANNELS = ("ticker", "book", "trades")
-SPARE_OBJECTS = 1500  # some connections for REST are kept for a while; five minutes are 50,000 updates
+SPARE_OBJECTS = (
+    1500  # some connections for REST are kept for a while; five minutes are 50,000 updates
+)
 TROUBLE = (
-    {"drop": "close"}, {"drop": "cut"}, {"freeze": True}, {"refuse": True}, {"body": "{"}, {"latency_ms": 300},
+    {"drop": "close"},
+    {"drop": "cut"},
+    {"freeze": True},
+    {"refuse": True},
+    {"body": "{"},
+    {"latency_ms": 300},
     {"status": 500, "drop": "cut", "only": "ws"},
-)  # fmt: skip
-Seen = dict[tuple[str, str], list[int]]  # by channel and exchange, the numbers of what came
+)
+Seen = dict[tuple[str, str], list[int]]  # sequence numbers by channel and exchange
 
 
 @asynccontextmanager
 async def joined(live: Live) -> AsyncIterator[Client]:
-    """Connect a client of which nothing is left afterwards."""
-    async with connect(live.url.replace("http", "ws") + "/ws", compression=None, close_timeout=0.1) as connection:
+    """Connect a client, and close it completely afterwards."""
+    async with connect(
+        live.url.replace("http", "ws") + "/ws", compression=None, close_timeout=0.1
+    ) as connection:
         yield Client(connection)
 
 
 async def read(client: Client, seen: Seen) -> None:
-    """Note what comes, and hold each message to the rule of `seq`."""
+    """Record all sequence numbers, and check the rule of `seq`."""
     while True:
         message = await client.next(lambda _: True)
         client.got.clear()
@@ -49,7 +58,7 @@ async def read(client: Client, seen: Seen) -> None:
 
 
 async def trouble(sandbox: Sandbox, live: Live) -> None:
-    """Break one thing after the other, and have clients come and go."""
+    """Cause one failure after the other, while clients connect and disconnect."""
     chance = random.Random(5)
     while True:
         name = chance.choice(list(sandbox.listeners))
@@ -68,10 +77,10 @@ async def trouble(sandbox: Sandbox, live: Live) -> None:
 
 
 async def at_rest(live: Live, lively: Sandbox) -> tuple[int, int]:
-    """Wait until nobody watches anything; returns how many tasks and objects there are then."""
+    """Wait until no topic is watched, and return the number of tasks and objects."""
     watching = inside(live)
-    await eventually(lambda: not watching.subscribers and not watching.topics)
-    await eventually(lambda: not any(upstream.sockets for upstream in watching.upstreams.values()))
+    await eventually(lambda: not watching.connections and not watching.topics)
+    await eventually(lambda: not any(upstream.open_count for upstream in watching.sockets.values()))
     await asyncio.sleep(2)
     lively.clear_counts()
     gc.collect()
@@ -79,20 +88,22 @@ async def at_rest(live: Live, lively: Sandbox) -> tuple[int, int]:
 
 
 async def watch(live: Live, lively: Sandbox, seconds: float) -> list[Seen]:
-    """Have readers watch everything for so long, amid trouble; returns what each of them saw."""
+    """Run readers of all streams during failures, and return what each has received."""
     seen: list[Seen] = [defaultdict(list) for _ in range(READERS)]
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(joined(live)) for _ in seen]
         for client in clients:
             for channel in CHANNELS:
-                await client.send(op="subscribe", channel=channel, symbols=[BTC], exchange="all", levels=5)
+                await client.send(
+                    op="subscribe", channel=channel, symbols=[BTC], exchange="all", levels=5
+                )
         works = [asyncio.create_task(read(*each)) for each in zip(clients, seen, strict=True)]
         works.append(asyncio.create_task(trouble(lively, live)))
         done, _ = await asyncio.wait(works, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for work in works:
             work.cancel()
         for work in done:
-            work.result()  # which raises: none of them ends by itself
+            work.result()  # raises its error: no task ends without one
         for work in works:
             with suppress(asyncio.CancelledError):
                 await work
@@ -102,12 +113,16 @@ async def watch(live: Live, lively: Sandbox, seconds: float) -> list[Seen]:
 
 
 @pytest.mark.full
-async def test_nothing_is_lost_and_nothing_is_left(lively: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients that read miss no update and no number; after they left all is as it was before they came."""
-    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # pytest keeps what is logged
+async def test_no_update_is_lost_and_nothing_leaks(
+    lively: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients that read miss no update; afterwards no task or object is left."""
+    monkeypatch.setattr(
+        logging.root.manager, "disable", logging.CRITICAL
+    )  # pytest keeps all log records
     async with serve(make_settings(lively, stream_idle_seconds=1), SystemClock()) as live:
         await eventually(lambda: len(live.gateway.markets.loaded_at) == 3)
-        await watch(live, lively, WARM_SECONDS)
+        await watch(live, lively, WARM_UP_SECONDS)
         tasks, objects = await at_rest(live, lively)
         seen = await watch(live, lively, SECONDS)
         for stream in {stream for each in seen for stream in each}:
@@ -117,12 +132,11 @@ async def test_nothing_is_lost_and_nothing_is_left(lively: Sandbox, monkeypatch:
                 assert each[stream] == everything[first : last + 1], stream
         assert len(seen[0]) == len(CHANNELS) * len(lively.listeners)
         await at_rest(live, lively)
-        with suppress(TimeoutError):  # a connection that a starved machine closes late is not one that is never closed
+        with suppress(TimeoutError):  # a busy machine may close connections late
             await eventually(lambda: len(asyncio.all_tasks()) <= tasks)
         after = await at_rest(live, lively)
-        told = (
-            f"{sum(map(len, seen[0].values()))} updates each; tasks {tasks}, {after[0]}; objects {objects}, {after[1]}"
-        )
-        print(told)  # noqa: T201 - for `make stream-soak`
+        counts = f"tasks {tasks}, {after[0]}; objects {objects}, {after[1]}"
+        updates = sum(map(len, seen[0].values()))
+        print(f"{updates} updates each; {counts}")  # noqa: T201 - for `make stream-soak`
         assert after[0] <= tasks, asyncio.all_tasks()
         assert after[1] <= objects + SPARE_OBJECTS

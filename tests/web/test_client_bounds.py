@@ -1,4 +1,4 @@
-"""What one client may take from the others: connections for streams, and attempts to log in."""
+"""Limits of one client: streaming connections, and failed logins."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -29,19 +29,24 @@ def socket_url(live: Live, query: str = "") -> str:
 
 
 async def refusal(live: Live, query: str = "", **options: Any) -> tuple[dict[str, Any], int | None]:
-    """Connect to `/ws` and return the error it is refused with, and the code it is closed with."""
+    """Connect to `/ws`; return the error of the refusal, and the close code."""
     async with connect(socket_url(live, query), **options) as socket:
-        told: dict[str, Any] = orjson.loads(await socket.recv())
+        problem: dict[str, Any] = orjson.loads(await socket.recv())
         with pytest.raises(ConnectionClosed):
             await socket.recv()
-        return told, socket.close_code
+        return problem, socket.close_code
 
 
 @asynccontextmanager
-async def idle(live: Live, count: int, query: str = "", **options: Any) -> AsyncIterator[list[ClientConnection]]:
-    """Hold so many connections that only ping."""
+async def idle(
+    live: Live, count: int, query: str = "", **options: Any
+) -> AsyncIterator[list[ClientConnection]]:
+    """Hold `count` connections that only ping."""
     async with AsyncExitStack() as stack:
-        sockets = [await stack.enter_async_context(connect(socket_url(live, query), **options)) for _ in range(count)]
+        sockets = [
+            await stack.enter_async_context(connect(socket_url(live, query), **options))
+            for _ in range(count)
+        ]
         for socket in sockets:
             await socket.send('{"op":"ping"}')
             assert orjson.loads(await socket.recv())["type"] == "pong"
@@ -55,47 +60,55 @@ def streams(live: Live) -> Any:
 # ---- connections
 
 
-def test_one_client_cannot_hold_every_place() -> None:
-    """By default ten clients are needed to take all places, and one has room for many pages and programs."""
+def test_one_client_cannot_take_all_connections() -> None:
+    """By default ten clients are needed for that, and one client may have many pages."""
     settings = Settings()
     assert 50 <= settings.stream_max_per_client <= settings.stream_max_clients / 10
 
 
-async def test_connections_of_one_address_are_bounded(start: StartGateway) -> None:
-    """One address too often is refused over both transports and counted; others connect, and so does it again later."""
+async def test_connections_per_address_are_limited(start: StartGateway) -> None:
+    """Too many from one address are refused and counted on both transports; others connect."""
     live = await start(stream_max_per_client=3)
     before = sample("stream_refused_total", reason="max_per_client")
     async with idle(live, 3) as sockets:
-        told, code = await refusal(live)
-        assert (told["type"], told["status"], told["code"], code) == ("error", 429, "too_many_connections", 1013)
-        assert "STREAM_MAX_PER_CLIENT" in told["detail"]
+        problem, code = await refusal(live)
+        assert (problem["type"], problem["status"], problem["code"], code) == (
+            "error",
+            429,
+            "too_many_connections",
+            1013,
+        )
+        assert "STREAM_MAX_PER_CLIENT" in problem["detail"]
         answer = await live.get("/stream/BTC-USDT")
         assert (answer.status_code, answer.json()["code"]) == (429, "too_many_connections")
         assert answer.headers["content-type"] == "application/problem+json"
         assert sample("stream_refused_total", reason="max_per_client") == before + 2
         async with idle(live, 3, local_addr=("127.0.0.2", 0)):
-            assert len(streams(live).subscribers) == 6
+            assert len(streams(live).connections) == 6
         await sockets[0].close()
-        await eventually(lambda: len(streams(live).subscribers) == 2)
+        await eventually(lambda: len(streams(live).connections) == 2)
         async with idle(live, 1):
             pass
 
 
-async def test_both_transports_share_the_bound(start: StartGateway) -> None:
-    """A stream of events takes a place of its address, and gives it back however it ends."""
+async def test_both_transports_share_the_limit(start: StartGateway) -> None:
+    """An event stream counts for its address until it ends, however it ends."""
     live = await start(stream_max_per_client=2)
     for _ in range(3):
-        async with live.client.stream("GET", f"{live.url}/stream/BTC-USDT") as events, idle(live, 1):
+        async with (
+            live.client.stream("GET", f"{live.url}/stream/BTC-USDT") as events,
+            idle(live, 1),
+        ):
             assert events.status_code == 200
             assert (await refusal(live))[0]["code"] == "too_many_connections"
-        await eventually(lambda: not streams(live).subscribers)
+        await eventually(lambda: not streams(live).connections)
     assert (await live.get("/stream/NO-SUCH")).status_code == 404
     async with idle(live, 2):
         pass
 
 
-async def test_with_keys_the_bound_is_of_each_key(start: StartGateway) -> None:
-    """One key has its places from wherever it comes; another one has its own behind the same address."""
+async def test_limit_is_per_key(start: StartGateway) -> None:
+    """A key has its own limit from any address; another key at that address has its own."""
     live = await start(stream_max_per_client=2, **LOGIN)
     header = {"X-API-Key": KEY}
     async with (
@@ -104,22 +117,29 @@ async def test_with_keys_the_bound_is_of_each_key(start: StartGateway) -> None:
         idle(live, 2, f"?token={OTHER_KEY}"),
     ):
         assert (await refusal(live, additional_headers=header))[0]["code"] == "too_many_connections"
-        assert (await live.get(f"/stream/BTC-USDT?token={KEY}")).json()["code"] == "too_many_connections"
+        assert (await live.get(f"/stream/BTC-USDT?token={KEY}")).json()[
+            "code"
+        ] == "too_many_connections"
 
 
-async def test_behind_a_proxy_the_bound_is_of_each_client(start: StartGateway) -> None:
-    """The edge's own address is not the client."""
+async def test_limit_behind_a_proxy_is_per_client(start: StartGateway) -> None:
+    """The proxy's own address is not the client."""
     live = await start(stream_max_per_client=1, trusted_proxies="127.0.0.1")
     headers = [{"X-Forwarded-For": f"203.0.113.{number}"} for number in range(3)]
-    async with idle(live, 1, additional_headers=headers[0]), idle(live, 1, additional_headers=headers[1]):
-        assert (await refusal(live, additional_headers=headers[0]))[0]["code"] == "too_many_connections"
+    async with (
+        idle(live, 1, additional_headers=headers[0]),
+        idle(live, 1, additional_headers=headers[1]),
+    ):
+        assert (await refusal(live, additional_headers=headers[0]))[0][
+            "code"
+        ] == "too_many_connections"
         assert (await live.get("/stream/BTC-USDT", headers=headers[1])).status_code == 429
         async with idle(live, 1, additional_headers=headers[2]):
             pass
 
 
-async def test_a_full_gateway_is_counted_apart(start: StartGateway) -> None:
-    """Where nobody may connect any more, that is what is told and counted."""
+async def test_full_gateway_has_its_own_error(start: StartGateway) -> None:
+    """If all connections are taken, the error and the metric say so."""
     live = await start(stream_max_per_client=2, stream_max_clients=2)
     before = sample("stream_refused_total", reason="max_clients")
     async with idle(live, 1), idle(live, 1, local_addr=("127.0.0.2", 0)):
@@ -128,11 +148,11 @@ async def test_a_full_gateway_is_counted_apart(start: StartGateway) -> None:
     assert sample("stream_refused_total", reason="max_clients") == before + 2
 
 
-# ---- logins
+# ---- failed logins
 
 
 def counted(client: str, outcome: str) -> float:
-    generate_latest()  # brings what was counted in plain numbers into the metrics
+    generate_latest()  # a scrape adds the plain counters to the metrics
     return sample("client_requests_total", client=client, outcome=outcome)
 
 
@@ -141,54 +161,69 @@ async def post(live: Live, token: str | None, **options: Any) -> httpx.Response:
     return await live.client.post(f"{live.url}/admin/maintenance/check", headers=header, **options)
 
 
-@pytest.mark.parametrize("limit", [0, 600], ids=["without CLIENT_RATE_LIMIT", "with CLIENT_RATE_LIMIT"])
-async def test_wrong_keys_are_bounded(start: StartGateway, clock: FakeClock, limit: int) -> None:
-    """Past so many from one address the answer says when to try again; right keys and other addresses are as before."""
+@pytest.mark.parametrize(
+    "limit", [0, 600], ids=["without CLIENT_RATE_LIMIT", "with CLIENT_RATE_LIMIT"]
+)
+async def test_wrong_keys_are_limited(start: StartGateway, clock: FakeClock, limit: int) -> None:
+    """After too many, the answer has Retry-After; valid keys and other addresses still work."""
     live = await start(client_rate_limit=limit, **LOGIN)
-    wrong, before = {"X-API-Key": "wrong-secret"}, {one: counted("unknown", one) for one in ("unauthorized", "limited")}
-    got = [await live.get(PATH, headers=wrong) for _ in range(MAX_FAILED_LOGINS + 5)]
-    assert [answer.status_code for answer in got] == [401] * MAX_FAILED_LOGINS + [429] * 5
-    last = got[-1]
+    wrong, before = (
+        {"X-API-Key": "wrong-secret"},
+        {outcome: counted("unknown", outcome) for outcome in ("unauthorized", "limited")},
+    )
+    answers = [await live.get(PATH, headers=wrong) for _ in range(MAX_FAILED_LOGINS + 5)]
+    assert [answer.status_code for answer in answers] == [401] * MAX_FAILED_LOGINS + [429] * 5
+    last = answers[-1]
     assert last.json()["code"] == "too_many_requests"
     assert "wrong keys" in last.json()["detail"]
-    assert "ratelimit" not in last.headers  # that is about requests that were let in
+    assert "ratelimit" not in last.headers  # this header is about admitted requests
     assert 0 < int(last.headers["retry-after"]) <= WINDOW_SECONDS + 1
     assert counted("unknown", "unauthorized") == before["unauthorized"] + MAX_FAILED_LOGINS
     assert counted("unknown", "limited") == before["limited"] + 5
     assert (await live.get(PATH, headers={"X-API-Key": KEY})).status_code == 200
-    async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(local_address="127.0.0.2")) as other:
+    async with httpx.AsyncClient(
+        transport=httpx.AsyncHTTPTransport(local_address="127.0.0.2")
+    ) as other:
         assert (await other.get(live.url + PATH, headers=wrong)).status_code == 401
     clock.advance(int(last.headers["retry-after"]))
     assert (await live.get(PATH, headers=wrong)).status_code == 401
 
 
-def test_the_documents_tell_the_number() -> None:
-    """README and runbook name the limit of the code."""
-    assert f"More than {MAX_FAILED_LOGINS} wrong keys or admin tokens a minute" in (ROOT / "README.md").read_text()
-    assert f"More than {MAX_FAILED_LOGINS} wrong ones a minute" in (ROOT / "docs/runbook.md").read_text()
+def test_documents_state_the_limit() -> None:
+    """API document and runbook name the limit of the code."""
+    assert (
+        f"More than {MAX_FAILED_LOGINS} wrong keys or admin tokens a minute"
+        in (ROOT / "docs/api.md").read_text()
+    )
+    assert (
+        f"After {MAX_FAILED_LOGINS} invalid keys per minute"
+        in (ROOT / "docs/runbook.md").read_text()
+    )
 
 
-async def test_a_missing_key_is_no_attempt(start: StartGateway) -> None:
-    """Nothing was guessed: the answer stays the one by which a page knows that it has to ask for a key."""
+async def test_missing_key_does_not_count(start: StartGateway) -> None:
+    """The answer stays 401, so that the page asks for a key."""
     live = await start(**LOGIN)
-    got = [await live.get(PATH) for _ in range(MAX_FAILED_LOGINS + 5)]
-    assert {answer.status_code for answer in got} == {401}
+    answers = [await live.get(PATH) for _ in range(MAX_FAILED_LOGINS + 5)]
+    assert {answer.status_code for answer in answers} == {401}
     wrong = await live.get(PATH, headers={"X-API-Key": "wrong-secret"})
-    assert (wrong.status_code, wrong.json()) == (401, got[0].json())
+    assert (wrong.status_code, wrong.json()) == (401, answers[0].json())
 
 
-async def test_every_door_counts_wrong_keys_together(start: StartGateway) -> None:
-    """`/ws`, `/stream` and the header of REST share the count of an address, and refuse when it is used up."""
+async def test_all_endpoints_share_the_count_of_wrong_keys(start: StartGateway) -> None:
+    """`/ws`, `/stream` and REST share the count of an address, and refuse beyond the limit."""
     live = await start(**LOGIN)
     for _ in range(MAX_FAILED_LOGINS // 2):
-        told, code = await refusal(live, "?token=wrong-secret")
-        assert (told["code"], code) == ("unauthorized", 1008)
+        problem, code = await refusal(live, "?token=wrong-secret")
+        assert (problem["code"], code) == ("unauthorized", 1008)
         assert (await live.get("/stream/BTC-USDT?token=wrong-secret")).status_code == 401
-    told, code = await refusal(live, additional_headers={"X-API-Key": "wrong-secret"})
-    assert (told["status"], told["code"], code) == (429, "too_many_requests", 1013)
-    assert told["retry_after"] > 0
+    problem, code = await refusal(live, additional_headers={"X-API-Key": "wrong-secret"})
+    assert (problem["status"], problem["code"], code) == (429, "too_many_requests", 1013)
+    assert problem["retry_after"] > 0
     assert (await live.get("/stream/BTC-USDT?token=wrong-secret")).status_code == 429
-    assert (await live.get("/api/dashboard/data", headers={"X-API-Key": "wrong-secret"})).status_code == 429
+    assert (
+        await live.get("/api/dashboard/data", headers={"X-API-Key": "wrong-secret"})
+    ).status_code == 429
     assert (await post(live, "wrong-token")).status_code == 429
     async with idle(live, 1, f"?token={KEY}"):
         pass
@@ -196,20 +231,28 @@ async def test_every_door_counts_wrong_keys_together(start: StartGateway) -> Non
         assert events.status_code == 200
 
 
-async def test_wrong_admin_tokens_are_bounded_and_counted(start: StartGateway, clock: FakeClock) -> None:
-    """The same for `/admin`, which has no other limit; missing and wrong are one answer."""
+async def test_wrong_admin_tokens_are_limited_and_counted(
+    start: StartGateway, clock: FakeClock
+) -> None:
+    """`/admin` has no other limit; a missing and a wrong token get the same answer."""
     live = await start(**LOGIN)
-    before = {one: counted("/admin", one) for one in ("admitted", "unauthorized", "limited")}
+    before = {
+        outcome: counted("/admin", outcome) for outcome in ("admitted", "unauthorized", "limited")
+    }
     missing, wrong = await post(live, None), await post(live, "wrong-token")
     assert (missing.status_code, missing.json()) == (wrong.status_code, wrong.json())
-    assert missing.headers["www-authenticate"] == wrong.headers["www-authenticate"] == 'Bearer realm="admin"'
-    got = [(await post(live, "wrong-token")).status_code for _ in range(MAX_FAILED_LOGINS + 4)]
-    assert got == [401] * (MAX_FAILED_LOGINS - 1) + [429] * 5
+    assert (
+        missing.headers["www-authenticate"]
+        == wrong.headers["www-authenticate"]
+        == 'Bearer realm="admin"'
+    )
+    codes = [(await post(live, "wrong-token")).status_code for _ in range(MAX_FAILED_LOGINS + 4)]
+    assert codes == [401] * (MAX_FAILED_LOGINS - 1) + [429] * 5
     limited = await post(live, TOKEN[:-1])
     assert (limited.status_code, limited.json()["code"]) == (429, "too_many_requests")
     assert [(await post(live, TOKEN)).status_code for _ in range(2)] == [200, 200]
     assert (await post(live, None)).status_code == 401
-    assert {one: counted("/admin", one) - before[one] for one in before} == {
+    assert {outcome: counted("/admin", outcome) - before[outcome] for outcome in before} == {
         "admitted": 2,
         "unauthorized": MAX_FAILED_LOGINS + 2,
         "limited": 6,
@@ -218,31 +261,41 @@ async def test_wrong_admin_tokens_are_bounded_and_counted(start: StartGateway, c
     assert (await post(live, "wrong-token")).status_code == 401
 
 
-async def test_a_chosen_header_does_not_reset_the_count(start: StartGateway) -> None:
-    """Whoever guesses cannot pose as many addresses."""
+async def test_forged_header_does_not_reset_the_count(start: StartGateway) -> None:
+    """A client cannot pretend to be many addresses."""
     live = await start(proxy_headers=True, **LOGIN)
-    got = [
+    codes = [
         (
-            await live.get(PATH, headers={"X-API-Key": "wrong-secret", "X-Forwarded-For": f"203.0.113.{number}"})
+            await live.get(
+                PATH,
+                headers={"X-API-Key": "wrong-secret", "X-Forwarded-For": f"203.0.113.{number}"},
+            )
         ).status_code
         for number in range(MAX_FAILED_LOGINS + 3)
     ]
-    assert got == [401] * MAX_FAILED_LOGINS + [429] * 3
+    assert codes == [401] * MAX_FAILED_LOGINS + [429] * 3
 
 
-async def test_a_flood_of_wrong_keys_at_once(start: StartGateway) -> None:
+async def test_concurrent_wrong_keys_are_counted(start: StartGateway) -> None:
     """Concurrent attempts are counted one by one."""
     live = await start(**LOGIN)
-    got = await asyncio.gather(*(live.get(PATH, headers={"X-API-Key": f"wrong-{number}"}) for number in range(60)))
-    assert sum(answer.status_code == 401 for answer in got) == MAX_FAILED_LOGINS
+    answers = await asyncio.gather(
+        *(live.get(PATH, headers={"X-API-Key": f"wrong-{number}"}) for number in range(60))
+    )
+    assert sum(answer.status_code == 401 for answer in answers) == MAX_FAILED_LOGINS
 
 
-async def test_addresses_with_wrong_keys_are_bounded(clock: FakeClock) -> None:
-    """What is kept of addresses that fail has a bound, and the ones seen last stay."""
+async def test_number_of_failing_addresses_is_limited(clock: FakeClock) -> None:
+    """The least recently seen addresses are dropped."""
     gate, store = Gate(make_settings(**LOGIN), clock), RedisStore("", clock)
 
     async def attempt(host: str) -> str:
-        scope = {"type": "http", "path": PATH, "headers": [(b"x-api-key", b"wrong-secret")], "client": (host, 1)}
+        scope = {
+            "type": "http",
+            "path": PATH,
+            "headers": [(b"x-api-key", b"wrong-secret")],
+            "client": (host, 1),
+        }
         with pytest.raises(Exception, match="key") as caught:
             await gate.admit(scope, store)
         return type(caught.value).__name__
@@ -253,4 +306,4 @@ async def test_addresses_with_wrong_keys_are_bounded(clock: FakeClock) -> None:
         await attempt(f"10.{number // 65_536}.{number // 256 % 256}.{number % 256}")
         if number % 1000 == 0:
             assert await attempt("192.0.2.1") == "TooManyFailedLogins"
-    assert len(gate._clients) == MAX_CLIENTS
+    assert gate._client.cache_info().currsize == MAX_CLIENTS

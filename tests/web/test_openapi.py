@@ -1,4 +1,4 @@
-"""The OpenAPI document: complete, strict, and true of the running gateway. Clients made of it: test_generated.py."""
+"""The OpenAPI document is complete, strict, and true of the running gateway."""
 
 import asyncio
 import json
@@ -25,11 +25,14 @@ from src.sandbox.server import Sandbox
 from tests.conftest import FakeClock, Live, StartGateway, eventually, make_settings, serve
 
 DOCUMENT = create_app(make_settings()).app.openapi()
-OPERATIONS = [found.ok() for found in schemathesis.openapi.from_dict(DOCUMENT).get_all_operations()]  # type: ignore[union-attr]
+OPERATIONS = [
+    result.ok()  # type: ignore[union-attr]
+    for result in schemathesis.openapi.from_dict(DOCUMENT).get_all_operations()
+]
 
 
 class Operation(NamedTuple):
-    """An operation of the document; `path` has the examples of its required parameters in it."""
+    """An operation; `path` contains the examples of its required parameters."""
 
     method: str
     path: str
@@ -40,7 +43,7 @@ class Operation(NamedTuple):
 
 def operations(document: dict[str, Any] = DOCUMENT) -> dict[str, Operation]:
     """Return every operation by its id."""
-    found = {}
+    by_id = {}
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             parameters = operation.get("parameters", [])
@@ -53,13 +56,20 @@ def operations(document: dict[str, Any] = DOCUMENT) -> dict[str, Operation]:
                     url += f"?{name}={example}"
             is_secured = "security" in operation
             entry = Operation(method.upper(), url, parameters, operation["responses"], is_secured)
-            found[operation["operationId"]] = entry
-    return found
+            by_id[operation["operationId"]] = entry
+    return by_id
 
 
 DOCUMENTED = operations()
 MARKET_DATA = ("getTicker", "getOrderBook", "getOhlcv", "getTrades")
-GUARDED = (*MARKET_DATA, "getTickers", "getMarkets", "getExchanges", "getDashboardData", "getStream")
+GUARDED = (
+    *MARKET_DATA,
+    "getTickers",
+    "getMarkets",
+    "getExchanges",
+    "getDashboardData",
+    "getStream",
+)
 ADMIN = ("clearCache", "resetBreakers", "recordMaintenance")
 UNLISTED = {
     "getTicker": "/ticker/NO-SUCH",
@@ -91,39 +101,54 @@ FAULTS: dict[str, dict[str, Any]] = {  # code -> knobs of kraken
     "exchange_banned": {"status": 418},
     "exchange_timeout": {"hang": True},
 }
-KRAKEN_ONLY: dict[str, Any] = {"bybit_enabled": False, "binance_enabled": False}  # so that a gateway starts sooner
+KRAKEN_ONLY: dict[str, Any] = {
+    "bybit_enabled": False,
+    "binance_enabled": False,
+}  # so that a gateway starts faster
 KEY, TOKEN = {"X-API-Key": "12345678"}, {"Authorization": "Bearer 87654321"}
 
 
 def validate(schema: dict[str, Any], value: Any) -> None:
-    """Raise `ValidationError` for a value that a schema of the document refuses (JSON Schema 2020-12)."""
+    """Raise `ValidationError` if a schema of the document does not accept the value."""
     Draft202012Validator({**DOCUMENT, **schema}).validate(value)
 
 
 class Answers:
-    """Answers of live gateways, each validated against the document and remembered."""
+    """The answers of live gateways, each validated against the document and recorded."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, set[tuple[str, str]]] = {name: set() for name in DOCUMENTED}
+        self.codes: dict[str, set[tuple[str, str]]] = {name: set() for name in DOCUMENTED}
 
-    async def ask(self, live: Live, name: str, url: str = "", query: str = "", **headers: str) -> str:
-        """Send a request to an operation, by default the one its examples make; returns the code of a problem."""
+    async def request(
+        self, live: Live, name: str, url: str = "", query: str = "", **headers: str
+    ) -> str:
+        """Send a request to an operation, by default its example; return the code of a problem."""
         url = url or DOCUMENTED[name].path
         url += ("&" if "?" in url else "?") * bool(query) + query
-        async with live.client.stream(DOCUMENTED[name].method, live.url + url, headers=headers) as answer:
+        async with live.client.stream(
+            DOCUMENTED[name].method, live.url + url, headers=headers
+        ) as answer:
             media = answer.headers.get("content-type", "").partition(";")[0]
             is_endless = media == "text/event-stream"
-            body = (await anext(answer.aiter_text())).encode() if is_endless else await answer.aread()
+            body = (
+                (await anext(answer.aiter_text())).encode() if is_endless else await answer.aread()
+            )
         return self.note(name, str(answer.status_code), media, body)
 
-    async def ask_without_host(self, live: Live, name: str) -> None:
+    async def request_without_host(self, live: Live, name: str) -> None:
         """Send a request that no client would send."""
-        request = f"{DOCUMENTED[name].method} {DOCUMENTED[name].path} HTTP/1.1\r\nConnection: close\r\n\r\n"
+        operation = DOCUMENTED[name]
+        request = f"{operation.method} {operation.path} HTTP/1.1\r\nConnection: close\r\n\r\n"
         head, _, body = (await live.raw(request.encode())).partition(b"\r\n\r\n")
-        self.note(name, head.split()[1].decode(), re.findall(r"content-type: (\S+)", head.decode())[0], body)
+        self.note(
+            name,
+            head.split()[1].decode(),
+            re.findall(r"content-type: (\S+)", head.decode())[0],
+            body,
+        )
 
     def note(self, name: str, status: str, media: str, body: bytes) -> str:
-        """Validate and remember an answer; returns the code of a problem."""
+        """Validate and record an answer; return the code of a problem."""
         documented = DOCUMENTED[name].answers.get(status)
         assert documented is not None, f"{name} does not document {status}: {body[:300]!r}"
         assert list(documented.get("content", {})) == ([media] if media else []), f"{name} {status}"
@@ -135,135 +160,161 @@ class Answers:
             if media == "application/problem+json":
                 code = value["code"]
                 assert code in content["examples"], f"{name} does not document {status} {code}"
-        self.seen[name].add((status, code))
+        self.codes[name].add((status, code))
         return code
 
 
 def documented_codes(name: str) -> set[tuple[str, str]]:
-    """Return each status of an operation with each code that it documents for it."""
-    found = set()
+    """Return each status of an operation with each documented code."""
+    codes = set()
     for status, answer in DOCUMENTED[name].answers.items():
-        problems = answer.get("content", {}).get("application/problem+json", {}).get("examples", {"": None})
-        found |= {(status, code) for code in problems}
-    return found
+        problems = (
+            answer.get("content", {})
+            .get("application/problem+json", {})
+            .get("examples", {"": None})
+        )
+        codes |= {(status, code) for code in problems}
+    return codes
 
 
 async def ask_rightly(answers: Answers, live: Live) -> None:
-    """Make every operation answer 200, and 304 where there is a tag."""
+    """Make every operation answer 200, and 304 where it has a tag."""
     for name in DOCUMENTED:
-        await answers.ask(live, name, **TOKEN)
+        await answers.request(live, name, **TOKEN)
         if name != "getStream":
-            await answers.ask(live, name, **TOKEN, **{"If-None-Match": "*"})
-    await answers.ask(live, "getTickers", "/tickers?symbols=BTC-USDT,NO-SUCH,x&exchange=all")
-    await answers.ask(live, "getTickers", "/tickers?symbols=BTC-USDT,NO-SUCH,x")
+            await answers.request(live, name, **TOKEN, **{"If-None-Match": "*"})
+    await answers.request(live, "getTickers", "/tickers?symbols=BTC-USDT,NO-SUCH,x&exchange=all")
+    await answers.request(live, "getTickers", "/tickers?symbols=BTC-USDT,NO-SUCH,x")
 
 
 async def ask_wrongly(answers: Answers, live: Live) -> None:
-    """Send each operation what it refuses whatever the exchanges do."""
+    """Send each operation requests that it always refuses."""
     for name in DOCUMENTED:
-        await answers.ask_without_host(live, name)
-        await answers.ask(live, name, query=f"x={'x' * 9000}")
-        await answers.ask(live, name, **{"X-Long": "x" * 33_000})
+        await answers.request_without_host(live, name)
+        await answers.request(live, name, query=f"x={'x' * 9000}")
+        await answers.request(live, name, **{"X-Long": "x" * 33_000})
     for name, url in INVALID.items():
-        assert await answers.ask(live, name, url, **TOKEN) == "invalid_parameter", name
+        assert await answers.request(live, name, url, **TOKEN) == "invalid_parameter", name
     for name, url in UNLISTED.items():
-        assert await answers.ask(live, name, url) == "unknown_symbol", name
+        assert await answers.request(live, name, url) == "unknown_symbol", name
     for name, operation in DOCUMENTED.items():
         if any(parameter["name"] == "exchange" for parameter in operation.parameters):
-            assert await answers.ask(live, name, query="exchange=none", **TOKEN) == "unknown_exchange", name
+            assert (
+                await answers.request(live, name, query="exchange=none", **TOKEN)
+                == "unknown_exchange"
+            ), name
 
 
 async def ask_without_permission(answers: Answers, start: StartGateway) -> None:
-    """Send no key, too many requests, no admin token, and an admin request to a gateway without a token."""
-    live = await start(**KRAKEN_ONLY, admin_token="87654321", api_keys="desk:12345678", client_rate_limit=20)
+    """Send no key, too many requests, no admin token, and a token where none is configured."""
+    live = await start(
+        **KRAKEN_ONLY, admin_token="87654321", api_keys="desk:12345678", client_rate_limit=20
+    )
     for name in (*GUARDED, *ADMIN):
-        assert await answers.ask(live, name) == "unauthorized", name
-    while await answers.ask(live, "getExchanges", **KEY) != "too_many_requests":
+        assert await answers.request(live, name) == "unauthorized", name
+    while await answers.request(live, "getExchanges", **KEY) != "too_many_requests":
         pass
     for name in GUARDED:
-        assert await answers.ask(live, name, **KEY) == "too_many_requests", name
+        assert await answers.request(live, name, **KEY) == "too_many_requests", name
     for name in ADMIN:
-        while await answers.ask(live, name, Authorization="Bearer wrong-token") != "too_many_requests":
+        while (
+            await answers.request(live, name, Authorization="Bearer wrong-token")
+            != "too_many_requests"
+        ):
             pass
     bare = await start(**KRAKEN_ONLY)
     for name in ADMIN:
-        assert await answers.ask(bare, name) == "not_found", name
+        assert await answers.request(bare, name) == "not_found", name
 
 
-async def ask_while_kraken_fails(answers: Answers, start: StartGateway, sandbox: Sandbox, clock: FakeClock) -> None:
-    """Have kraken fail in every way there is, until its breaker opens."""
+async def ask_while_kraken_fails(
+    answers: Answers, start: StartGateway, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """Make kraken fail in every possible way, until its breaker opens."""
     live = await start(**KRAKEN_ONLY, exchange_timeout_seconds=1.5)
     for code, knobs in FAULTS.items():
         await sandbox.set("kraken", **{"rate_limit": -1, **knobs})
         for name in MARKET_DATA:
             await live.gateway.manager.reset_breakers()
-            assert await answers.ask(live, name) == code, name
-        clock.advance(3600)  # so that no refusal is remembered
+            assert await answers.request(live, name) == code, name
+        clock.advance(3600)  # so that no refusal is cached
     await sandbox.set("kraken", rate_limit=-1, status=500)
     await live.gateway.manager.reset_breakers()
     for name in MARKET_DATA:
-        assert await answers.ask(live, name, query="max_age=0") == "too_old", name
+        assert await answers.request(live, name, query="max_age=0") == "too_old", name
     await live.get("/ticker/ETH-USDT")
     for name in MARKET_DATA:
-        assert await answers.ask(live, name) == "circuit_open", name
+        assert await answers.request(live, name) == "circuit_open", name
 
 
-async def ask_while_all_fail(answers: Answers, live: Live, sandbox: Sandbox, clock: FakeClock) -> None:
-    """Have markets without trades, and then no exchange that answers."""
-    clock.advance(3600)  # nothing is cached any more
-    await sandbox.set("binance", rate_limit=-1, body='{"symbol":"BTCUSDT","lastPrice":"0","volume":"0","closeTime":1}')
+async def ask_while_all_fail(
+    answers: Answers, live: Live, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """Make markets without trades, and then no exchange that answers."""
+    clock.advance(3600)  # the cache has expired
+    await sandbox.set(
+        "binance",
+        rate_limit=-1,
+        body='{"symbol":"BTCUSDT","lastPrice":"0","volume":"0","closeTime":1}',
+    )
     await sandbox.set("bybit", rate_limit=-1, body='{"retCode":0,"result":{"list":[]}}')
-    assert await answers.ask(live, "getTicker", query="exchange=binance") == "no_price"
-    assert await answers.ask(live, "getTrades", query="exchange=bybit") == "no_price"
+    assert await answers.request(live, "getTicker", query="exchange=binance") == "no_price"
+    assert await answers.request(live, "getTrades", query="exchange=bybit") == "no_price"
     for exchange in sandbox.urls:
         await sandbox.set(exchange, rate_limit=-1, status=500)
     clock.advance(3600)
     for name in MARKET_DATA:
         await live.gateway.manager.reset_breakers()
-        assert await answers.ask(live, name) == "no_exchange_available", name
+        assert await answers.request(live, name) == "no_exchange_available", name
 
 
 async def ask_while_busy(answers: Answers, start: StartGateway, sandbox: Sandbox) -> None:
-    """Reach every bound of the gateway."""
-    poor = await start(**KRAKEN_ONLY, kraken_budget="1/5", load_markets=True)  # spent by the market list
+    """Reach every limit of the gateway."""
+    poor = await start(
+        **KRAKEN_ONLY, kraken_budget="1/5", load_markets=True
+    )  # the market list spends it
     for name in MARKET_DATA:
-        assert await answers.ask(poor, name) == "budget_spent", name
+        assert await answers.request(poor, name) == "budget_spent", name
     late = await start(**KRAKEN_ONLY, clock=SystemClock(), request_timeout=1.5)
-    full = await start(**KRAKEN_ONLY, max_concurrent=1, stream_max_clients=1, stream_max_subscriptions=1)
-    assert await answers.ask(full, "getStream") == "too_many_subscriptions"
+    full = await start(
+        **KRAKEN_ONLY, max_concurrent=1, stream_max_clients=1, stream_max_subscriptions=1
+    )
+    assert await answers.request(full, "getStream") == "too_many_subscriptions"
     async with full.client.stream("GET", f"{full.url}/stream/BTC-USDT") as first:
         await anext(first.aiter_text())
-        assert await answers.ask(full, "getStream", "/stream/BTC-USDT") == "too_many_streams"
+        assert await answers.request(full, "getStream", "/stream/BTC-USDT") == "too_many_streams"
     greedy = await start(**KRAKEN_ONLY, stream_max_per_client=1)
     async with greedy.client.stream("GET", f"{greedy.url}/stream/BTC-USDT") as first:
         await anext(first.aiter_text())
-        assert await answers.ask(greedy, "getStream", "/stream/BTC-USDT") == "too_many_connections"
+        assert (
+            await answers.request(greedy, "getStream", "/stream/BTC-USDT") == "too_many_connections"
+        )
     await sandbox.set("kraken", hang=True)
-    codes = await asyncio.gather(*(answers.ask(late, name) for name in MARKET_DATA))
+    codes = await asyncio.gather(*(answers.request(late, name) for name in MARKET_DATA))
     assert set(codes) == {"deadline_exceeded"}
     sandbox.clear_counts()
     first_load = asyncio.create_task(full.get("/ticker/SOL-USDT"))
     await eventually(lambda: sandbox.count("kraken", "Ticker") == 1)
     for name in MARKET_DATA:
-        assert await answers.ask(full, name, query="max_age=0") == "overloaded", name
+        assert await answers.request(full, name, query="max_age=0") == "overloaded", name
     await sandbox.set("kraken", rate_limit=-1)
     await first_load
 
 
 async def ask_while_loading(answers: Answers, start: StartGateway, sandbox: Sandbox) -> None:
-    """Ask a gateway that has no market list."""
+    """Send requests to a gateway without a market list."""
     await sandbox.set("kraken", status=500)
     live = await start(**KRAKEN_ONLY, wait=False)
     for name in (*MARKET_DATA, "getStream", "getMarkets"):
-        assert await answers.ask(live, name) == "markets_loading", name
+        assert await answers.request(live, name) == "markets_loading", name
     for name in ("getHealth", "getReady", "getExchanges", "getTickers"):
-        await answers.ask(live, name)
+        await answers.request(live, name)
 
 
-async def test_operations_send_what_they_document_and_nothing_else(
+async def test_operations_send_exactly_what_they_document(
     start: StartGateway, sandbox: Sandbox, clock: FakeClock
 ) -> None:
-    """Every answer validates, and every documented status and code is sent; only a fault of our own is not provoked."""
+    """Every answer validates, and every documented code is sent, except an internal error."""
     answers, live = Answers(), await start(admin_token="87654321", kraken_enabled=False)
     await ask_rightly(answers, live)
     await ask_wrongly(answers, live)
@@ -273,19 +324,22 @@ async def test_operations_send_what_they_document_and_nothing_else(
     await ask_while_all_fail(answers, live, sandbox, clock)
     await ask_while_loading(answers, start, sandbox)
     for name in DOCUMENTED:
-        assert answers.seen[name] == documented_codes(name) - {("500", "internal_error")}, name
+        assert answers.codes[name] == documented_codes(name) - {("500", "internal_error")}, name
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
-def test_every_answer_has_an_example_that_is_strictly_valid(name: str) -> None:
-    """Each example is valid; without any one of its members, or with one more, the example of a 200 is not."""
+def test_examples_are_strictly_valid(name: str) -> None:
+    """Each example is valid; with a member less or more, the example of a 200 is not."""
     for status, answer in DOCUMENTED[name].answers.items():
         for media, content in answer.get("content", {}).items():
             if media == "application/problem+json":
                 assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
                 for code, example in content["examples"].items():
                     validate(content["schema"], example["value"])
-                    assert (example["value"]["status"], example["value"]["code"]) == (int(status), code)
+                    assert (example["value"]["status"], example["value"]["code"]) == (
+                        int(status),
+                        code,
+                    )
                 continue
             validate(content["schema"], content["example"])
             if media == "application/json":
@@ -295,27 +349,39 @@ def test_every_answer_has_an_example_that_is_strictly_valid(name: str) -> None:
 
 
 def changes(example: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield an example with one member too many, and without each of its members that is always sent."""
+    """Yield an example with one extra member, and without each member that is always sent."""
     yield example | {"unknown": 1}
-    for name in example.keys() - {"timestamp", "datetime", "nonce"}:  # absent when the exchange gave none
+    for name in example.keys() - {
+        "timestamp",
+        "datetime",
+        "nonce",
+    }:  # absent if the exchange sent none
         yield {other: value for other, value in example.items() if other != name}
 
 
-def test_every_parameter_has_a_description_and_a_valid_example() -> None:
-    """So that a reader and `/docs` have something to begin with."""
+def test_parameters_have_descriptions_and_examples() -> None:
+    """A reader and `/docs` have something to begin with."""
     for name, operation in DOCUMENTED.items():
         for parameter in operation.parameters:
             assert parameter.get("description"), (name, parameter["name"])
             for example in parameter["schema"]["examples"]:
-                validate({key: value for key, value in parameter["schema"].items() if key != "examples"}, example)
+                validate(
+                    {key: value for key, value in parameter["schema"].items() if key != "examples"},
+                    example,
+                )
 
 
-def test_every_error_is_in_the_document() -> None:
-    """The codes of a problem are those of the code's error classes, and each is documented where it can be sent."""
-    codes = {error.code for error in walk(errors.GatewayError)} - {"unavailable"}  # a branch that is never raised
+def test_every_error_code_is_documented() -> None:
+    """The documented codes are those of the error classes, each where it can be sent."""
+    codes = {error.code for error in walk(errors.GatewayError)} - {
+        "unavailable"
+    }  # this class is never raised
     assert set(DOCUMENT["components"]["schemas"]["ErrorCode"]["enum"]) == codes
     sent = {code for name in DOCUMENTED for _, code in documented_codes(name) if code}
-    assert codes - sent == {"origin_refused", "method_not_allowed"}  # of `/ws`, and of methods that are no operations
+    assert codes - sent == {
+        "origin_refused",
+        "method_not_allowed",
+    }  # only for `/ws` and for undocumented methods
 
 
 def walk(error: type[errors.GatewayError]) -> Iterator[type[errors.GatewayError]]:
@@ -325,8 +391,8 @@ def walk(error: type[errors.GatewayError]) -> Iterator[type[errors.GatewayError]
         yield from walk(child)
 
 
-def test_operations_are_named_for_generated_code() -> None:
-    """Short ids in camel case; market data needs a key only where keys are configured, `/admin` always its token."""
+def test_operation_ids_and_security() -> None:
+    """Ids are in camel case; keys are required only if configured, a token for `/admin`."""
     assert set(DOCUMENTED) == {*GUARDED, *ADMIN, "getHealth", "getLive", "getReady", "getMetrics"}
     assert {name for name, operation in DOCUMENTED.items() if operation.is_secured} == {*ADMIN}
     keyed = operations(create_app(make_settings(api_keys="desk:12345678")).app.openapi())
@@ -349,7 +415,9 @@ class Background:
         await sandbox.start()
         for name in sandbox.urls:
             await sandbox.set(name, rate_limit=-1)
-        settings = make_settings(sandbox, log_level="WARNING", binance_budget="1000000/5", bybit_budget="100000/5")
+        settings = make_settings(
+            sandbox, log_level="WARNING", binance_budget="1000000/5", bybit_budget="100000/5"
+        )
         async with serve(settings, SystemClock()) as live:
             await eventually(lambda: len(live.gateway.markets.loaded_at) == 3)
             self.url = live.url
@@ -370,8 +438,8 @@ def background() -> Iterator[Background]:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
-def test_no_generated_request_finds_a_500_or_an_undocumented_answer(background: Background, operation: Any) -> None:
-    """Valid and invalid requests to every operation: no server error, and only what the document promises."""
+def test_generated_requests_get_documented_answers(background: Background, operation: Any) -> None:
+    """Valid and invalid requests: no server error, and only documented answers."""
     invalid = operation.as_strategy(generation_mode=GenerationMode.NEGATIVE)
 
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -379,9 +447,13 @@ def test_no_generated_request_finds_a_500_or_an_undocumented_answer(background: 
     def check(case: schemathesis.Case[Any]) -> None:
         answer = case.call(base_url=background.url)
         checks = [status_code_conformance, content_type_conformance]
-        if not operation.path.startswith("/stream/"):  # schemathesis takes its schema for that of a single event
+        if not operation.path.startswith(
+            "/stream/"
+        ):  # schemathesis applies its schema to a single event
             checks.append(response_schema_conformance)
         case.validate_response(answer, checks=checks)
-        assert answer.status_code < 500 or answer.status_code == 503, answer.text  # a spent budget is an honest 503
+        assert answer.status_code < 500 or answer.status_code == 503, (
+            answer.text
+        )  # a spent budget is a legitimate 503
 
     check()

@@ -1,7 +1,7 @@
-"""Canary secrets in every secret setting of a real gateway process: none of them comes out, whatever is done to it.
+"""No secret leaks from a real gateway process with a canary in every secret setting.
 
-What is searched: every answer with its headers, all that the processes write, and their arguments, through every way in
-which an exchange, the proxy or Redis can fail, also when these send the secrets back.
+Every answer with its headers, all output of the processes and their arguments are searched, through
+every failure of an exchange, the proxy or Redis, also if these send the secrets back.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ SECRETS += [f"c4nary-{name}-{part}" for name in EXCHANGES for part in ("key", "s
 
 
 def forms(secret: str) -> Iterator[str]:
-    """Give the spellings a secret could be in: plain, in a URL, in JSON, as Python shows it, in base64 at any place."""
+    """Yield the spellings of a secret: plain, in a URL, in JSON, as Python shows it, in base64."""
     yield from (
         secret,
         quote(secret),
@@ -45,14 +45,16 @@ def forms(secret: str) -> Iterator[str]:
     )
     for before in range(3):
         encoded = base64.b64encode(b"\0" * before + secret.encode()).decode()
-        yield encoded[-(-before * 8 // 6) : -4]  # what does not depend on the neighbours
+        yield encoded[-(-before * 8 // 6) : -4]  # the part that does not depend on the neighbours
 
 
-FORMS = {form.lower(): secret for secret in SECRETS for form in forms(secret)} | {"c4nary": "some part of a secret"}
+FORMS = {form.lower(): secret for secret in SECRETS for form in forms(secret)} | {
+    "c4nary": "some part of a secret"
+}
 
 
 def leaks(text: str) -> list[str]:
-    """Return the secrets that are in a text, each with what is around it."""
+    """Return the secrets in a text, each with the text around it."""
     low = text.lower()
     return [
         f"{secret}: {text[max(0, at - 80) : at + 80]!r}"
@@ -63,32 +65,38 @@ def leaks(text: str) -> list[str]:
 
 def settings_with_secrets(proxy: int, redis: str = "") -> dict[str, str]:
     """Return a canary for every setting that holds a secret."""
-    found = {"API_KEYS": f"reader:{KEY},writer:{OTHER_KEY}", "ADMIN_TOKEN": ADMIN}
-    found |= {
+    variables = {"API_KEYS": f"reader:{KEY},writer:{OTHER_KEY}", "ADMIN_TOKEN": ADMIN}
+    variables |= {
         f"{name.upper()}_API_{part.upper()}": f"c4nary-{name}-{part}"
         for name in EXCHANGES
         for part in ("key", "secret")
     }
-    found["HTTPS_PROXY"] = f"http://me:{PASSWORDS['proxy']}@127.0.0.1:{proxy}"
-    found["REDIS_PASSWORD"] = PASSWORDS["redis"]
-    found["REDIS_URL"] = redis
-    return found
+    variables["HTTPS_PROXY"] = f"http://me:{PASSWORDS['proxy']}@127.0.0.1:{proxy}"
+    variables["REDIS_PASSWORD"] = PASSWORDS["redis"]
+    variables["REDIS_URL"] = redis
+    return variables
 
 
 def test_every_secret_setting_has_a_canary() -> None:
-    """A new setting that holds a secret must be added here: its type says so."""
-    kept = {name.upper() for name, field in Settings.model_fields.items() if "SecretStr" in str(field.annotation)}
-    own = {
-        name.upper() for name, field in ExchangeSettings.model_fields.items() if "SecretStr" in str(field.annotation)
+    """A new setting that holds a secret must be added here; its type shows that it does."""
+    kept = {
+        name.upper()
+        for name, field in Settings.model_fields.items()
+        if "SecretStr" in str(field.annotation)
     }
-    assert own == {"API_KEY", "API_SECRET"}
-    kept |= {f"{exchange.upper()}_{name}" for exchange in EXCHANGES for name in own}
+    exchange_secrets = {
+        name.upper()
+        for name, field in ExchangeSettings.model_fields.items()
+        if "SecretStr" in str(field.annotation)
+    }
+    assert exchange_secrets == {"API_KEY", "API_SECRET"}
+    kept |= {f"{exchange.upper()}_{name}" for exchange in EXCHANGES for name in exchange_secrets}
     assert kept == settings_with_secrets(1).keys()
 
 
 @pytest.mark.parametrize("secret", SECRETS)
 def test_the_search_finds_every_form(secret: str) -> None:
-    """What is looked for is found: alone and within, in each spelling."""
+    """Every spelling of a secret is found, alone and within other text."""
     credentials = base64.b64encode(f"me:{secret}".encode()).decode()
     for text in (
         *forms(secret),
@@ -97,22 +105,23 @@ def test_the_search_finds_every_form(secret: str) -> None:
         repr([secret]),
         secret.upper(),
     ):
-        assert any(found.startswith((secret, "some")) for found in leaks(f"x {text} y")), text
+        assert any(leak.startswith((secret, "some")) for leak in leaks(f"x {text} y")), text
     assert not leaks("redis://:***@127.0.0.1:6379/0 SecretStr('**********')")
 
 
 class EchoingProxy:
-    """A proxy that refuses, and sends all it was sent back: in the reason, a header and the body."""
+    """A proxy that refuses, and returns all it received in the reason, a header and the body."""
 
     def __init__(self) -> None:
         self.port = 0
-        self.asked = ""
+        self.received = ""
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.asked = (await reader.readuntil(b"\r\n\r\n")).decode()
-        flat = self.asked.replace("\r\n", " ")
-        body = json.dumps({"error": [self.asked], "msg": self.asked})
-        head = f"HTTP/1.1 407 {flat}\r\nX-Echo: {flat}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        self.received = (await reader.readuntil(b"\r\n\r\n")).decode()
+        flat = self.received.replace("\r\n", " ")
+        body = json.dumps({"error": [self.received], "msg": self.received})
+        head = f"HTTP/1.1 407 {flat}\r\nX-Echo: {flat}\r\n"
+        head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         writer.write((head + body).encode())
         await writer.drain()
         writer.close()
@@ -127,12 +136,23 @@ async def proxy() -> AsyncIterator[EchoingProxy]:
     server.close()
 
 
-ECHO = json.dumps({"code": -1, "retMsg": " ".join(SECRETS), "msg": " ".join(SECRETS), "error": SECRETS})
+ECHO = json.dumps(
+    {"code": -1, "retMsg": " ".join(SECRETS), "msg": " ".join(SECRETS), "error": SECRETS}
+)
 FAILURES: list[dict[str, Any]] = [
-    {"status": status, "body": ECHO, "headers": {"X-Echo": KEY, "Retry-After": OTHER_KEY, "Set-Cookie": f"a={ADMIN}"}}
+    {
+        "status": status,
+        "body": ECHO,
+        "headers": {"X-Echo": KEY, "Retry-After": OTHER_KEY, "Set-Cookie": f"a={ADMIN}"},
+    }
     for status in (200, 400, 401, 403, 418, 429, 451, 500, 503)
 ]
-FAILURES += [{"body": ADMIN}, {"body": ""}, {"redirect": f"http://me:{KEY}@127.0.0.1:1/{ADMIN}"}, {"geo_block": True}]
+FAILURES += [
+    {"body": ADMIN},
+    {"body": ""},
+    {"redirect": f"http://me:{KEY}@127.0.0.1:1/{ADMIN}"},
+    {"geo_block": True},
+]
 FAILURES += [
     {"reset": True},
     {"refuse": True},
@@ -153,9 +173,18 @@ QUERIES = [
 HEADERS: list[dict[str, str]] = [
     {},
     {"X-API-Key": KEY, "Authorization": f"Bearer {ADMIN}", "X-Request-ID": "mine"},
-    {"X-API-Key": ADMIN, "Authorization": f"Bearer {KEY}", "X-Request-ID": ADMIN, "Origin": f"https://{KEY}.example"},
-    {"X-API-Key": KEY[:-1], "Authorization": f"Basic {base64.b64encode(ADMIN.encode()).decode()}", "Expect": ADMIN},
-]  # fmt: skip
+    {
+        "X-API-Key": ADMIN,
+        "Authorization": f"Bearer {KEY}",
+        "X-Request-ID": ADMIN,
+        "Origin": f"https://{KEY}.example",
+    },
+    {
+        "X-API-Key": KEY[:-1],
+        "Authorization": f"Basic {base64.b64encode(ADMIN.encode()).decode()}",
+        "Expect": ADMIN,
+    },
+]
 
 
 ASKED = ["/ticker/BTC-USDT?max_age=0", "/tickers?symbols=BTC-USDT&exchange=all&max_age=0"]
@@ -168,8 +197,8 @@ ASKED += [
 ]
 
 
-async def beginning(answer: httpx.Response) -> str:
-    """Read an answer that does not end, up to its first message."""
+async def first_message(answer: httpx.Response) -> str:
+    """Read an endless answer up to its first message."""
     lines = []
     async for line in answer.aiter_lines():
         lines.append(line)
@@ -179,30 +208,36 @@ async def beginning(answer: httpx.Response) -> str:
 
 
 class Driver:
-    """Sends requests and keeps all that comes back."""
+    """Sends requests and keeps everything that comes back."""
 
     def __init__(self, url: str, client: httpx.AsyncClient) -> None:
         self.url = url
         self.client = client
-        self.heard: list[str] = []
+        self.texts: list[str] = []
         self.statuses: set[int] = set()
 
-    async def send(self, path: str, method: str = "GET", headers: Mapping[str, str] | None = None) -> httpx.Response:
+    async def send(
+        self, path: str, method: str = "GET", headers: Mapping[str, str] | None = None
+    ) -> httpx.Response:
         async with self.client.stream(method, self.url + path, headers=headers) as answer:
             if answer.headers.get("content-type", "").startswith("text/event-stream"):
-                text = await beginning(answer)
+                text = await first_message(answer)
             else:
                 await answer.aread()
                 text = answer.text
         head = "".join(f"{name}: {value}\n" for name, value in answer.headers.items())
-        self.heard.append(f"{method} {answer.status_code}\n{head}\n{text}")
+        self.texts.append(f"{method} {answer.status_code}\n{head}\n{text}")
         self.statuses.add(answer.status_code)
         return answer
 
     async def every_route(self) -> int:
-        """Ask every route there is, well and badly, with and without keys; returns how many routes that were."""
+        """Request every route, valid and invalid, with and without keys; return their number."""
         document = (await self.send("/openapi.json")).json()
-        routes = [(path, method.upper()) for path, methods in document["paths"].items() for method in methods]
+        routes = [
+            (path, method.upper())
+            for path, methods in document["paths"].items()
+            for method in methods
+        ]
         for path, method in [*routes, ("/nope", "GET"), ("/docs", "GET")]:
             name = path.partition("{")[2].partition("}")[0].partition(":")[0]
             for place in PLACES.get(name, [""]):
@@ -213,28 +248,44 @@ class Driver:
         return len(routes)
 
     async def raw(self, request: str) -> None:
-        """Send what no client would send; it must end the connection."""
+        """Send a request that no client would send; it must end the connection."""
         reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(self.url).port)
         writer.write(request.encode())
         with suppress(ConnectionError):
-            self.heard.append((await asyncio.wait_for(reader.read(), 30)).decode(errors="replace"))
+            self.texts.append((await asyncio.wait_for(reader.read(), 30)).decode(errors="replace"))
         writer.close()
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("log_format", "redis_by"), [("text", "url"), ("json", "password")])
-async def test_no_secret_comes_out(
-    tmp_path: Path, lively: Sandbox, proxy: EchoingProxy, own_redis: RedisServer, log_format: str, redis_by: str
+async def test_no_secret_leaks(
+    tmp_path: Path,
+    lively: Sandbox,
+    proxy: EchoingProxy,
+    own_redis: RedisServer,
+    log_format: str,
+    redis_by: str,
 ) -> None:
-    """Every route, every failure of the exchanges, a refusing proxy and Redis, at the loudest log level."""
+    """Every route, every exchange failure, a refusing proxy and Redis, at the loudest log level."""
     own_redis.client.config_set("requirepass", "another one")
-    url = f"redis://:{quote(PASSWORDS['redis'], safe='')}@127.0.0.1:{own_redis.port}/0" if redis_by == "url" else ""
+    url = (
+        f"redis://:{quote(PASSWORDS['redis'], safe='')}@127.0.0.1:{own_redis.port}/0"
+        if redis_by == "url"
+        else ""
+    )
     environment = settings_with_secrets(proxy.port, url) | {
-        "LOG_LEVEL": "DEBUG", "LOG_FORMAT": log_format, "REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(own_redis.port),
-        "BYBIT_REST_URL": lively.urls["bybit"], "BINANCE_REST_URL": lively.urls["binance"],
-        "KRAKEN_REST_URL": "https://kraken.invalid", "EXCHANGE_TIMEOUT_SECONDS": "1.5", "CB_THRESHOLD": "1000",
-        "CORS_ORIGINS": "https://app.example", "CLIENT_RATE_LIMIT": "100000",
-    }  # fmt: skip
+        "LOG_LEVEL": "DEBUG",
+        "LOG_FORMAT": log_format,
+        "REDIS_HOST": "127.0.0.1",
+        "REDIS_PORT": str(own_redis.port),
+        "BYBIT_REST_URL": lively.urls["bybit"],
+        "BINANCE_REST_URL": lively.urls["binance"],
+        "KRAKEN_REST_URL": "https://kraken.invalid",
+        "EXCHANGE_TIMEOUT_SECONDS": "1.5",
+        "CB_THRESHOLD": "1000",
+        "CORS_ORIGINS": "https://app.example",
+        "CLIENT_RATE_LIMIT": "100000",
+    }
     gateway = GatewayProcess(tmp_path, environment)
     right = HEADERS[1]
     try:
@@ -252,24 +303,36 @@ async def test_no_secret_comes_out(
             await driver.raw(f"GET /health HTTP/1.1\r\n{fields}")
             await driver.raw(f"GET /health HTTP/1.1\r\nHost: x\r\nX-API-Key : {ADMIN}\r\n{fields}")
             await driver.raw(f"GET /{'x' * 70_000} HTTP/1.1\r\nHost: x\r\n{fields}")
-            maintained = await asyncio.to_thread(maintain, tmp_path, environment | {"GATEWAY_URL": gateway.url})
+            maintained = await asyncio.to_thread(
+                maintain, tmp_path, environment | {"GATEWAY_URL": gateway.url}
+            )
         shown = arguments(gateway)
     finally:
         gateway.end()
     written = gateway.log.read_text()
-    assert {200, 400, 401, 404, 405, 422, 429, 431, 451, 502, 503, 504} - driver.statuses <= {429, 431, 451, 503, 504}
-    assert "c4nary" in proxy.asked or leaks(proxy.asked), "the proxy was told its password"
-    assert len(written.splitlines()) > len(driver.heard) / 2, "each request has a line"
+    assert {200, 400, 401, 404, 405, 422, 429, 431, 451, 502, 503, 504} - driver.statuses <= {
+        429,
+        431,
+        451,
+        503,
+        504,
+    }
+    assert "c4nary" in proxy.received or leaks(proxy.received), "the proxy received its password"
+    assert len(written.splitlines()) > len(driver.texts) / 2, "each request has a line"
     assert "AuthenticationError" in written, "Redis refused the password"
-    for text in (*driver.heard, *written.splitlines(), shown, maintained):
+    for text in (*driver.texts, *written.splitlines(), shown, maintained):
         assert not leaks(text)
 
 
-async def test_no_key_of_a_stream_is_in_the_log(tmp_path: Path, lively: Sandbox) -> None:
-    """Right and wrong keys in the query of `/ws` and `/stream`, said to the gateway itself, at the loudest level."""
-    environment = settings_with_secrets(1) | {"HTTPS_PROXY": "", "REDIS_HOST": "", "LOG_LEVEL": "DEBUG"}
+async def test_no_stream_key_is_logged(tmp_path: Path, lively: Sandbox) -> None:
+    """Valid and wrong keys in the query of `/ws` and `/stream`, at the loudest log level."""
+    environment = settings_with_secrets(1) | {
+        "HTTPS_PROXY": "",
+        "REDIS_HOST": "",
+        "LOG_LEVEL": "DEBUG",
+    }
     gateway = GatewayProcess(tmp_path, environment | lively.settings)
-    address, heard = gateway.url.replace("http", "ws") + "/ws?token=", []
+    address, messages = gateway.url.replace("http", "ws") + "/ws?token=", []
     try:
         async with httpx.AsyncClient(timeout=60) as client:
             driver = Driver(gateway.url, client)
@@ -277,17 +340,26 @@ async def test_no_key_of_a_stream_is_in_the_log(tmp_path: Path, lively: Sandbox)
             for key in (quote(KEY, safe=""), "c4nary-wrong", quote(ADMIN, safe="")):
                 with suppress(ConnectionClosed):
                     async with connect(address + key) as socket:
-                        heard.append(await socket.recv() if key != quote(KEY, safe="") else "{}")
-                        await socket.send(json.dumps({"op": "subscribe", "symbols": ["BTC/USDT"], "id": "c4nary"}))
-                        heard.append(await socket.recv())
-                async with client.stream("GET", f"{gateway.url}/stream/BTC-USDT?token={key}") as answer:
+                        messages.append(await socket.recv() if key != quote(KEY, safe="") else "{}")
+                        await socket.send(
+                            json.dumps({"op": "subscribe", "symbols": ["BTC/USDT"], "id": "c4nary"})
+                        )
+                        messages.append(await socket.recv())
+                async with client.stream(
+                    "GET", f"{gateway.url}/stream/BTC-USDT?token={key}"
+                ) as answer:
                     driver.statuses.add(answer.status_code)
             with pytest.raises(InvalidStatus):
                 async with connect(address.replace("/ws", "/nope") + "c4nary"):
                     pass
     finally:
         gateway.end()
-    assert [json.loads(message).get("type") for message in heard] == [None, "subscribed", "error", "error"]
+    assert [json.loads(message).get("type") for message in messages] == [
+        None,
+        "subscribed",
+        "error",
+        "error",
+    ]
     assert {200, 401} <= driver.statuses
     written = gateway.log.read_text()
     assert "Application startup complete" in written
@@ -295,12 +367,12 @@ async def test_no_key_of_a_stream_is_in_the_log(tmp_path: Path, lively: Sandbox)
 
 
 def arguments(gateway: GatewayProcess) -> str:
-    """Return what a list of processes shows of it."""
+    """Return the command line of the process, as other users see it."""
     return Path(f"/proc/{gateway.process.pid}/cmdline").read_text()
 
 
 async def loaded(driver: Driver, gateway: GatewayProcess, count: int) -> None:
-    """Wait for the market lists of so many exchanges."""
+    """Wait for the market lists of `count` exchanges."""
     async with asyncio.timeout(240):
         while True:
             assert gateway.process.poll() is None, gateway.log.read_text()
@@ -308,25 +380,44 @@ async def loaded(driver: Driver, gateway: GatewayProcess, count: int) -> None:
                 shown = (await driver.send("/exchanges", headers=HEADERS[1])).json()
             except httpx.TransportError:
                 shown = None
-            if shown is not None and sum(bool(one["markets"]["count"]) for one in shown.values()) >= count:
+            if (
+                shown is not None
+                and sum(bool(exchange["markets"]["count"]) for exchange in shown.values()) >= count
+            ):
                 return
             await asyncio.sleep(0.05)
 
 
 def maintain(folder: Path, environment: Mapping[str, str]) -> str:
-    """Run each task of maintenance: here, where nobody answers, with wrong keys, and with settings that are wrong."""
-    nobody = {"GATEWAY_URL": f"http://127.0.0.1:{free_port()}"}
+    """Run each maintenance task: without a server, with wrong keys and with invalid settings."""
+    unreachable = {"GATEWAY_URL": f"http://127.0.0.1:{free_port()}"}
     runs: list[tuple[Sequence[str], Mapping[str, str]]] = [
-        (["daily"], {}), (["status"], {}), (["check"], {}), (["warm", "BTC-USDT", "X"], {}), (["daily"], nobody),
-        (["daily"], {"ADMIN_TOKEN": OTHER_KEY}), (["warm", "X"], {"API_KEYS": ADMIN}), (["nope"], {}),
-        (["status"], {"ADMIN_TOKEN": f"{ADMIN} x"}), (["status"], {"API_KEYS": f"a:{KEY},a:{KEY}"}),
-        (["status"], {"HTTPS_PROXY": f"socks5://u:{ADMIN}@h"}), (["status"], {"REDIS_URL": f"http://:{ADMIN}@h"}),
-    ]  # fmt: skip
+        (["daily"], {}),
+        (["status"], {}),
+        (["check"], {}),
+        (["warm", "BTC-USDT", "X"], {}),
+        (["daily"], unreachable),
+        (["daily"], {"ADMIN_TOKEN": OTHER_KEY}),
+        (["warm", "X"], {"API_KEYS": ADMIN}),
+        (["nope"], {}),
+        (["status"], {"ADMIN_TOKEN": f"{ADMIN} x"}),
+        (["status"], {"API_KEYS": f"a:{KEY},a:{KEY}"}),
+        (["status"], {"HTTPS_PROXY": f"socks5://u:{ADMIN}@h"}),
+        (["status"], {"REDIS_URL": f"http://:{ADMIN}@h"}),
+    ]
     written = []
     for arguments, changed in runs:
         command = [sys.executable, str(ROOT / "maintenance.py"), *arguments]
-        own = {"PATH": os.environ["PATH"], **environment, **changed}
-        ended = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, timeout=120, check=False)
+        variables = {"PATH": os.environ["PATH"], **environment, **changed}
+        ended = subprocess.run(
+            command,
+            cwd=folder,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         written.append(ended.stdout + ended.stderr)
         assert written[-1]
         assert "Traceback" not in written[-1]
@@ -340,24 +431,28 @@ from src.gateway import Gateway
 
 settings = config.load_settings()
 
-async def ticker(self, *arguments):
+async def serve(self, *arguments):
     held = {"settings": settings, "secrets": settings.secrets}
     try:
         raise KeyError(held)
     except KeyError as error:
         raise RuntimeError(" ".join(settings.secrets)) from error
 
-Gateway.ticker = ticker
+Gateway.serve = serve
 app = api.app
 """
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("log_format", ["text", "json"])
-async def test_an_unforeseen_exception_tells_no_secret(tmp_path: Path, log_format: str) -> None:
-    """A fault of ours whose text and causes are full of secrets: the log has its traceback, all of them struck out."""
+async def test_unexpected_exception_reveals_no_secret(tmp_path: Path, log_format: str) -> None:
+    """The log has the traceback of an exception full of secrets, all of them removed."""
     (tmp_path / "broken.py").write_text(BROKEN)
-    environment = settings_with_secrets(1) | {"LOG_LEVEL": "DEBUG", "LOG_FORMAT": log_format, "REDIS_HOST": ""}
+    environment = settings_with_secrets(1) | {
+        "LOG_LEVEL": "DEBUG",
+        "LOG_FORMAT": log_format,
+        "REDIS_HOST": "",
+    }
     environment |= {f"{name.upper()}_REST_URL": "http://127.0.0.1:1" for name in EXCHANGES}
     gateway = GatewayProcess(tmp_path, environment, app="broken:app")
     try:
@@ -371,5 +466,5 @@ async def test_an_unforeseen_exception_tells_no_secret(tmp_path: Path, log_forma
     written = gateway.log.read_text()
     assert "Traceback" in written
     assert "RuntimeError: ***" in written
-    for text in (*driver.heard, *written.splitlines()):
+    for text in (*driver.texts, *written.splitlines()):
         assert not leaks(text)

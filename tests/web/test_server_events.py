@@ -1,4 +1,4 @@
-"""`GET /stream`: the same streams as server-sent events, read by plain HTTP, and clients that behave badly."""
+"""`GET /stream`: streams as server-sent events, and clients that misbehave."""
 
 import asyncio
 import json
@@ -10,19 +10,20 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
 from src.sandbox.server import Sandbox
-from src.streams.bus import Topic
 from src.streams.feed import Feed
-from src.web.server_events import RETRY, Events
-from tests.conftest import FakeClock, StartGateway, eventually, make_settings, sample, serve
+from src.streams.topics import Topic
+from src.web.server_events import RETRY, EventStream
+from tests.conftest import FakeClock, StartGateway, eventually, sample
 from tests.streams.test_hub import BTC, Join, inside, is_quiet, join, time_passes, watched
 
 __all__ = ["join"]  # a fixture
 
 
 async def events(lines: AsyncIterator[str], count: int) -> list[tuple[int, str, dict[str, Any]]]:
-    """Read so many events: id, type, data."""
+    """Return the next events as id, type and data."""
     found: list[tuple[int, str, dict[str, Any]]] = []
     fields: dict[str, str] = {}
     async for line in lines:
@@ -37,8 +38,8 @@ async def events(lines: AsyncIterator[str], count: int) -> list[tuple[int, str, 
     return found
 
 
-async def test_a_stream_is_pushed_as_server_sent_events(start: StartGateway) -> None:
-    """GET /stream sends a snapshot, then updates, each with its number as id, and the data of /ws."""
+async def test_stream_sends_snapshot_then_updates(start: StartGateway) -> None:
+    """GET /stream sends a snapshot, then updates, with `seq` as id and the data of /ws."""
     live = await start()
     async with live.client.stream("GET", f"{live.url}/stream/btc-usdt?exchange=kraken") as answer:
         assert answer.status_code == 200
@@ -48,13 +49,16 @@ async def test_a_stream_is_pushed_as_server_sent_events(start: StartGateway) -> 
     assert [kind for _, kind, _ in got] == ["snapshot", "update", "update", "update"]
     assert [number - got[0][0] for number, _, _ in got] == [0, 1, 2, 3]
     assert all(data["seq"] == number and data["data"]["symbol"] == BTC for number, _, data in got)
-    await eventually(lambda: not inside(live).subscribers)
+    await eventually(lambda: not inside(live).connections)
 
 
-async def test_head_ends_with_the_headers(start: StartGateway) -> None:
-    """HEAD answers as GET begins, subscribes to nothing, and leaves the connection to the next request."""
+async def test_head_sends_headers_only(start: StartGateway) -> None:
+    """HEAD answers as GET, subscribes to nothing, and keeps the connection usable."""
     live = await start(stream_max_per_client=2)
-    head, alive = f"HEAD /stream/{BTC} HTTP/1.1\r\nHost: x\r\n\r\n", "GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    head, alive = (
+        f"HEAD /stream/{BTC} HTTP/1.1\r\nHost: x\r\n\r\n",
+        "GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n",
+    )
     host, port = live.url.removeprefix("http://").split(":")
     for _ in range(3):
         reader, writer = await asyncio.open_connection(host, int(port))
@@ -64,55 +68,76 @@ async def test_head_ends_with_the_headers(start: StartGateway) -> None:
             assert answer.startswith(b"HTTP/1.1 200 ")
             assert kind in answer
         writer.close()
-    await eventually(lambda: not inside(live).subscribers)
+    await eventually(lambda: not inside(live).connections)
     assert not inside(live).topics
     refused = await live.client.head(f"{live.url}/stream/{BTC}?channel=none")
-    assert (refused.status_code, refused.headers["content-type"]) == (422, "application/problem+json")
+    assert (refused.status_code, refused.headers["content-type"]) == (
+        422,
+        "application/problem+json",
+    )
 
 
-async def test_there_is_a_heartbeat(start: StartGateway, sandbox: Sandbox) -> None:
-    """While nothing is pushed an event says that the gateway is there: a page cannot see comments."""
+async def test_heartbeat_is_an_event(start: StartGateway, sandbox: Sandbox) -> None:
+    """A heartbeat is an event, because a page cannot see comments."""
     live = await start()
     await sandbox.set("kraken", freeze=True)
-    async with asyncio.timeout(60), live.client.stream("GET", f"{live.url}/stream/{BTC}?exchange=kraken") as answer:
+    async with (
+        asyncio.timeout(60),
+        live.client.stream("GET", f"{live.url}/stream/{BTC}?exchange=kraken") as answer,
+    ):
         lines = answer.aiter_lines()
         assert [kind for _, kind, _ in await events(lines, 1)] == ["snapshot"]
-        await inside(live)._beat()
+        await inside(live).send_heartbeats()
         ((number, kind, data),) = await events(lines, 1)
     assert (number, kind, sorted(data)) == (-1, "heartbeat", ["sent_at", "type"])
 
 
-async def test_several_symbols_share_one_answer(start: StartGateway) -> None:
-    """With commas each symbol is pushed, of every exchange with `all`, once however often and however it is written."""
+async def test_several_symbols_share_one_response(start: StartGateway) -> None:
+    """Each symbol is pushed once per exchange, in whatever spelling it is repeated."""
     live = await start()
     url = f"{live.url}/stream/BTC-USDT,eth/usdt,btc-usdt,?exchange=all"
     async with live.client.stream("GET", url, headers={"Last-Event-ID": "1"}) as answer:
         assert answer.status_code == 200
         got = await events(answer.aiter_lines(), 30)
-        (client,) = inside(live).subscribers
-        assert len(client.wants) == 2
+        (client,) = inside(live).connections
+        assert len(client.subscriptions) == 2
     first = {(data["symbol"], data["exchange"]): kind for _, kind, data in reversed(got)}
-    assert first == {(symbol, name): "snapshot" for symbol in (BTC, "ETH/USDT") for name in live.gateway.manager.names}
-    await eventually(lambda: not inside(live).subscribers)
+    assert first == {
+        (symbol, name): "snapshot"
+        for symbol in (BTC, "ETH/USDT")
+        for name in live.gateway.manager.names
+    }
+    await eventually(lambda: not inside(live).connections)
 
 
-@pytest.mark.parametrize(("path", "count"), [("BTC-USDT,ETH-USDT?exchange=kraken", 2), ("BTC-USDT?exchange=all", 3)])
-async def test_an_id_counts_for_one_stream_only(start: StartGateway, sandbox: Sandbox, path: str, count: int) -> None:
-    """With several streams nobody can tell whose Last-Event-ID it is: each begins with a snapshot."""
+@pytest.mark.parametrize(
+    ("path", "count"), [("BTC-USDT,ETH-USDT?exchange=kraken", 2), ("BTC-USDT?exchange=all", 3)]
+)
+async def test_last_event_id_is_ignored_for_several_streams(
+    start: StartGateway, sandbox: Sandbox, path: str, count: int
+) -> None:
+    """With several streams, Last-Event-ID is ambiguous: each starts with a snapshot."""
     live = await start()
     for name in sandbox.urls:
         await sandbox.set(name, freeze=True)
-    async with asyncio.timeout(60), live.client.stream("GET", f"{live.url}/stream/{path}") as answer:
+    async with (
+        asyncio.timeout(60),
+        live.client.stream("GET", f"{live.url}/stream/{path}") as answer,
+    ):
         numbers = {number for number, _, _ in await events(answer.aiter_lines(), count)}
         for number in numbers:
             headers = {"Last-Event-ID": str(number)}
-            async with live.client.stream("GET", f"{live.url}/stream/{path}", headers=headers) as again:
+            async with live.client.stream(
+                "GET", f"{live.url}/stream/{path}", headers=headers
+            ) as again:
                 got = await events(again.aiter_lines(), count)
-            assert {(number, kind) for number, kind, _ in got} == {(number, "snapshot") for number in numbers}
+            assert {(number, kind) for number, kind, _ in got} == {
+                (number, "snapshot") for number in numbers
+            }
 
 
-async def test_the_streams_of_an_answer_are_bounded(start: StartGateway) -> None:
-    """More than STREAM_MAX_SUBSCRIPTIONS, each exchange counted, or a hundred symbols, are refused before any event."""
+async def test_limits_are_checked_before_the_first_event(start: StartGateway) -> None:
+    """Too many streams or symbols are refused before any event."""
     live, fewer = await start(stream_max_subscriptions=3, stream_max_topics=2), "BTC-USDT,ETH-USDT"
     for path, status, code in (
         ("BTC-USDT,ETH-USDT,SOL-USDT,XRP-USDT?exchange=kraken", 429, "too_many_subscriptions"),
@@ -125,14 +150,14 @@ async def test_the_streams_of_an_answer_are_bounded(start: StartGateway) -> None
     ):
         answer = await live.get(f"/stream/{path}")
         assert (answer.status_code, answer.json()["code"]) == (status, code), path
-        assert not inside(live).subscribers
-    await eventually(lambda: not any(it.is_wanted for it in inside(live).topics.values()))
+        assert not inside(live).connections
+    await eventually(lambda: not any(item.is_wanted for item in inside(live).topics.values()))
     async with live.client.stream("GET", f"{live.url}/stream/{fewer}?exchange=kraken") as answer:
         assert len(await events(answer.aiter_lines(), 2)) == 2
 
 
-async def test_who_leaves_before_the_first_event_is_forgotten(start: StartGateway) -> None:
-    """Of answers that never began nothing is left."""
+async def test_client_that_leaves_early_is_removed(start: StartGateway) -> None:
+    """A client that disconnects before the first event leaves no subscription."""
     live = await start()
     host, port = live.url.removeprefix("http://").split(":")
     for _ in range(40):
@@ -143,14 +168,14 @@ async def test_who_leaves_before_the_first_event_is_forgotten(start: StartGatewa
         with suppress(OSError):
             await writer.wait_closed()
     await eventually(lambda: not live.server.server_state.connections)
-    await eventually(lambda: not inside(live).subscribers)
-    assert not any(it.is_wanted for it in inside(live).topics.values())
+    await eventually(lambda: not inside(live).connections)
+    assert not any(item.is_wanted for item in inside(live).topics.values())
 
 
-async def test_who_has_the_newest_gets_no_snapshot(
+async def test_current_last_event_id_skips_snapshot(
     start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock
 ) -> None:
-    """With the id of the newest event as Last-Event-ID a client goes on after it; with another it gets a snapshot."""
+    """With the newest id as Last-Event-ID no snapshot is sent; with another one it is."""
     live = await start()
     client = await watched(live, join, sandbox, clock, "kraken")
     await sandbox.set("kraken", freeze=True, push_ms=20)
@@ -160,7 +185,7 @@ async def test_who_has_the_newest_gets_no_snapshot(
         headers = {"Last-Event-ID": str(seen)}
         url = f"{live.url}/stream/BTC-USDT?exchange=kraken"
         async with live.client.stream("GET", url, headers=headers) as answer:
-            await eventually(lambda: len(inside(live).subscribers) == 2)
+            await eventually(lambda: len(inside(live).connections) == 2)
             await sandbox.set("kraken", push_ms=20)
             ((number, got, _),) = await events(answer.aiter_lines(), 1)
         assert got == kind
@@ -174,20 +199,23 @@ async def test_who_has_the_newest_gets_no_snapshot(
 @pytest.mark.parametrize(
     ("path", "status", "code"),
     [
-        ("/stream/FOO-BAR", 404, "unknown_symbol"), ("/stream/BTC-USDT?exchange=mtgox", 404, "unknown_exchange"),
+        ("/stream/FOO-BAR", 404, "unknown_symbol"),
+        ("/stream/BTC-USDT?exchange=mtgox", 404, "unknown_exchange"),
         ("/stream/BTC-USDT?channel=news", 422, "invalid_parameter"),
         ("/stream/BTC-USDT?levels=0", 422, "invalid_parameter"),
     ],
-)  # fmt: skip
-async def test_a_wrong_stream_is_a_problem(start: StartGateway, path: str, status: int, code: str) -> None:
-    """What cannot be streamed is answered as REST answers."""
+)
+async def test_invalid_stream_is_a_problem(
+    start: StartGateway, path: str, status: int, code: str
+) -> None:
+    """An invalid stream is refused with the error of REST."""
     live = await start()
     answer = await live.get(path)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
 
 
-async def test_an_id_that_is_too_long_is_none_of_ours(start: StartGateway) -> None:
-    """Whatever a client sends as Last-Event-ID, it gets its stream."""
+async def test_invalid_last_event_id_is_ignored(start: StartGateway) -> None:
+    """An invalid Last-Event-ID is ignored."""
     live = await start()
     url = f"{live.url}/stream/BTC-USDT?exchange=kraken"
     for seen in ("9" * 5000, "-1", "x", "1e9"):
@@ -197,8 +225,8 @@ async def test_an_id_that_is_too_long_is_none_of_ours(start: StartGateway) -> No
             assert kind == "snapshot"
 
 
-async def deaf(url: str) -> socket.socket:
-    """Ask for events and read none of them, with small buffers."""
+async def non_reading_client(url: str) -> socket.socket:
+    """Request a stream with small buffers, and read nothing."""
     own = socket.socket()
     own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     own.setblocking(False)
@@ -209,15 +237,17 @@ async def deaf(url: str) -> socket.socket:
     return own
 
 
-async def test_who_reads_nothing_is_let_go(start: StartGateway, sandbox: Sandbox, clock: FakeClock) -> None:
-    """After some time a client that takes no event is cut off, counted once, and leaves nothing behind."""
+async def test_client_that_reads_nothing_is_disconnected(
+    start: StartGateway, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """A client that reads nothing is disconnected, counted once, and removed."""
     live = await start()
     await sandbox.set("kraken", push_ms=2)
     before = sample("stream_dropped_total", reason="slow_client")
-    with await deaf(live.url) as own:
-        await eventually(lambda: inside(live).slow)
+    with await non_reading_client(live.url) as own:
+        await eventually(lambda: inside(live).slow_connections)
         async with time_passes(clock):
-            await eventually(lambda: not inside(live).subscribers)
+            await eventually(lambda: not inside(live).connections)
         await eventually(lambda: not live.server.server_state.connections)
         await eventually(lambda: not live.server.server_state.tasks)
         assert sample("stream_dropped_total", reason="slow_client") == before + 1
@@ -226,22 +256,22 @@ async def test_who_reads_nothing_is_let_go(start: StartGateway, sandbox: Sandbox
                 pass
 
 
-async def test_who_leaves_without_reading_is_forgotten(start: StartGateway, sandbox: Sandbox) -> None:
-    """A client that left while the server waited for it to read is no subscriber any more."""
+async def test_slow_client_that_leaves_is_removed(start: StartGateway, sandbox: Sandbox) -> None:
+    """A slow client that disconnects is removed."""
     live = await start()
     await sandbox.set("kraken", push_ms=2)
     for _ in range(3):
-        with await deaf(live.url):
-            await eventually(lambda: inside(live).slow)
-    await eventually(lambda: not inside(live).subscribers and not inside(live).slow)
+        with await non_reading_client(live.url):
+            await eventually(lambda: inside(live).slow_connections)
+    await eventually(lambda: not inside(live).connections and not inside(live).slow_connections)
 
 
-async def test_what_replaces_is_a_snapshot(start: StartGateway, sandbox: Sandbox) -> None:
-    """Who was too slow finds out by the kind of event: an update never skips a number."""
+async def test_replaced_update_becomes_snapshot(start: StartGateway, sandbox: Sandbox) -> None:
+    """A slow client gets a snapshot in place of skipped updates."""
     live = await start()
     await sandbox.set("kraken", push_ms=2)
-    with await deaf(live.url) as own:
-        await eventually(lambda: inside(live).slow)
+    with await non_reading_client(live.url) as own:
+        await eventually(lambda: inside(live).slow_connections)
         own.setblocking(False)
 
         async def lines() -> AsyncIterator[str]:
@@ -259,8 +289,8 @@ async def test_what_replaces_is_a_snapshot(start: StartGateway, sandbox: Sandbox
     assert all(kind == "snapshot" or number == last + 1 for (_, last), (kind, number) in pairs)
 
 
-async def test_clients_are_bounded(start: StartGateway) -> None:
-    """However many come at once, no more than allowed are served; the others are told by a problem."""
+async def test_connection_limit_holds_for_concurrent_clients(start: StartGateway) -> None:
+    """Concurrent clients above STREAM_MAX_CLIENTS are refused with a problem."""
     live, most = await start(stream_max_clients=5), 5
     host, port = live.url.removeprefix("http://").split(":")
     made = [await asyncio.open_connection(host, int(port)) for _ in range(40)]
@@ -269,33 +299,25 @@ async def test_clients_are_bounded(start: StartGateway) -> None:
     heads = await asyncio.gather(*(reader.readuntil(b"\r\n") for reader, _ in made))
     assert sum(b" 200 " in head for head in heads) == most
     assert sum(b" 503 " in head for head in heads) == len(made) - most
-    assert len(inside(live).subscribers) == most
+    assert len(inside(live).connections) == most
     assert (await live.get("/stream/BTC-USDT")).json()["code"] == "too_many_streams"
     for _, writer in made:
         writer.transport.abort()
-    await eventually(lambda: not inside(live).subscribers)
+    await eventually(lambda: not inside(live).connections)
 
 
-async def test_an_unknown_server_is_told(sandbox: Sandbox, clock: FakeClock) -> None:
-    """Where nothing tells whose the connection is, slow clients could not be cut off: then there are no events."""
-    async with serve(make_settings(sandbox), clock, shortcut=False) as live:
-        await eventually(live.gateway.is_ready)
-        answer = await live.get("/stream/BTC-USDT")
-    assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
-    assert "does not know the sockets" in answer.json()["detail"]
-
-
-async def test_what_is_told_of_streams_has_its_turn_behind_busy_ones(start: StartGateway) -> None:
-    """A client that never catches up with prices learns all the same that one of them is stale."""
-    live = await start()
-    transport: Any = None  # it is asked for only when a client takes nothing
-    client, feed = Events(inside(live), transport, "127.0.0.1"), Feed(Topic("kraken", "ticker", BTC), 0)
-    told = client.run()
+async def test_status_is_sent_between_frequent_values(start: StartGateway) -> None:
+    """A client that always has pending values receives status messages, too."""
+    state = (await start()).server.lifespan.state
+    request = Request({"type": "http", "headers": [], "state": state})
+    client = EventStream(request, [], "ticker", "", levels=0)
+    feed = Feed(Topic("kraken", "ticker", BTC), 0)
+    told = client.events()
     assert await anext(told) == RETRY
-    client.offer(feed, "update")
-    client.tell({"type": "status", "state": "stale"})
+    client.push(feed, "update")
+    client.send_message({"type": "status", "state": "stale"})
     kinds = []
     for _ in range(4):
         kinds.append((await anext(told))[:13])
-        client.offer(feed, "update")  # the next is there before this one is taken
+        client.push(feed, "update")  # the next value arrives before this one is sent
     assert b"event: status" in kinds

@@ -1,21 +1,22 @@
-// Swagger UI renders descriptions as HTML that it makes from text, which the Content-Security-Policy refuses. Here they
-// are plain text with `code`, as they are written in the gateway.
+// Swagger UI converts descriptions to HTML, which the Content-Security-Policy blocks.
+// This plugin shows a description as text, with `code`.
 const plainText = ({ React }) => ({
-  components: {
-    Markdown: ({ source = "" }) =>
-      React.createElement(
-        "p",
-        null,
-        ...source.split("`").map((text, index) => (index % 2 ? React.createElement("code", null, text) : text)),
-      ),
-  },
+	components: {
+		Markdown: ({ source = "" }) => {
+			const parts = source.split("`");
+			const nodes = parts.map((text, index) =>
+				index % 2 ? React.createElement("code", null, text) : text,
+			);
+			return React.createElement("p", null, ...nodes);
+		},
+	},
 });
 
 globalThis.SwaggerUIBundle({
-  url: "/openapi.json",
-  dom_id: "#docs",
-  deepLinking: true,
-  displayRequestDuration: true,
-  validatorUrl: null, // the default is a foreign address
-  plugins: [plainText],
+	url: "/openapi.json",
+	dom_id: "#docs",
+	deepLinking: true,
+	displayRequestDuration: true,
+	validatorUrl: null, // the default is an external service
+	plugins: [plainText],
 });

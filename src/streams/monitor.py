@@ -1,0 +1,163 @@
+"""Decides which topics are watched, stale or live, and fetches values that are not pushed by REST.
+
+Tickers that REST clients request often are hot: they are watched without a subscriber. REST has the
+first value of a topic, and replaces pushed values while a topic is stale.
+"""
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+
+from src.cache.entry import Key, Served
+from src.core.errors import GatewayError
+from src.exchanges.manager import weight_of
+from src.streams.registry import TopicRegistry, TopicState
+from src.streams.topics import SocketKey, Topic
+
+log = logging.getLogger(__name__)
+
+HOT_REQUESTS = 100  # requests within `HOT_SECONDS` that make a ticker hot
+HOT_SECONDS = 60.0
+POLL_SECONDS = 2.0  # between two REST requests for a stale topic
+POLL_BUDGET_RATIO = 0.5  # stale topics are not polled above this share of the exchange's budget
+
+Answers = dict[tuple[str, str], Served | GatewayError]
+
+
+class TopicMonitor:
+    """Checks all topics. `move(state)` moves subscribers of a stale topic to another exchange."""
+
+    def __init__(self, registry: TopicRegistry, move: Callable[[TopicState], None]) -> None:
+        self._gateway = registry.gateway
+        self._registry = registry
+        self._move = move
+        self._polled_at = 0.0
+        self._polling: set[SocketKey] = set()
+        self._bulk_symbols: dict[SocketKey, list[str]] = defaultdict(list)  # of the next bulk load
+        self._bulk_loads: dict[SocketKey, asyncio.Task[Answers]] = {}  # newest of each socket
+        self._request_counts: dict[Key, int] = {}  # total requests of tickers at `_counted_at`
+        self._counted_at = 0.0
+
+    async def check(self) -> None:
+        """Update the state of every topic, and poll stale topics every `POLL_SECONDS`."""
+        now = self._gateway.clock.monotonic()
+        self._watch_hot_tickers(now)
+        stale: dict[SocketKey, list[TopicState]] = defaultdict(list)
+        for state in list(self._registry.topics.values()):
+            if state.is_wanted:
+                state.used_at = now
+            elif now - state.used_at > self._gateway.settings.stream_idle_seconds:
+                self._registry.unwatch(state)
+                continue
+            self._update(state, now)
+            if state.live is False and state.feeds:
+                stale[SocketKey.of(state.topic)].append(state)
+        if now - self._polled_at >= POLL_SECONDS:
+            self._polled_at = now
+            for key, states in stale.items():
+                self._registry.spawn(self._poll(key, states))
+
+    # Hot tickers.
+
+    def _watch_hot_tickers(self, now: float) -> None:
+        """Watch tickers with `HOT_REQUESTS` requests since the start of the period.
+
+        A ticker is counted while it has an entry in memory. A pushed ticker may be missing from
+        `hot`, because each value replaces the entry.
+        """
+        memory = self._gateway.cache.memory
+        is_over = now - self._counted_at >= HOT_SECONDS
+        if is_over:
+            self._counted_at = now
+        for key in {*memory.hot, *self._request_counts}:
+            count = memory.request_count(key)
+            start = self._request_counts.pop(key, count)
+            if key.kind != "ticker" or count is None or start is None:
+                continue
+            is_hot = count - start >= HOT_REQUESTS
+            self._request_counts[key] = count if is_hot or is_over else start
+            topic = Topic(*key[:3])
+            if is_hot and self._registry.make_room([topic]):
+                self._registry.watch(topic)
+
+    # Stale topics.
+
+    def _update(self, state: TopicState, now: float) -> None:
+        """Decide whether a topic is live, and send changes to its subscribers."""
+        live = not (state.liveness.is_overdue(now) or self._registry.is_lost(state, now))
+        # A stale topic becomes live only with a message: a longer timeout proves nothing.
+        if live is state.live or (live and not state.liveness.has_new_message):
+            return
+        if state.live is not None or not live:
+            text = "stream is live again" if live else "stream is stale"
+            log.info(text, extra=state.topic.fields())
+        state.live = live
+        state.liveness.has_new_message = False
+        for subscriber in state.subscribers():
+            state.send_status(subscriber, now)
+        if not live:
+            self._move(state)
+
+    async def _poll(self, key: SocketKey, states: list[TopicState]) -> None:
+        """Move subscribers of stale topics of one socket, or fetch the topics by REST."""
+        for state in states:
+            self._move(state)
+        is_possible = key not in self._polling and not states[0].topic.channel.is_incremental
+        if not is_possible or not self._has_budget(key, states):
+            return
+        self._polling.add(key)
+        try:
+            await self._refresh(states)
+        finally:
+            self._polling.discard(key)
+
+    def _has_budget(self, key: SocketKey, states: list[TopicState]) -> bool:
+        manager = self._gateway.manager
+        is_bulk = states[0].topic.channel.has_bulk_call and len(states) > 1
+        weight = weight_of(key.exchange, "tickers" if is_bulk else key.kind, len(states))
+        is_busy = manager.limiter.used_ratio(key.exchange) > POLL_BUDGET_RATIO
+        return not is_busy and manager.is_available(key.exchange, weight)
+
+    async def _refresh(self, states: list[TopicState]) -> None:
+        channel = states[0].topic.channel
+        keys = [Key(*state.topic, channel.rest_params) for state in states]
+        groups = [keys] if channel.has_bulk_call else [[key] for key in keys]
+        for group in groups:
+            await self._gateway.refresh(group, POLL_SECONDS)
+        for key, state in zip(keys, states, strict=True):
+            entry = self._gateway.cache.memory.find_fresh(key)
+            if entry is not None:
+                self._registry.receive_rest(state, entry.body, entry.born)
+
+    # First values.
+
+    async def load(self, state: TopicState) -> GatewayError | None:
+        """Fetch a topic's first value, from the cache if possible. Return the error if it fails."""
+        exchange, kind, symbol = state.topic
+        params = state.topic.channel.rest_params
+        is_fresh = self._gateway.cache.has_fresh(Key(exchange, kind, symbol, params))
+        try:
+            if state.topic.channel.has_bulk_call and not is_fresh:
+                served = await self._load_in_bulk(SocketKey.of(state.topic), symbol)
+            else:
+                served = await self._gateway.serve(kind, symbol, exchange, params=params)
+        except GatewayError as error:
+            return error
+        born = self._gateway.clock.monotonic() - served.age
+        self._registry.receive_rest(state, served.body, born)
+        return None
+
+    async def _load_in_bulk(self, key: SocketKey, symbol: str) -> Served:
+        """Fetch a ticker in one call with all tickers of the socket that are requested now."""
+        if key not in self._bulk_symbols:
+            self._bulk_loads[key] = asyncio.create_task(self._fetch_bulk(key))
+        self._bulk_symbols[key].append(symbol)
+        answer = (await self._bulk_loads[key])[symbol, ""]
+        if isinstance(answer, GatewayError):
+            raise answer
+        return answer
+
+    async def _fetch_bulk(self, key: SocketKey) -> Answers:
+        # The task starts after all subscriptions of one client message have added their symbols.
+        return await self._gateway.tickers(self._bulk_symbols.pop(key), key.exchange, None)
