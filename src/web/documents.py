@@ -40,7 +40,7 @@ class Attempt(Document):
 
 
 class Problem(Document):
-    """RFC 9457 problem document. README.md lists the meaning of each code."""
+    """RFC 9457 problem document. docs/api.md lists the meaning of each code."""
 
     type: str
     """`urn:virtuoso:error:` and the code."""

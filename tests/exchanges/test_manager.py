@@ -254,7 +254,7 @@ async def test_swaps_are_unknown_by_default(start: StartGateway) -> None:
     assert (await (await start()).get("/ticker/BTC/USDT:USDT")).status_code == 404
 
 
-def test_request_weights_are_the_documented_ones() -> None:
+def test_request_weights_match_the_documentation() -> None:
     """Lists of tickers and deep books weigh more on Binance. Other exchanges count calls."""
     tickers = [weight_of("binance", "tickers", count) for count in (1, 20, 21, 100)]
     books = [weight_of("binance", "orderbook", limit) for limit in (5, 100, 101, 500)]
