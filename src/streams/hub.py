@@ -79,14 +79,14 @@ class StreamHub:
         if sum(other.client == connection.client for other in self.connections) >= limit:
             metrics.stream_refused_total.labels("max_per_client").inc()
             raise TooManyConnections(
-                f"This client has {limit} connections to /ws and /stream, the limit set by"
-                " STREAM_MAX_PER_CLIENT: close one, or subscribe on an open one."
+                f"this client has {limit} connections to /ws and /stream, the limit set by"
+                " STREAM_MAX_PER_CLIENT; close one, or subscribe on an open one"
             )
         count = len(self.connections)
         if count >= self.settings.stream_max_clients:
             metrics.stream_refused_total.labels("max_clients").inc()
             raise TooManyStreams(
-                f"{count} clients are connected, the limit set by STREAM_MAX_CLIENTS: retry later."
+                f"{count} clients are connected (STREAM_MAX_CLIENTS); try again later"
             )
         self.connections.add(connection)
 
@@ -125,7 +125,7 @@ class StreamHub:
         if count > limit:
             raise TooManySubscriptions(
                 f"{count} streams are too many for one connection, {limit} are allowed"
-                " (STREAM_MAX_SUBSCRIPTIONS): subscribe to fewer; `all` counts each exchange."
+                " (STREAM_MAX_SUBSCRIPTIONS); subscribe to fewer, `all` counts each exchange"
             )
 
     def subscribe(
@@ -138,8 +138,8 @@ class StreamHub:
         """
         if not self._registry.make_room(topics):
             raise TooManyStreams(
-                f"{len(self.topics)} streams are watched, the limit set by STREAM_MAX_TOPICS:"
-                " subscribe to a watched one, or use /ticker.",
+                f"{len(self.topics)} streams are watched, the limit set by STREAM_MAX_TOPICS;"
+                " subscribe to a watched one, or use /ticker",
                 symbol=subscription.symbol,
             )
         feeds = connection.subscriptions.setdefault(subscription, {})

@@ -155,8 +155,8 @@ class WebSocketConnection(ClientConnection):
         self._tokens_at = now
         if self._tokens < 0:
             raise errors.TooManyRequests(
-                f"This client sent more than {MESSAGES_AT_ONCE} messages at once or"
-                f" {MESSAGES_PER_SECOND} per second: reconnect and send fewer."
+                f"this client sent more than {MESSAGES_AT_ONCE} messages at once or"
+                f" {MESSAGES_PER_SECOND} per second; reconnect and send fewer"
             )
 
     def _answer(self, text: str | bytes) -> None:
@@ -198,7 +198,7 @@ class WebSocketConnection(ClientConnection):
         A wrong symbol costs as much as a message. Raises the error of a single symbol.
         """
         if not command.symbols:
-            raise errors.InvalidParameter(f"symbols is empty: expected {SYMBOLS}.")
+            raise errors.InvalidParameter(f"symbols is empty: expected {SYMBOLS}")
         action = self._begin if command.op == "subscribe" else self._end
         symbols: list[str] = []
         problems: dict[str, Any] = {}
@@ -225,8 +225,8 @@ class WebSocketConnection(ClientConnection):
     def _end(self, subscription: Subscription) -> None:
         if not self._hub.unsubscribe(self, subscription):
             raise errors.InvalidParameter(
-                f"{subscription.symbol} has no such subscription: use the channel, exchange and"
-                " levels that `list` shows.",
+                f"{subscription.symbol} has no such subscription; use the channel, exchange and"
+                " levels that `list` shows",
                 symbol=subscription.symbol,
             )
 
@@ -256,7 +256,7 @@ def _check_origin(websocket: WebSocket, allowed: Collection[str]) -> None:
     page_host = origin.partition("://")[2]
     page_hosts = {page_host, re.sub(r":\d+$", "", page_host)}  # a proxy may remove Host's port
     if websocket.headers.get("host", "") not in page_hosts - {""}:
-        raise errors.OriginRefused(f"{origin} may not connect: add the origin to CORS_ORIGINS.")
+        raise errors.OriginRefused(f"{origin} may not connect; add the origin to CORS_ORIGINS")
 
 
 def frame(payload: bytes, *_: object) -> bytes:
@@ -280,7 +280,7 @@ def _parse_object(text: str | bytes) -> dict[str, Any]:
         document = orjson.loads(text)
         if isinstance(document, dict):
             return document
-    raise errors.MalformedRequest('The message is not a JSON object such as {"op":"ping"}.')
+    raise errors.MalformedRequest('send a JSON object, such as {"op":"ping"}')
 
 
 def _parse_command(document: dict[str, Any]) -> Command:
@@ -290,8 +290,8 @@ def _parse_command(document: dict[str, Any]) -> Command:
         name = str(error.errors()[0]["loc"][0])
     field = Command.model_fields.get(name)
     if field is None:
-        raise errors.InvalidParameter(f"{name} is unknown: use {', '.join(Command.model_fields)}.")
-    raise errors.InvalidParameter(f"{name} is invalid: expected {field.description}.")
+        raise errors.InvalidParameter(f"{name} is unknown; use {', '.join(Command.model_fields)}")
+    raise errors.InvalidParameter(f"{name} is invalid: expected {field.description}")
 
 
 def _error_message(error: errors.GatewayError, request_id: object = None) -> dict[str, Any]:

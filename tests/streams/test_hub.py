@@ -1226,7 +1226,7 @@ async def test_invalid_id_is_not_repeated(start: StartGateway, join: Join) -> No
         await client.connection.send('{"op":"ping","id":' + odd + "}")
         (problem,) = await client.take("error")
         assert (problem["code"], problem["id"]) == ("invalid_parameter", None)
-        assert problem["detail"] == "id is invalid: expected a string or an integer."
+        assert problem["detail"] == "id is invalid: expected a string or an integer"
 
 
 async def test_api_key_is_required(start: StartGateway, join: Join) -> None:
