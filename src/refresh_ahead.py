@@ -86,10 +86,7 @@ class RefreshAhead:
         return [sorted(groups[group]) for group in sorted(due, key=least_left.__getitem__)]
 
     def _lifetime(self, entry: Entry) -> float:
-        """Return the seconds in which no request waits for the entry.
-
-        Past memory's limit Redis may have it.
-        """
+        """Return the seconds for which memory, or else Redis, answers for the entry."""
         if self._gateway.store.up:
             return entry.ttl
         return min(entry.ttl, self._gateway.settings.cache_memory_ttl)

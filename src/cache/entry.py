@@ -106,7 +106,10 @@ class Entry:
 
     @classmethod
     def parse(cls, key: Key, raw: object, ttl: float, jitter: float, clock: Clock) -> Self | None:
-        """Return the entry that `dump` wrote, or None for other data and future times."""
+        """Return the entry that `dump` wrote.
+
+        Returns None for any other data, and for an entry from the future.
+        """
         if not isinstance(raw, bytes) or not raw[:32].isdigit():
             return None
         if etag_of(raw[50:]).encode() != raw[32:50]:
