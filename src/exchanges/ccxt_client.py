@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CcxtClient = Any  # ccxt's clients are untyped and generated
 MARKETS_TIMEOUT_SECONDS = 20.0
-SNAPSHOT_FORMAT = 2  # the first format had no number
+SNAPSHOT_FORMAT = 3  # 3: with ws_name
 UNUSED_FIELDS = {"info", "limits", "precision", "marginModes", "tiers"}
 """Fields of a market that nothing here reads. `info` alone is more than half of a market."""
 
@@ -196,15 +196,18 @@ async def load_snapshot(options: ClientOptions, response: Answer, now: float) ->
     async with open_session(max_connections=4) as session:
         client = make_client(options, session)
         try:
-            markets = (await client.load_markets()).values()
+            loaded = (await client.load_markets()).values()
         finally:
             await client.close()
-    document = {"format": SNAPSHOT_FORMAT, "loaded_at": now, "markets": [*map(_slim, markets)]}
+    markets = [_slim(options.profile, market) for market in loaded]
+    document = {"format": SNAPSHOT_FORMAT, "loaded_at": now, "markets": markets}
     return zlib.compress(orjson.dumps(document), 1)
 
 
-def _slim(market: dict[str, Any]) -> dict[str, Any]:
+def _slim(profile: Profile, market: dict[str, Any]) -> dict[str, Any]:
+    """Return the used fields of ccxt's market, and `ws_name`, its name on the sockets."""
     used = {name: value for name, value in market.items() if name not in UNUSED_FIELDS}
+    used["ws_name"] = profile.ws_name(market)
     return {name: value for name, value in used.items() if value is not None}
 
 

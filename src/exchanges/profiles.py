@@ -12,6 +12,8 @@ Weight = Callable[[str, int, bool], int]
 """Returns the weight of a call: operation, number of symbols or levels, True for a swap."""
 Unsubscribe = Callable[[str, Sequence[str], int], dict[str, Any]]
 """Returns the message that ends subscriptions: kind of data, topics, number of the message."""
+MarketName = Callable[[Mapping[str, Any]], str]
+"""Returns a name of ccxt's market, of which `info` is the exchange's own row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,11 @@ def one_per_call(_operation: str, _size: int, _is_swap: bool) -> int:
     return 1
 
 
+def market_id(market: Mapping[str, Any]) -> str:
+    """Return the exchange's id of a market."""
+    return str(market["id"])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """One exchange."""
@@ -65,6 +72,8 @@ class Profile:
     """Response header with the remaining requests; `0` means that the budget is spent."""
     status_rules: tuple[StatusRule, ...] = STATUS_RULES
 
+    ws_name: MarketName = market_id
+    """Returns the name of a market on the sockets."""
     topics: Mapping[str, tuple[str, ...]]
     """Kind of data -> topics of one market, formatted with the fields of ccxt's market."""
     book_depth: int
@@ -154,6 +163,16 @@ BINANCE = Profile(
     spot_socket_path="/stream/ws",
 )
 
+# The socket's version 2 has these names for them; `wsname` in the market list is of version 1.
+KRAKEN_RENAMED = {"XBT": "BTC", "XDG": "DOGE"}
+
+
+def kraken_ws_name(market: Mapping[str, Any]) -> str:
+    """Return `wsname` with the names of version 2. ccxt's symbols have other names, as for LUNA."""
+    base, slash, quote = str(market["info"].get("wsname") or market["symbol"]).partition("/")
+    return KRAKEN_RENAMED.get(base, base) + slash + KRAKEN_RENAMED.get(quote, quote)
+
+
 KRAKEN_CHANNELS = {"ticker": "ticker", "orderbook": "book", "trades": "trade"}
 
 
@@ -169,6 +188,7 @@ KRAKEN = Profile(
     # Kraken documents no budget. Callers measure about one call per second; the burst of 5 admits a
     # cold batch without a higher mean.
     default_budget="5/5",
+    ws_name=kraken_ws_name,
     topics=dict.fromkeys(KRAKEN_CHANNELS, ("{symbol}",)),
     book_depth=100,
     unsubscribe=kraken_unsubscribe,
