@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from src.sandbox.exchange import Exchange, RefusalError, Request, Topic
+from src.sandbox.exchange import UNIT_SECONDS, Exchange, RefusalError, Request, Topic
 from src.sandbox.market import COMMON_PAIRS, SWAPS, Fields, Pair, pairs
 
 WEIGHT_PER_WINDOW = 6_000
@@ -22,6 +22,7 @@ BOOK_LEVELS = 100
 """Levels of a book that pushes keep up to date. The real exchange pushes all levels."""
 CHANNELS = {"ticker": "ticker", "miniTicker": "mini", "bookTicker": "top"}
 CHANNELS |= {"depth": "book", "trade": "trades"}
+INTERVALS = ("1m", "3m", "5m", "15m", "30m", "1h", "2h", "4h", "6h", "8h", "12h", "1d", "3d", "1w")
 BLOCKED = "Service unavailable from a restricted location according to our terms."
 REST_TOP = ',"bidPrice":"$bid","bidQty":"$bid_size","askPrice":"$ask","askQty":"$ask_size"'
 SPOT_RECORDS = """
@@ -68,6 +69,8 @@ class Binance(Exchange):
     # As at the real exchange, only the ticker of a spot market has bid and ask.
     rest_records = SPOT_RECORDS.replace("$top", REST_TOP)
     rest_records += SPOT_RECORDS.replace("$top", "").replace("/api/v3", "/fapi/v1")
+    # The streams have the fields of
+    # https://github.com/binance/binance-spot-api-docs/blob/master/web-socket-streams.md
     push_records = """
 ticker
 {"e":"24hrTicker","E":$ms,"s":"$id","c":"$last","o":"$open","h":"$high","l":"$low","v":"$volume",
@@ -97,6 +100,11 @@ book.swap
 {"e":"depthUpdate","E":$ms,"s":"$id","U":$first_ms,"u":$ms,"T":$ms,"pu":$previous_ms,"b":[$bids],
 "a":[$asks]}
  ["$price","$amount"]
+
+candles
+ {"e":"kline","E":$push_ms,"s":"$id","k":{"t":$ms,"T":$end,"s":"$id","i":"$interval","f":-1,
+ "L":-1,"o":"$open","c":"$close","h":"$high","l":"$low","v":"$volume","n":$count,
+ "x":$is_closed,"q":"$turnover","V":"0","Q":"0","B":"0"}}
 
 trades
  {"e":"trade","E":$push_ms,"s":"$id","M":true,"t":$number,"p":"$price","q":"$amount","T":$ms,
@@ -159,7 +167,12 @@ trades
     def topic(self, name: str, path: str) -> Topic:
         symbol, _, stream = name.partition("@")
         pair = (self.spot if "/stream" in path else SWAPS).get(symbol.upper())
-        channel = CHANNELS.get(stream.partition("@")[0])
+        stream = stream.partition("@")[0]
+        interval = stream.removeprefix("kline_")
+        if pair and interval in INTERVALS and interval != stream:
+            seconds = int(interval[:-1]) * UNIT_SECONDS[interval[-1]]
+            return Topic(name, "candles", pair, seconds=seconds, interval=interval)
+        channel = CHANNELS.get(stream)
         if pair is None or channel is None:
             raise RefusalError(name)
         return Topic(name, channel, pair, BOOK_LEVELS)

@@ -8,8 +8,10 @@ from src.sandbox.market import COMMON_PAIRS, SWAPS, Fields, Pair, pairs
 REQUESTS_PER_WINDOW = 600
 WINDOW_SECONDS = 5
 BAN_SECONDS = 600
-DEPTHS = (1, 50, 200, 1_000)
-CHANNELS = {"tickers": "ticker", "orderbook": "book", "publicTrade": "trades"}
+DEPTHS = {"1": 1, "50": 50, "200": 200, "1000": 1_000}
+INTERVALS = {str(minutes): minutes * 60 for minutes in (1, 3, 5, 15, 30, 60, 120, 240, 360, 720)}
+INTERVALS |= {"D": 86_400, "W": 604_800}
+CHANNELS = {"tickers": "ticker", "orderbook": "book", "publicTrade": "trades", "kline": "candles"}
 BLOCKED = "The Amazon CloudFront distribution is configured to block access from your country."
 
 
@@ -56,7 +58,8 @@ class Bybit(Exchange):
  {"execId":"$number","symbol":"$id","price":"$price","size":"$amount","side":"$side_title",
  "time":"$ms"}
 """
-    # As at the real exchange, only the ticker of a swap has bid and ask.
+    # As at the real exchange, only the ticker of a swap has bid and ask. Candles:
+    # https://bybit-exchange.github.io/docs/v5/websocket/public/kline
     push_records = """
 ticker
 {"topic":"$name","ts":$ms,"type":"snapshot","cs":$ms,"data":{"symbol":"$id","lastPrice":"$last",
@@ -74,6 +77,12 @@ book
 {"topic":"$name","type":"$type","ts":$ms,"data":{"s":"$id","b":[$bids],"a":[$asks],"u":$ms,
 "seq":$ms}}
  ["$price","$amount"]
+
+candles
+{"topic":"$name","data":[$rows],"ts":$ms,"type":"snapshot"}
+ {"start":$ms,"end":$end,"interval":"$interval","open":"$open","close":"$close","high":"$high",
+ "low":"$low","volume":"$volume","turnover":"$turnover","confirm":$is_closed,
+ "timestamp":$push_ms}
 
 trades
 {"topic":"$name","ts":$ms,"type":"snapshot","data":[$rows]}
@@ -126,10 +135,12 @@ trades
         return [reply]
 
     def topic(self, name: str, path: str) -> Topic:
-        kind, *depths, symbol = name.split(".")
+        kind, *options, symbol = name.split(".")
         known = self.spot if path.endswith("spot") else SWAPS
-        depth = int(depths[0]) if depths else 0
-        is_depth_valid = (depth in DEPTHS) == (kind == "orderbook")
-        if symbol not in known or kind not in CHANNELS or not is_depth_valid:
+        allowed = {"orderbook": DEPTHS, "kline": INTERVALS}.get(kind, {"": 0})
+        option = ".".join(options)
+        if symbol not in known or kind not in CHANNELS or option not in allowed:
             raise RefusalError(name)
-        return Topic(name, CHANNELS[kind], known[symbol], depth)
+        depth = DEPTHS.get(option, 0)
+        seconds = INTERVALS.get(option, 0)
+        return Topic(name, CHANNELS[kind], known[symbol], depth, seconds, option)

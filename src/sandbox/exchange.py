@@ -93,6 +93,15 @@ class Topic(NamedTuple):
     """book, trades, or the name of a ticker's push format"""
     pair: Pair
     depth: int = 0
+    seconds: int = 0
+    """The length of candles."""
+    interval: str = ""
+    """The length of candles on the wire."""
+
+    @property
+    def key(self) -> str:
+        """Return what distinguishes this subscription from all others of its socket."""
+        return f"{self.channel} {self.name} {self.depth} {self.interval}"
 
 
 class Exchange:
@@ -113,6 +122,10 @@ class Exchange:
     push_records = ""
     pushes_snapshots = True
     """False if clients fetch the snapshots of order books by REST."""
+    pushes_only_trades = False
+    """True if candles are pushed only when a trade changes them, and without a mark of the end."""
+    candle_snapshot = 1
+    """Candles that the first push of a subscription contains."""
     greeting = ""
     """Sent to every new socket."""
     malformed = ""
@@ -215,11 +228,10 @@ class Exchange:
     def change_topics(topics: dict[str, Topic], verb: str, changed: Iterable[Topic]) -> None:
         """Subscribe to topics, or unsubscribe. Raise `KeyError` for another verb."""
         for topic in changed:
-            key = f"{topic.channel} {topic.name}"
             if {"subscribe": True, "unsubscribe": False}[verb]:
-                topics[key] = topic
+                topics[topic.key] = topic
             else:
-                topics.pop(key, None)
+                topics.pop(topic.key, None)
 
     def push(self, topic: Topic, ms: int, fields: Fields, **lists: list[Fields]) -> list[str]:
         """Return the messages that push data of a topic."""

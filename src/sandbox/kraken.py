@@ -13,7 +13,9 @@ MAX_CANDLES = 720
 ASSET_NAMES = {"BTC": "XBT", "DOGE": "XDG"}
 PREFIXED_ASSETS = {"BTC", "ETH", "XRP", "LTC", "XLM", "XMR"}
 """Their markets in EUR and USD have names such as XXBTZUSD."""
-CHANNELS = {"ticker": "ticker", "book": "book", "trade": "trades"}
+CHANNELS = {"ticker": "ticker", "book": "book", "trade": "trades", "ohlc": "candles"}
+INTERVALS = (1, 5, 15, 30, 60, 240, 1_440, 10_080, 21_600)
+"""Minutes."""
 BLOCKED = "<html><head><title>Access denied</title></head><body>Error 1009</body></html>"
 DEPTHS = (10, 25, 100, 500, 1_000)
 STATUS = '{"api_version":"v2","connection_id":1,"system":"online","version":"2.0.0"}'
@@ -34,6 +36,10 @@ class Kraken(Exchange):
     geo_block = (403, BLOCKED)
     greeting = f'{{"channel":"status","type":"update","data":[{STATUS}]}}'
     malformed = '{"error":"Malformed request","method":"","success":false}'
+    # https://docs.kraken.com/exchange/api-reference/spot-websocket-v2/ohlc: "updates are generated
+    # on trade events".
+    pushes_only_trades = True
+    candle_snapshot = MAX_CANDLES
     rest_records = """
 /0/public/Time time
 {"unixtime":$second}
@@ -77,6 +83,12 @@ book
 {"channel":"book","type":"update","data":[{"symbol":"$name","checksum":0,"timestamp":"$iso",
 "bids":[$bids],"asks":[$asks]}]}
  {"price":$price,"qty":%(amount)se0}
+
+candles
+{"channel":"ohlc","type":"$type","timestamp":"$iso","data":[$rows]}
+ {"symbol":"$name","open":$open,"high":$high,"low":$low,"close":$close,"trades":$count,
+ "volume":$volume,"vwap":$vwap,"interval_begin":"$begin","interval":$interval,
+ "timestamp":"$close_time"}
 
 trades
 {"channel":"trade","type":"update","data":[$rows]}
@@ -129,7 +141,7 @@ trades
         replies = []
         for symbol in params["symbol"]:
             try:
-                topic = self.topic(symbol, channel, params.get("depth", 10))
+                topic = self.topic(symbol, channel, params)
             except RefusalError as error:
                 replies.append(common | {"error": str(error), "success": False, "symbol": symbol})
                 continue
@@ -138,15 +150,24 @@ trades
             replies.append(common | {"result": result, "success": True})
         return replies
 
-    def topic(self, symbol: str, channel: str, depth: int) -> Topic:
+    def topic(self, symbol: str, channel: str, params: Fields) -> Topic:
         known = {f"{pair.base}/{pair.quote}": pair for pair in self.spot.values()}
         if symbol not in known:
             raise RefusalError(f"Currency pair not supported {symbol}")
         if channel not in CHANNELS:
             raise RefusalError("Subscription name invalid")
-        if depth not in DEPTHS:
-            raise RefusalError("Subscription depth not supported")
-        return Topic(symbol, CHANNELS[channel], known[symbol], depth)
+        topic = Topic(symbol, CHANNELS[channel], known[symbol])
+        if channel == "book":
+            depth = params.get("depth", 10)
+            if depth not in DEPTHS:
+                raise RefusalError("Subscription depth not supported")
+            return topic._replace(depth=depth)
+        if channel == "ohlc":
+            minutes = params.get("interval", 1)
+            if minutes not in INTERVALS:
+                raise RefusalError("Subscription ohlc interval not supported")
+            return topic._replace(seconds=minutes * 60, interval=str(minutes))
+        return topic
 
     def push(self, topic: Topic, ms: int, fields: Fields, **lists: list[Fields]) -> list[str]:
         messages = super().push(topic, ms, fields, **lists)

@@ -4,6 +4,7 @@ A socket remembers what it pushed of each topic, so that the next push contains 
 """
 
 import contextlib
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -11,7 +12,7 @@ import orjson
 from aiohttp import WSMsgType, web
 
 from src.sandbox.exchange import Exchange, Topic
-from src.sandbox.market import TRADE_SECONDS, Book, Fields, Market
+from src.sandbox.market import TRADE_SECONDS, Book, Fields, Market, iso_time
 
 MAX_STEPS = 30
 """Book steps that are pushed one by one after a pause. The first includes all earlier steps."""
@@ -32,7 +33,7 @@ class Socket:
         self.calls = calls
         self.topics: dict[str, Topic] = {}
         self.pushed: dict[str, Any] = {}
-        """By topic: the last book (`Book`), or the number of the last trade."""
+        """By topic: the last book (`Book`) or candle, or the number of the last trade."""
 
     async def serve(self) -> None:
         """Reply to messages until the client leaves."""
@@ -63,6 +64,8 @@ class Socket:
                 messages += self.book_messages(key, topic, market)
             elif topic.channel == "trades":
                 messages += self.trade_messages(key, topic, market)
+            elif topic.channel == "candles":
+                messages += self.candle_messages(key, topic, market)
             else:
                 ticker = market.ticker(topic.pair)
                 messages += self.exchange.push(topic, int(market.now * 1000), ticker)
@@ -75,6 +78,32 @@ class Socket:
         rows = [market.trade(topic.pair, number) for number in range(first, last + 1)]
         ms = int(market.now * 1000)
         return self.exchange.push(topic, ms, {"push_ms": ms}, rows=rows) if rows else []
+
+    def candle_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
+        """Return the growing candle, after the last updates of candles that have closed.
+
+        The snapshot of kraken is one message. All other candles have a message of their own.
+        """
+        ms = int(market.now * 1000)
+        sent: Fields = self.pushed.get(key, {})
+        count = MAX_STEPS if sent else self.exchange.candle_snapshot
+        rows = [
+            candle_row(market, topic, number)
+            for number in market.periods(topic.seconds, count)
+            if number >= sent.get("number", 0)
+        ]
+        if self.exchange.pushes_only_trades:
+            known = (sent.get("number"), sent.get("volume"))
+            rows = [row for row in rows if (row["number"], row["volume"]) != known]
+            rows = [row for row in rows if float(row["volume"])]
+        if not rows:
+            return []
+        self.pushed[key] = rows[-1]
+        fields = {"push_ms": ms, "interval": topic.interval, "type": "update"}
+        if not sent:
+            return self.exchange.push(topic, ms, fields | {"type": "snapshot"}, rows=rows)
+        pushes = [self.exchange.push(topic, ms, fields, rows=[row]) for row in rows]
+        return list(itertools.chain.from_iterable(pushes))
 
     def book_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
         """Return the updates of a book, after its snapshot if the exchange pushes one."""
@@ -103,3 +132,17 @@ class Socket:
     async def send(self, message: str) -> None:
         with contextlib.suppress(ConnectionError):
             await self.ws.send_str(message)
+
+
+def candle_row(market: Market, topic: Topic, number: int) -> Fields:
+    """Return a candle as REST has it, and whether it has closed."""
+    row = market.candle(topic.pair, number, topic.seconds)
+    defaults = {"turnover": "0", "vwap": row["close"], "count": 1}
+    row = defaults | row
+    is_closed = row["end"] < market.now * 1000
+    row["is_closed"] = "true" if is_closed else "false"
+    return row | {
+        "number": number,
+        "begin": iso_time(row["ms"]),
+        "close_time": iso_time(row["end"] + 1),
+    }

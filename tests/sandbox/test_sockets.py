@@ -343,6 +343,89 @@ async def test_pushed_trades_equal_rest(
         assert [trade[figure] for trade in pushed] == [trade[figure] for trade in fetched]
 
 
+def candle_topic(name: str, interval: str) -> dict[str, Any]:
+    """Return the message that subscribes to candles of BTC/USDT."""
+    if name == "kraken":
+        return request(name, "ohlc BTC/USDT", interval=int(interval))
+    return request(name, {"bybit": f"kline.{interval}.BTCUSDT"}.get(name, f"btcusdt@{interval}"))
+
+
+@pytest.mark.parametrize("timeframe", ["1m", "5m", "15m", "30m", "1h", "4h", "1d", "1w"])
+@pytest.mark.parametrize(("name", "symbol"), MARKETS)
+async def test_pushed_candles_equal_rest(
+    clock: Clock, connect: Connect, name: str, symbol: str, timeframe: str
+) -> None:
+    """The growing candle is the last one of REST, also after closes."""
+    client = await connect(name)
+    await within_limit(client.watch_ohlcv(symbol, timeframe))
+    for pause in (0.0, 20.0, client.parse_timeframe(timeframe), 45.0):
+        clock.now += pause
+        fetched = (await client.fetch_ohlcv(symbol, timeframe))[-2:]
+        pushed = client.ohlcvs[symbol][timeframe]
+        await eventually(lambda: pushed[-1] == fetched[-1])  # noqa: B023
+        if pause >= 45:
+            assert pushed[-2] == fetched[-2]
+
+
+async def test_the_last_update_of_a_candle_is_final(
+    sandbox: Sandbox, dial: Dial, clock: Clock, name: str
+) -> None:
+    """bybit and binance mark it. kraken sends the candle without a mark, once."""
+    minute = int(NOON // 60) * 60
+    clock.now = minute + 50
+    peer = await dial(name)
+    await peer.request(candle_topic(name, {"binance": "kline_1m"}.get(name, "1")))
+    await peer.push()
+    clock.now = minute + 75
+    closed = []
+    while (row := candle_of(await peer.push()))[0] == minute * 1000:
+        closed.append(row)
+    marks = [mark for _, mark, _ in closed]
+    assert marks[-1] is (None if name == "kraken" else True)
+    assert True not in marks[:-1]
+    assert row[:2] == ((minute + 60) * 1000, None if name == "kraken" else False)
+    async with aiohttp.ClientSession() as session:
+        path = {
+            "bybit": "/v5/market/kline?category=spot&symbol=BTCUSDT&interval=1&limit=2",
+            "binance": "/api/v3/klines?symbol=BTCUSDT&interval=1m&limit=2",
+            "kraken": "/0/public/OHLC?pair=XBTUSDT&interval=1",
+        }[name]
+        async with session.get(sandbox.urls[name] + path) as answer:
+            rows = await answer.json()
+    volume = {
+        "bybit": lambda: rows["result"]["list"][1][5],
+        "binance": lambda: rows[0][5],
+        "kraken": lambda: rows["result"]["XBTUSDT"][-2][6],
+    }[name]()
+    assert float(closed[-1][2]) == float(volume)
+
+
+def candle_of(push: dict[str, Any]) -> tuple[int, bool | None, str]:
+    """Return start in milliseconds, the mark of the end, and volume of a pushed candle."""
+    if "k" in push:
+        return push["k"]["t"], push["k"]["x"], push["k"]["v"]
+    row = push["data"][-1]
+    if "start" in row:
+        return row["start"], row["confirm"], row["volume"]
+    return ccxt.Exchange.parse8601(row["interval_begin"]) or 0, None, row["volume"]
+
+
+async def test_kraken_pushes_a_snapshot_of_candles(dial: Dial, clock: Clock) -> None:
+    """An update follows only after a trade, so that a quiet candle has no last update."""
+    peer = await dial("kraken")
+    await peer.request(request("kraken", "ohlc BTC/USDT", interval=5))
+    snapshot = await peer.push()
+    assert (snapshot["type"], len(snapshot["data"])) == ("snapshot", 720)
+    await drain_pushes(peer)
+    assert peer.pushed == []
+    clock.now += 10
+    update = await peer.push()
+    assert (update["type"], len(update["data"])) == ("update", 1)
+    row = update["data"][0]
+    assert row["interval"] == 5
+    assert row["timestamp"] == "2026-01-01T12:05:00.000Z"
+
+
 async def test_sockets_share_one_market(
     sandbox: Sandbox, dial: Dial, clock: Clock, name: str
 ) -> None:
@@ -412,6 +495,12 @@ async def test_subscriptions_are_confirmed(dial: Dial, name: str) -> None:
             {"error": "Currency pair not supported NO/PE", "symbol": "NO/PE"},
         ),
         ("kraken", "nope BTC/USDT", {"error": "Subscription name invalid", "symbol": "BTC/USDT"}),
+        ("bybit", "kline.2.BTCUSDT", {"ret_msg": "error:handler not found,topic:kline.2.BTCUSDT"}),
+        (
+            "binance",
+            "btcusdt@kline_2m",
+            {"error": {"code": 2, "msg": "Invalid request: unknown stream"}},
+        ),
     ],
 )
 async def test_unknown_topics_are_refused(
