@@ -19,7 +19,7 @@ from docs import generate
 from src.api import create_app
 from src.core import metrics
 from src.core.errors import GatewayError, Unavailable
-from src.sandbox.server import Knobs
+from src.sandbox.knobs import Knobs
 from tests.conftest import StartGateway
 
 ROOT = Path(__file__).parents[1]

@@ -8,20 +8,39 @@ request (`Exchange.answer`).
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import orjson
+
+from src.sandbox.knobs import Knobs
 from src.sandbox.market import COMMON_PAIRS, TRADE_SECONDS, Fields, Market, Pair, iso_time, pairs
 
 MAX_ROWS = 5_000
-UNIT_SECONDS = {"": 60, "s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
-Refusal = tuple[int, object]
-"""Status and body of an error answer."""
+HALT_SECONDS = 3 * 86_400
+"""Time since the last trade of a halted market."""
 
 
 class RefusalError(Exception):
     """A request is refused. Arguments: status, body and headers; for a socket only a text."""
+
+
+def names_in(params: Mapping[str, str]) -> list[str]:
+    """Return the markets in the parameters of a request: one, a JSON list or a comma list."""
+    texts = (params[name] for name in ("symbol", "symbols", "pair") if name in params)
+    return re.findall(r"\w+", next(texts, ""))
+
+
+def odd_candles(rows: list[Fields], pair: Pair, market: Market) -> list[Fields]:
+    """Return candles in the order on the wire, as the knobs want them."""
+    if pair in market.halted or market.is_odd(pair, "empty_candles"):
+        return []
+    if rows and market.is_odd(pair, "duplicate_candle"):  # hummingbot pull request 6889
+        last = max(rows, key=lambda row: row["ms"])
+        more = last | {"volume": f"{float(last['volume']) * 1.5:.8f}"}
+        rows.insert(rows.index(last) + 1, more)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -33,26 +52,47 @@ class Request:
     market: Market
     ms: int
     """Unix time of the exchange's clock in milliseconds, which includes its skew."""
-    rate_limit: int = 0
-    """Requests or weight per window. 0 is the documented limit, -1 no limit."""
+    knobs: Knobs
+
+    @property
+    def names(self) -> list[str]:
+        """Return the requested markets."""
+        return names_in(self.params)
+
+    @property
+    def is_concerned(self) -> bool:
+        """Return whether the knobs `error` and `odd` apply to the request."""
+        return self.knobs.pair in ("", *self.names)
+
+    def unknown_names(self, known: Mapping[str, Pair]) -> set[str]:
+        """Return the requested markets that are unknown, or that the knobs make unknown."""
+        refused = {self.knobs.pair} if self.knobs.error == "no_symbol" else set()
+        return {name for name in self.names if name not in known or name in refused}
 
     def param(self, *names: str) -> str:
         """Return the first of these parameters that is present."""
         return next((self.params[name] for name in names if name in self.params), "")
 
+    def number(self, *names: str) -> int | None:
+        """Return a whole number. Raise `ValueError` with the name of the parameter otherwise."""
+        text = self.param(*names)
+        if text and not text.isdecimal():
+            raise ValueError(next(name for name in names if name in self.params))
+        return int(text) if text else None
+
     def limit(self, default: int) -> int:
-        return max(1, min(int(self.param("limit", "count") or default), MAX_ROWS))
+        return max(1, min(self.number("limit", "count") or default, MAX_ROWS))
 
     def seconds(self, *names: str) -> float | None:
         """Return a time. Its number of digits shows if it is in seconds, ms or ns."""
-        text = self.param(*names)
-        return int(text) / 10 ** max(0, len(text) - 10) if text else None
+        number = self.number(*names)
+        return None if number is None else number / 10 ** max(0, len(str(number)) - 10)
 
-    def periods(self, seconds: float) -> range:
+    def periods(self, pair: Pair, seconds: float) -> range:
         """Return the numbers of the trades or candles that are requested."""
         start = self.seconds("start", "startTime", "since")
         end = self.seconds("end", "endTime")
-        return self.market.periods(seconds, self.limit(500), start, end)
+        return self.market.traded(pair).periods(seconds, self.limit(500), start, end)
 
 
 class Format(NamedTuple):
@@ -69,16 +109,16 @@ class Format(NamedTuple):
         return self.text % filled
 
 
-def parse_formats(records: str, envelope: str = "%s") -> dict[str, Format]:
+def parse_formats(records: str, envelope: str = "%s", separator: str = "") -> dict[str, Format]:
     """Parse the records that the module's docstring describes. Return the formats by name.
 
-    `envelope` contains `%s` where the message goes.
+    `envelope` contains `%s` where the message goes. `separator` joins the lines of a message.
     """
     formats = {}
     for record in records.strip().split("\n\n"):
         header, *lines = re.sub(r"\$(\w+)", r"%(\1)s", record).splitlines()
         name, _, kind = header.partition(" ")
-        text = envelope % "".join(line for line in lines if line[0] != " ")
+        text = envelope % separator.join(line for line in lines if line[0] != " ")
         row = "".join(line.strip() for line in lines if line[0] == " ")
         formats[name] = Format(kind, text, row)
     return formats
@@ -112,10 +152,15 @@ class Exchange:
     """The prices of the exchange, relative to those of the market."""
     half_spread = 0.0001
     listing: tuple[Pair, ...] = COMMON_PAIRS
-    unknown_path: Refusal
-    unknown_symbol: Refusal
-    invalid_interval: Refusal
-    geo_block: Refusal
+    swap_listing: tuple[Pair, ...] = ()
+    trading_status = ""
+    """Status of a market without restrictions."""
+    intervals: Mapping[str, int]
+    """Lengths of candles in seconds, by the value of the parameter."""
+    error_records = ""
+    """The kind of a record is the status, and how many seconds the failure is said to last."""
+    drift: tuple[tuple[str, str], ...] = ()
+    """Expressions for parts of answers, and their replacements for the knob `drift`."""
     envelope = "%s"
     """The text around each REST answer."""
     rest_records = ""
@@ -133,11 +178,63 @@ class Exchange:
 
     def __init__(self, filler: int) -> None:
         """List `filler` more markets than usual."""
-        extra = pairs((f"F{number:04d}" for number in range(1, filler + 1)), "USDT")
-        self.spot = {self.fields(pair)["id"]: pair for pair in self.listing + extra}
+        self.filler = pairs((f"F{number:04d}" for number in range(1, filler + 1)), "USDT")
+        self.configure(Knobs())
+        self.errors = parse_formats(self.error_records, separator=" ")
         self.rest_formats = parse_formats(self.rest_records, self.envelope)
         self.push_formats = parse_formats(self.push_records)
         self.reset_limits()
+
+    def configure(self, knobs: Knobs) -> None:
+        """List the markets that the knobs say."""
+        added = [Pair.of_symbol(symbol) for symbol in knobs.listed]
+        listed = {}
+        for pair in [*self.listing, *self.filler, *self.swap_listing, *added]:
+            pair_id = self.fields(pair)["id"]
+            if pair_id not in knobs.delisted:
+                listed[pair] = pair_id
+        self.spot = {pair_id: pair for pair, pair_id in listed.items() if not pair.is_swap}
+        self.swaps = {pair_id: pair for pair, pair_id in listed.items() if pair.is_swap}
+
+    def market(self, now: float, knobs: Knobs, since: float) -> Market:
+        """Return the market at a time, under knobs that were set at the time `since`."""
+        halted = self.pairs_with(knobs.halted)
+        last_trades = dict.fromkeys(halted, since - HALT_SECONDS)
+        last_trades |= dict.fromkeys(self.pairs_with(knobs.still), since)
+        return Market(
+            now,
+            self.price_factor,
+            self.half_spread,
+            knobs.price,
+            last_trades,
+            halted,
+            knobs.odd,
+            self.pairs_with({knobs.pair}) if knobs.pair else None,
+        )
+
+    def pairs_with(self, ids: Set[str]) -> frozenset[Pair]:
+        """Return the spot markets and swaps with these ids."""
+        return frozenset(
+            known[name] for known in (self.spot, self.swaps) for name in ids & known.keys()
+        )
+
+    def refusal(
+        self,
+        name: str,
+        now: float = 0.0,
+        headers: Mapping[str, str] | None = None,
+        until: float | None = None,
+        parameter: str = "",
+    ) -> RefusalError:
+        """Return an error answer in the format of the exchange."""
+        record = self.errors.get(name) or self.errors["rate_limit"]
+        status, _, seconds = record.kind.partition(" ")
+        until = now + int(seconds or 0) if until is None else until
+        fields = {"until": int(until), "until_ms": int(until * 1000), "parameter": parameter}
+        fields["now_ms"] = int(now * 1000)
+        body = record.text % fields
+        is_json = body.startswith("{")
+        return RefusalError(int(status), orjson.Fragment(body) if is_json else body, headers)
 
     def reset_limits(self) -> None:
         self.window = 0.0
@@ -166,52 +263,77 @@ class Exchange:
         """Return the body, which is JSON, and the headers. Raise `RefusalError` otherwise."""
         answer_format = self.rest_formats.get(request.path)
         if answer_format is None:
-            raise RefusalError(*self.unknown_path)
-        headers = {} if request.rate_limit < 0 else self.charge(request)
+            raise self.refusal("unknown_path")
+        # In a list of markets, an unknown one is refused by `requested_pairs`.
+        is_in_list = request.knobs.error == "no_symbol" and request.knobs.pair
+        if request.knobs.error and request.is_concerned and not is_in_list:
+            raise self.refusal(request.knobs.error, request.market.now)
+        try:
+            headers = {} if request.knobs.rate_limit < 0 else self.charge(request)
+            text = self.filled(answer_format, request)
+        except ValueError as error:
+            raise self.refusal("bad_parameter", request.market.now, parameter=str(error)) from None
+        if "drift" in request.knobs.odd and request.is_concerned:
+            for expression, replacement in self.drift:
+                text = re.sub(expression, replacement, text, count=1)
+        return text, headers
+
+    def filled(self, answer_format: Format, request: Request) -> str:
         kind = answer_format.kind
         requested = self.requested_pairs(request)
         lists = self.rows(kind, request, requested)
+        if kind == "candles":
+            lists["rows"] = odd_candles(lists["rows"], requested[0], request.market)
         ms = request.market.book_ms if kind == "book" else request.ms
-        fields: Fields = {"ms": ms, "second": ms // 1000, "last_ms": ms}
+        fields: Fields = {"ms": ms, "close_ms": ms, "second": ms // 1000, "last_ms": ms}
         fields["category"] = request.param("category")
         if requested:
             fields |= self.fields(requested[0])
         if kind == "trades" and lists["rows"]:
             fields["last_ms"] = lists["rows"][-1]["ms"]
-        return answer_format.fill(fields, lists), headers
+        return answer_format.fill(fields, lists)
 
     def rows(self, kind: str, request: Request, requested: list[Pair]) -> dict[str, list[Fields]]:
         """Return the rows of an answer, by the field that they fill in."""
         market = request.market
         match kind:
             case "markets":
-                return {"rows": [self.fields(pair) for pair in requested]}
+                return {"rows": [self.listed_fields(pair, request) for pair in requested]}
             case "tickers":
                 return {"rows": [self.fields(pair) | market.ticker(pair) for pair in requested]}
             case "candles":
                 seconds = self.interval_seconds(request)
-                numbers = request.periods(seconds)
+                numbers = self.candle_numbers(request, requested[0], seconds)
                 return {"rows": [market.candle(requested[0], n, seconds) for n in numbers]}
             case "trades":
-                numbers = request.periods(TRADE_SECONDS)
-                return {"rows": [market.trade(requested[0], number) for number in numbers]}
+                numbers = request.periods(requested[0], TRADE_SECONDS)
+                return {"rows": market.trades(requested[0], numbers)}
             case "book":
                 return market.book(requested[0], request.limit(100), market.step).rows
         return {}
 
+    def candle_numbers(self, request: Request, pair: Pair, seconds: int) -> range:
+        return request.periods(pair, seconds)
+
+    def listed_fields(self, pair: Pair, request: Request) -> Fields:
+        """Return the fields of a market in a list."""
+        fields = self.fields(pair)
+        statuses = request.knobs.statuses
+        status = statuses.get(fields["id"], statuses.get("*", self.trading_status))
+        return fields | {"status": status}
+
     def interval_seconds(self, request: Request) -> int:
-        matched = re.fullmatch(r"(\d*)([smhdwDW]?)", request.param("interval"))
-        if matched is None:
-            raise RefusalError(*self.invalid_interval)
-        return int(matched[1] or 1) * UNIT_SECONDS[matched[2].lower()]
+        seconds = self.intervals.get(request.param("interval"))
+        if seconds is None:
+            raise self.refusal("bad_interval", request.market.now)
+        return seconds
 
     def requested_pairs(self, request: Request) -> list[Pair]:
-        """Return the markets in the parameters (one, a JSON list or a comma list), or all."""
+        """Return the markets in the parameters, or all."""
         known = self.known_pairs(request)
-        names = re.findall(r"\w+", request.param("symbol", "symbols", "pair"))
-        if not known.keys() >= set(names):
-            raise RefusalError(*self.unknown_symbol)
-        return [known[name] for name in names or known]
+        if request.unknown_names(known):
+            raise self.refusal("no_symbol", request.market.now)
+        return [known[name] for name in request.names or known]
 
     def known_pairs(self, request: Request) -> Mapping[str, Pair]:
         """Return the markets a request can ask for, by the names it can use."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import orjson
 
 from src.sandbox.exchange import Exchange, RefusalError, Request, Topic
+from src.sandbox.knobs import Knobs
 from src.sandbox.market import COINS, MAJORS, Fields, Pair, iso_time, pairs
 
 BURST = 15
@@ -14,9 +15,9 @@ ASSET_NAMES = {"BTC": "XBT", "DOGE": "XDG"}
 PREFIXED_ASSETS = {"BTC", "ETH", "XRP", "LTC", "XLM", "XMR"}
 """Their markets in EUR and USD have names such as XXBTZUSD."""
 CHANNELS = {"ticker": "ticker", "book": "book", "trade": "trades", "ohlc": "candles"}
-INTERVALS = (1, 5, 15, 30, 60, 240, 1_440, 10_080, 21_600)
-"""Minutes."""
-BLOCKED = "<html><head><title>Access denied</title></head><body>Error 1009</body></html>"
+INTERVALS = {"1": 60, "5": 300, "15": 900, "30": 1_800, "60": 3_600, "240": 14_400}
+INTERVALS |= {"1440": 86_400, "10080": 604_800, "21600": 1_296_000}
+UNKNOWN = '"EQuery:Unknown asset pair"'
 DEPTHS = (10, 25, 100, 500, 1_000)
 STATUS = '{"api_version":"v2","connection_id":1,"system":"online","version":"2.0.0"}'
 
@@ -29,11 +30,57 @@ class Kraken(Exchange):
     listing = pairs([*COINS[:12], "EUR", "USDC"], "USDT") + pairs(["ETH", "XRP", "SOL"], "BTC")
     listing += pairs([*MAJORS, "XMR", "EUR", "USDC", "USDT"], "USD")
     listing += pairs([*MAJORS, "XMR"], "EUR")
+    trading_status = "online"
+    intervals = INTERVALS
     envelope = '{"error":[],"result":%s}'
-    unknown_path = (404, {"error": ["EGeneral:Unknown method"]})
-    unknown_symbol = (200, {"error": ["EQuery:Unknown asset pair"]})
-    invalid_interval = (200, {"error": ["EGeneral:Invalid arguments"]})
-    geo_block = (403, BLOCKED)
+    # Errors are documented to arrive with the status 200. A lockout lasts 15 minutes.
+    error_records = f"""
+unknown_path 404
+{{"error":["EGeneral:Unknown method"]}}
+
+no_symbol 200
+{{"error":[{UNKNOWN}]}}
+
+bad_interval 200
+{{"error":["EGeneral:Invalid arguments"]}}
+
+bad_parameter 200
+{{"error":["EGeneral:Invalid arguments"]}}
+
+geo_block 403
+<html><head><title>Access denied</title></head><body>Error 1009</body></html>
+
+rate_limit 200
+{{"error":["EAPI:Rate limit exceeded"]}}
+
+pair_limit 200
+{{"error":["EGeneral:Too many requests"]}}
+
+throttled 200 60
+{{"error":["EService: Throttled: $until"]}}
+
+banned 200
+{{"error":["EGeneral:Temporary lockout"]}}
+
+firewall 520
+<html><head><title>api.kraken.com | 520: Web server is returning an unknown error</title></head>
+<body>Cloudflare Ray ID</body></html>
+
+busy 200
+{{"error":["EService:Busy"]}}
+
+unavailable 200
+{{"error":["EService:Unavailable"]}}
+
+timeout 200
+{{"error":["EService:Timeout"]}}
+"""
+    drift = (
+        ('"status":"online"', '"status":"auction"'),
+        ('"tick_size":"[^"]*",', ""),
+        ('"p":[^]]*],', ""),
+        ('"t":', '"trades":'),
+    )
     greeting = f'{{"channel":"status","type":"update","data":[{STATUS}]}}'
     malformed = '{"error":"Malformed request","method":"","success":false}'
     # https://docs.kraken.com/exchange/api-reference/spot-websocket-v2/ohlc: "updates are generated
@@ -47,7 +94,7 @@ class Kraken(Exchange):
 /0/public/AssetPairs markets
 {$rows}
  "$id":{"altname":"$altname","base":"$base","quote":"$quote","pair_decimals":$digits,
- "lot_decimals":8,"wsname":"$base/$quote","tick_size":"$tick","status":"online"}
+ "lot_decimals":8,"wsname":"$base/$quote","tick_size":"$tick","status":"$status"}
 
 /0/public/Ticker tickers
 {$rows}
@@ -105,29 +152,41 @@ trades
         names = {"id": pair_id, "altname": altname, "base": base, "quote": quote}
         return super().fields(pair) | names
 
+    def configure(self, knobs: Knobs) -> None:
+        super().configure(knobs)
+        altnames = {self.fields(pair)["altname"]: pair for pair in self.spot.values()}
+        self.names = self.spot | altnames
+
     def known_pairs(self, request: Request) -> Mapping[str, Pair]:
-        if "pair" not in request.params:
-            return self.spot
-        return self.spot | {self.fields(pair)["altname"]: pair for pair in self.spot.values()}
+        return self.names if "pair" in request.params else self.spot
+
+    def requested_pairs(self, request: Request) -> list[Pair]:
+        unknown = request.unknown_names(self.names)
+        known = {self.names[name]: None for name in request.names if name not in unknown}
+        if unknown and not known:
+            raise self.refusal("no_symbol", request.market.now)
+        return list(known or self.spot.values())
+
+    def answer(self, request: Request) -> tuple[str, dict[str, str]]:
+        text, headers = super().answer(request)
+        if request.unknown_names(self.names):  # recorded: the error is beside the known markets
+            text = text.replace('"error":[]', f'"error":[{UNKNOWN}]', 1)
+        return text, headers
 
     def charge(self, request: Request) -> dict[str, str]:
         """Allow one request per second after a burst of 15."""
         now = request.market.now
         self.used = max(0.0, self.used - (now - self.window))
         self.window = now
-        if self.used + 1 > (request.rate_limit or BURST):
-            raise RefusalError(200, {"error": ["EGeneral:Too many requests"]})
+        if self.used + 1 > (request.knobs.rate_limit or BURST):
+            raise self.refusal("rate_limit")
         self.used += 1
         return {}
 
-    def rows(self, kind: str, request: Request, requested: list[Pair]) -> dict[str, list[Fields]]:
-        if kind != "candles":
-            return super().rows(kind, request, requested)
-        seconds = self.interval_seconds(request)
+    def candle_numbers(self, request: Request, pair: Pair, seconds: int) -> range:
         since = request.seconds("since") or 0
-        periods = request.market.periods(seconds, MAX_CANDLES)
-        numbers = [number for number in periods if number * seconds > since]
-        return {"rows": [request.market.candle(requested[0], n, seconds) for n in numbers]}
+        periods = request.market.traded(pair).periods(seconds, MAX_CANDLES)
+        return range(max(periods.start, int(since // seconds) + 1), periods.stop)
 
     def reply(self, message: Fields, path: str, topics: dict[str, Topic]) -> list[Fields]:
         verb = message["method"]
@@ -163,10 +222,10 @@ trades
                 raise RefusalError("Subscription depth not supported")
             return topic._replace(depth=depth)
         if channel == "ohlc":
-            minutes = params.get("interval", 1)
-            if minutes not in INTERVALS:
+            interval = str(params.get("interval", 1))
+            if interval not in INTERVALS:
                 raise RefusalError("Subscription ohlc interval not supported")
-            return topic._replace(seconds=minutes * 60, interval=str(minutes))
+            return topic._replace(seconds=INTERVALS[interval], interval=interval)
         return topic
 
     def push(self, topic: Topic, ms: int, fields: Fields, **lists: list[Fields]) -> list[str]:

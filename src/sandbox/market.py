@@ -5,8 +5,8 @@ Prices and amounts are texts with a fixed number of digits, because exchanges se
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Self
@@ -93,6 +93,12 @@ class Pair:
     quote: str
     is_swap: bool = False
 
+    @classmethod
+    def of_symbol(cls, symbol: str) -> Self:
+        """Return the market with a symbol such as `BTC/USDT`, or of the swap `BTC/USDT:USDT`."""
+        base, _, quote = symbol.partition("/")
+        return cls(base, quote.partition(":")[0], is_swap=":" in symbol)
+
     @property
     def id(self) -> str:
         return self.base + self.quote
@@ -117,7 +123,7 @@ def pairs(bases: Iterable[str], quote: str, is_swap: bool = False) -> tuple[Pair
 
 COMMON_PAIRS = pairs(COINS, "USDT") + pairs(MAJORS, "USDC")
 COMMON_PAIRS += pairs(MAJORS[1:5], "BTC") + pairs(MAJORS[:4], "EUR")
-SWAPS = {pair.id: pair for pair in pairs(SWAP_COINS, "USDT", is_swap=True)}
+SWAPS = pairs(SWAP_COINS, "USDT", is_swap=True)
 
 
 class Book(NamedTuple):
@@ -158,6 +164,24 @@ class Market:
     """Unix time in seconds."""
     factor: float = 1.0
     half_spread: float = 0.0001
+    shift: float = 1.0
+    """Another factor of prices, but not of the trades of the markets in `last_trades`."""
+    last_trades: Mapping[Pair, float] = field(default_factory=dict)
+    """Time of the last trade, of markets without trades since then."""
+    halted: Set[Pair] = frozenset()
+    """Markets without orders."""
+    odd: Set[str] = frozenset()
+    """Unusual data, see the knob of this name."""
+    odd_pairs: Set[Pair] | None = None
+    """The markets with unusual data. None is all."""
+
+    def is_odd(self, pair: Pair, *names: str) -> bool:
+        is_concerned = self.odd_pairs is None or pair in self.odd_pairs
+        return is_concerned and not self.odd.isdisjoint(names)
+
+    def traded(self, pair: Pair) -> Self:
+        """Return the market at the time of the last trade, or at the present."""
+        return replace(self, now=min(self.now, self.last_trades.get(pair, self.now)))
 
     @property
     def step(self) -> int:
@@ -170,7 +194,13 @@ class Market:
         return self.step * BOOK_STEP_MS
 
     def price(self, pair: Pair, at: float) -> float:
-        return self.factor * _dollar_price(pair.base, at) / _dollar_price(pair.quote, at)
+        """Return the price of the last trade until a time."""
+        shift = self.shift
+        if pair in self.last_trades:
+            at = min(at, self.last_trades[pair])
+            shift = 1.0
+        factor = self.factor * shift
+        return factor * _dollar_price(pair.base, at) / _dollar_price(pair.quote, at)
 
     def volume(self, pair: Pair, minute: int) -> float:
         """Return the average volume per second of a minute, in the base currency."""
@@ -184,22 +214,43 @@ class Market:
         points = [self.price(pair, at) for at in (self.now - DAY_SECONDS, *hours, self.now)]
         average = (points[-1] + points[0]) / 2
         ratio = points[-1] / points[0] - 1
-        volume = self.volume(pair, int(self.now // 60)) * DAY_SECONDS
+        volume = self.volume(pair, int(self.traded(pair).now // 60)) * DAY_SECONDS
+        if pair in self.halted:
+            volume = 0.0
         row: Fields = {"open": pair.price(points[0]), "last": pair.price(points[-1])}
         row |= {"high": pair.price(max(points)), "low": pair.price(min(points))}
         row |= {"average": pair.price(average), "ratio": ratio, "percent": ratio * 100}
         row |= {"volume": _amount(volume), "turnover": _amount(volume * average)}
         row["start"] = int(self.now * 1000) - DAY_SECONDS * 1000
         row["change"] = pair.price(float(row["last"]) - float(row["open"]))
-        for side in SIDES:
-            levels = self.levels(pair, side, 1) or {pair.tick: _amount(0)}
-            row[side], row[f"{side}_size"] = next(iter(levels.items()))
+        for side, levels in zip(SIDES, self.sides(pair, 1), strict=True):
+            best = next(iter(levels.items()), (pair.price(0), _amount(0)))
+            row[side], row[f"{side}_size"] = best
+        if pair in self.last_trades:
+            row["close_ms"] = int(self.traded(pair).now * 1000)
         return row
 
-    def levels(self, pair: Pair, side: str, count: int) -> Levels:
-        """Return the best levels of one side, in whole ticks. Amounts change once per second."""
+    def sides(self, pair: Pair, count: int) -> list[Levels]:
+        """Return the best levels of both sides."""
+        if pair in self.halted or self.is_odd(pair, "empty_book"):
+            return [{}, {}]
+        first = 1
+        if self.is_odd(pair, "locked_book"):
+            first = 0
+        if self.is_odd(pair, "crossed_book"):
+            first = -1
+        asks = {} if self.is_odd(pair, "one_sided_book") else self.levels(pair, "ask", count, first)
+        return [self.levels(pair, "bid", count, first), asks]
+
+    def levels(self, pair: Pair, side: str, count: int, first: int = 1) -> Levels:
+        """Return the best levels of one side, in whole ticks. Amounts change once per second.
+
+        The first level is `first` times the half spread away from the middle.
+        """
         tick = float(pair.tick)
         last = self.price(pair, self.now)
+        if pair in self.last_trades:
+            last *= self.shift
         distance = max(1, round(last * self.half_spread / tick)) * (1 if side == "ask" else -1)
         middle = round(last / tick)
         seed = _seeds(pair.id + side)[0]
@@ -207,7 +258,7 @@ class Market:
         lot = 5_000 / _base_price(pair.base)
         levels = {}
         for level in range(count):
-            ticks = middle + distance * (level + 1)
+            ticks = middle + distance * (level + first)
             if ticks > 0:
                 amount = _amount(lot * (1.1 + _noise(seed, second + level)))
                 levels[pair.price(ticks * tick)] = amount
@@ -215,7 +266,17 @@ class Market:
 
     def book(self, pair: Pair, depth: int, step: int) -> Book:
         moment = replace(self, now=step / BOOK_STEPS_PER_SECOND)
-        return Book(step, *(moment.levels(pair, side, depth) for side in SIDES))
+        return Book(step, *moment.sides(pair, depth))
+
+    def trades(self, pair: Pair, numbers: Iterable[int]) -> list[Fields]:
+        """Return trades. Of ten odd ones, one has no amount, one no price, and one comes twice."""
+        rows = [self.trade(pair, number) for number in numbers]
+        if not self.is_odd(pair, "odd_trades"):
+            return rows
+        # Real amounts and prices of 0: binance-public-data issues 342 and 353.
+        zeros: dict[int, Fields] = {0: {"amount": "0"}, 1: {"price": "0"}}
+        odd = [row | zeros.get(row["number"] % 10, {}) for row in rows]
+        return [row for row in odd for _ in range(2 if row["number"] % 10 == 2 else 1)]
 
     def trade(self, pair: Pair, number: int) -> Fields:
         """Return one trade. Trades are numbered by time, see `periods`."""
@@ -243,7 +304,7 @@ class Market:
     def candle(self, pair: Pair, number: int, seconds: int) -> Fields:
         """Return one candle. The current candle closes at the current price."""
         start = number * seconds
-        end = min(start + seconds, self.now)
+        end = min(start + seconds, self.traded(pair).now)
         times = [start, start + seconds / 3, start + seconds * 2 / 3]
         points = [self.price(pair, at) for at in times if at <= end] + [self.price(pair, end)]
         row: Fields = {"second": start, "ms": start * 1000, "end": (start + seconds) * 1000 - 1}

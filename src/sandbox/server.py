@@ -17,65 +17,19 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import orjson
 from aiohttp import web
-from pydantic import BaseModel, Field
 
 from src.sandbox.binance import Binance
 from src.sandbox.bybit import Bybit
-from src.sandbox.exchange import Exchange, RefusalError, Request
+from src.sandbox.exchange import Exchange, RefusalError, Request, names_in
+from src.sandbox.knobs import Knobs
 from src.sandbox.kraken import Kraken
 from src.sandbox.market import Market
 from src.sandbox.sockets import Socket
 
 logger = logging.getLogger(__name__)
-
-
-class Knobs(BaseModel, extra="forbid", frozen=True):
-    """How one exchange misbehaves."""
-
-    latency_ms: float = 0.0
-    """Delay of answers and pushes."""
-    status: int = 0
-    """Answer with this status, also to the handshakes of sockets."""
-    headers: dict[str, str] = {}
-    """Add these headers to answers."""
-    body: str | None = None
-    """Send this text in place of answers and pushes."""
-    hang: bool = False
-    """Do not answer until the knobs change."""
-    drip: bool = False
-    """Send one byte per 100 ms."""
-    size: int = 0
-    """Answer with this many bytes of JSON."""
-    redirect: str = ""
-    """Redirect to this address."""
-    refuse: bool = False
-    """Close the port and all connections."""
-    reset: bool = False
-    """Abort the connection of a request."""
-    geo_block: bool = False
-    """Answer as to clients in a blocked country."""
-    rate_limit: int = 0
-    """Requests or weight per window. 0 is the documented limit, -1 no limit."""
-    only: str = ""
-    """Apply the knobs only to paths that contain this text. `refuse` applies to all paths."""
-    times: int = 0
-    """Apply the knobs to this many requests. 0 is all."""
-    price: float = 1.0
-    """Multiply all prices."""
-    clock_skew_ms: int = 0
-    """Shift the time in answers."""
-    push_ms: float = Field(250, ge=1)
-    """Interval of pushes."""
-    freeze: bool = False
-    """Push nothing, but answer pings."""
-    mute: str = ""
-    """Push nothing of topics whose names contain this text."""
-    drop: Literal["", "cut", "close"] = ""
-    """Abort the open sockets, or close them in order, as binance does after 24 hours."""
 
 
 def respond(status: int, body: object, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -95,6 +49,8 @@ class Listener:
     port: int
     now: Callable[[], float]
     knobs: Knobs = field(default_factory=Knobs)
+    set_at: float = 0.0
+    """Unix time at which the knobs were set."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the knobs change. Each change of the knobs creates a new event."""
     calls: Counter[str] = field(default_factory=Counter)
@@ -119,13 +75,18 @@ class Listener:
 
     async def set(self, knobs: Knobs) -> None:
         """Replace the knobs, and reset the rate limit."""
-        self.knobs = knobs
+        self.replace_knobs(knobs)
         self.exchange.reset_limits()
         if knobs.drop:
             await self.drop_sockets(knobs)
         await (self.close() if knobs.refuse else self.open())
         self.changed.set()
         self.changed = asyncio.Event()
+
+    def replace_knobs(self, knobs: Knobs) -> None:
+        self.knobs = knobs
+        self.set_at = self.now()
+        self.exchange.configure(knobs)
 
     async def drop_sockets(self, knobs: Knobs) -> None:
         for socket, request in list(self.sockets.items()):
@@ -139,11 +100,13 @@ class Listener:
     def knobs_for(self, path: str) -> Knobs:
         return self.knobs if self.knobs.only in path else Knobs()
 
-    def take_knobs(self, path: str) -> Knobs:
+    def take_knobs(self, request: web.Request) -> Knobs:
         """Return the knobs for a request, and count it towards `times`."""
-        knobs = self.knobs_for(path)
+        knobs = self.knobs_for(request.path)
+        if knobs.pair not in ("", *names_in(request.query)):
+            return knobs
         if knobs.times == 1:
-            self.knobs = Knobs()
+            self.replace_knobs(Knobs())
         elif knobs.times:
             self.knobs = knobs.model_copy(update={"times": knobs.times - 1})
         return knobs
@@ -152,7 +115,7 @@ class Listener:
         """Count a request and answer as the knobs say."""
         self.calls[request.path] += 1
         self.requests.append((request.path_qs, dict(request.headers)))
-        knobs = self.take_knobs(request.path)
+        knobs = self.take_knobs(request)
         changed = self.changed  # the knobs may change during the latency
         await asyncio.sleep(knobs.latency_ms / 1000)
         if knobs.hang:
@@ -170,7 +133,7 @@ class Listener:
     def override(self, knobs: Knobs, is_socket: bool) -> web.Response | None:
         """Return what the knobs answer in place of the exchange, if anything."""
         if knobs.geo_block:
-            return respond(*self.exchange.geo_block)
+            return respond(*self.exchange.refusal("geo_block").args)
         if knobs.redirect:
             return respond(302, "", {"Location": knobs.redirect})
         if knobs.size:
@@ -182,7 +145,7 @@ class Listener:
     def answer(self, request: web.Request, knobs: Knobs) -> web.Response:
         market = self.market(knobs)
         ms = int(market.now * 1000) + knobs.clock_skew_ms
-        call = Request(request.path, request.query, market, ms, knobs.rate_limit)
+        call = Request(request.path, request.query, market, ms, knobs)
         try:
             text, headers = self.exchange.answer(call)
         except RefusalError as refusal:
@@ -190,8 +153,7 @@ class Listener:
         return respond(200, orjson.Fragment(text), headers)
 
     def market(self, knobs: Knobs) -> Market:
-        factor = self.exchange.price_factor * knobs.price
-        return Market(self.now(), factor, self.exchange.half_spread)
+        return self.exchange.market(self.now(), knobs, self.set_at)
 
     async def serve_socket(self, request: web.Request) -> web.StreamResponse:
         """Serve a socket until it ends."""
@@ -318,7 +280,7 @@ class Sandbox:
     async def show_state(self, _request: web.Request) -> web.Response:
         state = {}
         for name, listener in self.listeners.items():
-            state[name] = {"knobs": listener.knobs.model_dump(), "calls": listener.calls}
+            state[name] = {"knobs": listener.knobs.model_dump(mode="json"), "calls": listener.calls}
         return respond(200, state)
 
     async def set_knobs(self, request: web.Request) -> web.Response:

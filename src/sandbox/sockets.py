@@ -72,10 +72,10 @@ class Socket:
         return messages
 
     def trade_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
-        last = int(market.now / TRADE_SECONDS)
+        last = int(market.traded(topic.pair).now / TRADE_SECONDS)
         first = max(self.pushed.get(key, last), last - MAX_TRADES) + 1
         self.pushed[key] = last
-        rows = [market.trade(topic.pair, number) for number in range(first, last + 1)]
+        rows = market.trades(topic.pair, range(first, last + 1))
         ms = int(market.now * 1000)
         return self.exchange.push(topic, ms, {"push_ms": ms}, rows=rows) if rows else []
 

@@ -222,6 +222,9 @@ async def test_prices_depend_only_on_the_time(sandbox: Sandbox, clock: Clock, ge
         ("bybit", "/v5/market/tickers?category=spot&symbol=NOPE", 200, '"retCode":10001'),
         ("binance", "/api/v3/ticker/24hr?symbol=NOPE", 400, '"code":-1121'),
         ("binance", "/api/v3/klines?symbol=BTCUSDT&interval=7x", 400, '"code":-1120'),
+        ("binance", "/api/v3/depth?symbol=BTCUSDT&limit=x", 400, "'limit'"),
+        ("bybit", "/v5/market/recent-trade?category=spot&symbol=BTCUSDT&limit=x", 200, "10001"),
+        ("kraken", "/0/public/Trades?pair=XBTUSDT&since=x", 200, "EGeneral:Invalid arguments"),
         ("kraken", "/0/public/Depth?pair=NOPE", 200, "EQuery:Unknown asset pair"),
         ("kraken", "/0/public/Ticker?pair=XBTUSD", 200, '"result":{"XXBTZUSD":{'),
         ("bybit", "/v5/nowhere", 404, "404 page not found"),
@@ -263,6 +266,184 @@ async def test_knobs_raise_the_errors_of_real_failures(
     await sandbox.reset()
     client.timeout = 30_000
     assert (await client.fetch_ticker("BTC/USDT"))["last"] > 0
+
+
+FAILURES = {
+    "bybit": {
+        "rate_limit": (200, '"retCode":10006'),
+        "banned": (403, "access too frequent"),
+        "firewall": (403, "CloudFront"),
+        "busy": (200, '"retCode":10016'),
+        "unavailable": (200, '"retCode":10016'),
+        "timeout": (200, '"retCode":10000'),
+        "no_symbol": (200, '"retCode":10001'),
+    },
+    "binance": {
+        "rate_limit": (429, '"code":-1003'),
+        "banned": (418, f"IP banned until {int((NOON + 600) * 1000)}."),
+        "firewall": (403, "CloudFront"),
+        "busy": (503, '"code":-1008'),
+        "unavailable": (503, "Unavailable"),
+        "timeout": (408, '"code":-1007'),
+        "no_symbol": (400, '"code":-1121'),
+    },
+    "kraken": {
+        "rate_limit": (200, "EAPI:Rate limit exceeded"),
+        "pair_limit": (200, "EGeneral:Too many requests"),
+        "throttled": (200, f"EService: Throttled: {int(NOON + 60)}"),
+        "banned": (200, "EGeneral:Temporary lockout"),
+        "firewall": (520, "Cloudflare"),
+        "busy": (200, "EService:Busy"),
+        "unavailable": (200, "EService:Unavailable"),
+        "timeout": (200, "EService:Timeout"),
+        "no_symbol": (200, "EQuery:Unknown asset pair"),
+    },
+}
+BOOK = {
+    "bybit": "/v5/market/orderbook?category=spot&symbol=",
+    "binance": "/api/v3/depth?symbol=",
+    "kraken": "/0/public/Depth?pair=",
+}
+ID = {"bybit": "ETHUSDT", "binance": "ETHUSDT", "kraken": "ETHUSDT"}
+
+
+@pytest.mark.parametrize(
+    ("name", "failure"), [(name, failure) for name in NAMES for failure in FAILURES[name]]
+)
+async def test_failures_have_the_format_of_the_exchange(
+    sandbox: Sandbox, get: Get, name: str, failure: str
+) -> None:
+    """`error` answers in the exchange's own format, with `pair` only for one market."""
+    await sandbox.set(name, error=failure, pair=ID[name])
+    status, text, headers = await get(name, BOOK[name] + ID[name])
+    assert status == FAILURES[name][failure][0]
+    assert FAILURES[name][failure][1] in text
+    assert "Retry-After" not in headers
+    assert (await get(name, TICKER[name]))[0] == 200
+    await sandbox.set(name, error=failure)
+    assert (await get(name, TICKER[name]))[:2] == (status, text)
+
+
+async def test_times_counts_only_requests_of_the_pair(sandbox: Sandbox, get: Get) -> None:
+    """Requests of other markets do not end the knobs."""
+    await sandbox.set("binance", error="busy", pair="ETHUSDT", times=1)
+    paths = [TICKER["binance"], BOOK["binance"] + "ETHUSDT", BOOK["binance"] + "ETHUSDT"]
+    assert [(await get("binance", path))[0] for path in paths] == [200, 503, 200]
+
+
+async def test_markets_are_listed_delisted_and_have_a_status(
+    sandbox: Sandbox, client: Any, get: Get
+) -> None:
+    """`statuses` makes markets inactive for ccxt. A delisted market is unknown."""
+    name = client.id
+    before = set(client.markets)
+    added = {"NEW/USDT"} if name == "kraken" else {"NEW/USDT", "NEW/USDT:USDT"}
+    status = {"bybit": "Closed", "binance": "BREAK", "kraken": "cancel_only"}[name]
+    await sandbox.set(name, listed=sorted(added), delisted=[ID[name]], statuses={"NEWUSDT": status})
+    await client.load_markets(reload=True)
+    assert set(client.markets) - before == added
+    assert before - set(client.markets) >= {"ETH/USDT"}
+    assert {symbol for symbol in client.markets if not client.markets[symbol]["active"]} >= added
+    assert (await client.fetch_ticker("NEW/USDT"))["last"] > 0
+    assert FAILURES[name]["no_symbol"][1] in (await get(name, BOOK[name] + ID[name]))[1]
+    await sandbox.reset()
+    await client.load_markets(reload=True)
+    assert set(client.markets) == before
+
+
+async def test_swaps_that_are_not_traded_are_refused(sandbox: Sandbox, get: Get) -> None:
+    """binance answers -1122 for a swap with another status, and lists its old ticker."""
+    await sandbox.set("binance", statuses={"ETHUSDT": "SETTLING"})
+    status, text, _ = await get("binance", "/fapi/v1/klines?symbol=ETHUSDT&interval=1m")
+    assert (status, '"code":-1122' in text) == (400, True)
+    assert (await get("binance", "/fapi/v1/ticker/24hr?symbol=ETHUSDT"))[0] == 200
+
+
+async def test_kraken_names_unknown_pairs_beside_the_known_ones(sandbox: Sandbox, get: Get) -> None:
+    """A batch with a delisted pair has an error and all other pairs."""
+    for knobs in ({"delisted": ["ETHUSDT"]}, {"error": "no_symbol", "pair": "ETHUSDT"}):
+        await sandbox.set("kraken", **knobs)
+        _, text, _ = await get("kraken", "/0/public/Ticker?pair=XBTUSDT,ETHUSDT,SOLUSDT")
+        answer = json.loads(text)
+        assert answer["error"] == ["EQuery:Unknown asset pair"]
+        assert list(answer["result"]) == ["XBTUSDT", "SOLUSDT"]
+
+
+async def test_halted_markets_have_no_orders(sandbox: Sandbox, client: Any, clock: Clock) -> None:
+    """A halted market has an old last price that does not change, and no candles."""
+    await sandbox.set(client.id, halted=[ID[client.id]])
+    first = await client.fetch_ticker("ETH/USDT")
+    clock.now += 60
+    ticker = await client.fetch_ticker("ETH/USDT")
+    assert ticker["last"] == first["last"] > 0
+    assert not ticker["bid"]
+    assert not ticker["ask"]
+    assert ticker["baseVolume"] == 0
+    if client.id == "binance":
+        assert ticker["timestamp"] == int((NOON - 3 * 86_400) * 1000)
+    assert await client.fetch_ohlcv("ETH/USDT", "1m") == []
+    book = await client.fetch_order_book("ETH/USDT")
+    assert [book["bids"], book["asks"]] == [[], []]
+    trades = await client.fetch_trades("ETH/USDT", None, 5)
+    assert trades[-1]["timestamp"] / 1000 == pytest.approx(NOON - 3 * 86_400, abs=1)
+
+
+async def test_books_of_still_markets_move_without_trades(
+    sandbox: Sandbox, client: Any, clock: Clock
+) -> None:
+    """Bid and ask follow `price`. Last price, volume and trades do not change."""
+    before = await client.fetch_ticker("ETH/USDT")
+    await sandbox.set(client.id, still=[ID[client.id]], price=1.02)
+    clock.now += 60
+    after = await client.fetch_ticker("ETH/USDT")
+    for name in ("last", "baseVolume"):
+        assert after[name] == before[name]
+    assert after["bid"] == pytest.approx(before["bid"] * 1.02, rel=0.001)
+    trades = await client.fetch_trades("ETH/USDT", None, 5)
+    assert trades[-1]["timestamp"] / 1000 == pytest.approx(NOON, abs=1)
+
+
+async def test_odd_data_is_sent_for_one_market(sandbox: Sandbox, client: Any) -> None:
+    """Each word of `odd` changes the data of the pair, and of no other market."""
+    name = client.id
+    expected: dict[str, Callable[[list[Any], list[Any]], bool]] = {
+        "locked_book": lambda bids, asks: bids[0][0] == asks[0][0],
+        "crossed_book": lambda bids, asks: bids[0][0] > asks[0][0],
+        "empty_book": lambda bids, asks: not bids and not asks,
+        "one_sided_book": lambda bids, asks: bool(bids) and not asks,
+    }
+    for word, is_odd in expected.items():
+        await sandbox.set(name, odd=[word], pair=ID[name], rate_limit=-1)
+        odd, normal = [await client.fetch_order_book(f"{coin}/USDT") for coin in ("ETH", "BTC")]
+        assert is_odd(odd["bids"], odd["asks"]), word
+        assert normal["bids"][0][0] < normal["asks"][0][0]
+    await sandbox.set(name, odd=["empty_candles"], rate_limit=-1)
+    assert await client.fetch_ohlcv("ETH/USDT", "1m") == []
+    await sandbox.set(name, odd=["duplicate_candle"], rate_limit=-1)
+    first, second = (await client.fetch_ohlcv("ETH/USDT", "1m"))[-2:]
+    assert first[:5] == second[:5]
+    assert second[5] == pytest.approx(first[5] * 1.5)
+    await sandbox.set(name, odd=["odd_trades"], rate_limit=-1)
+    trades = await client.fetch_trades("ETH/USDT", None, 20)
+    assert 0 in {trade["price"] for trade in trades}
+    assert 0 in {trade["amount"] for trade in trades}
+    assert len({trade["id"] for trade in trades}) < len(trades)
+
+
+async def test_drift_changes_lists_and_tickers(sandbox: Sandbox, get: Get) -> None:
+    """A status is new, and a list and a ticker miss a field."""
+    lists = {
+        "bybit": "/v5/market/instruments-info?category=spot",
+        "binance": "/api/v3/exchangeInfo",
+        "kraken": "/0/public/AssetPairs",
+    }
+    for name in NAMES:
+        paths = [lists[name], TICKER[name]]
+        before = [(await get(name, path))[1] for path in paths]
+        await sandbox.set(name, odd=["drift"])
+        after = [(await get(name, path))[1] for path in paths]
+        assert "auction" in after[0].lower()
+        assert all(len(new) < len(old) for old, new in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize(
