@@ -6,11 +6,12 @@
 import asyncio
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from inspect import getmembers, isclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
@@ -196,12 +197,23 @@ async def load_snapshot(options: ClientOptions, response: Answer, now: float) ->
     async with open_session(max_connections=4) as session:
         client = make_client(options, session)
         try:
-            loaded = (await client.load_markets()).values()
+            await client.load_markets()
         finally:
             await client.close()
-    markets = [_slim(options.profile, market) for market in loaded]
+    markets = [_slim(options.profile, market) for market in _first_of_each_symbol(client)]
     document = {"format": SNAPSHOT_FORMAT, "loaded_at": now, "markets": markets}
     return zlib.compress(orjson.dumps(document), 1)
+
+
+def _first_of_each_symbol(client: CcxtClient) -> Iterable[dict[str, Any]]:
+    """Return the first trading market of each symbol.
+
+    ccxt's `markets` has the last one. Kraken's old REP was listed after REPV2, which ccxt calls
+    REP, and its dark pools XXBTZUSD.d after XXBTZUSD.
+    """
+    markets = list(chain.from_iterable(client.markets_by_id.values()))
+    markets.sort(key=lambda market: market["active"] is False)
+    return {market["symbol"]: market for market in reversed(markets)}.values()
 
 
 def _slim(profile: Profile, market: dict[str, Any]) -> dict[str, Any]:

@@ -51,3 +51,13 @@ async def test_other_markets_have_their_ids_on_the_socket(sandbox: Sandbox) -> N
     for exchange in ("bybit", "binance"):
         for market in (await slim_markets(sandbox, exchange)).values():
             assert market["ws_name"] == market["id"]
+
+
+async def test_first_market_of_a_symbol_is_listed(sandbox: Sandbox) -> None:
+    """Kraken listed XXBTZUSD, and then its dark pool XXBTZUSD.d, which has the same symbol."""
+    pair = {"base": "XXBT", "quote": "ZUSD", "status": "online", "wsname": "XBT/USD"}
+    result = {name: pair | {"altname": name} for name in ("XBTUSD.c", "XXBTZUSD", "XXBTZUSD.d")}
+    result["XBTUSD.c"] |= {"status": "cancel_only"}
+    await sandbox.set("kraken", body=json.dumps({"error": [], "result": result}))
+    markets = await slim_markets(sandbox, "kraken")
+    assert [market["id"] for market in markets.values()] == ["XXBTZUSD"]
