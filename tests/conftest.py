@@ -13,7 +13,7 @@ import subprocess
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path, PurePath
 from typing import Any
@@ -39,11 +39,11 @@ TIMED_FOLDERS = 20  # number of folders in the summary of durations
 
 
 class FakeClock:
-    """A clock that only `advance` moves. Its UTC starts at the system's time."""
+    """A clock that only `advance` moves. Its UTC starts at `utc`, or at the system's time."""
 
-    def __init__(self) -> None:
+    def __init__(self, utc: float | None = None) -> None:
         self.elapsed = 0.0
-        self._utc = time.time()
+        self._utc = time.time() if utc is None else utc
 
     def monotonic(self) -> float:
         return 1000.0 + self.elapsed
@@ -351,17 +351,19 @@ async def serve(
     shortcut: bool = True,
     port: int = 0,
     load_markets: bool = False,
+    snapshots: Mapping[str, bytes] | None = None,
     proxy_headers: bool = False,
 ) -> AsyncIterator[Live]:
     """Run the app under uvicorn in this event loop. Without `shortcut`, without the fast path.
 
-    The gateway starts with prepared market lists. With `load_markets`, a child process reads them
-    from the exchanges, as in production. `port` lets a gateway replace another that has stopped.
-    With `proxy_headers`, uvicorn replaces the client's address by X-Forwarded-For.
+    The gateway starts with `snapshots` of market lists, by default those of the sandbox. With
+    `load_markets`, a child process reads them from the exchanges, as in production. `port` lets a
+    gateway replace another that has stopped. With `proxy_headers`, uvicorn replaces the client's
+    address by X-Forwarded-For.
     """
-    front = create_app(
-        settings, clock, None if load_markets else await prepared_markets(settings, clock.time())
-    )
+    if snapshots is None and not load_markets:
+        snapshots = await prepared_markets(settings, clock.time())
+    front = create_app(settings, clock, snapshots)
     app = front if shortcut else front.app
     config = uvicorn.Config(
         app, log_config=None, lifespan="on", timeout_keep_alive=75, proxy_headers=proxy_headers

@@ -1,22 +1,22 @@
 """Recorded answers of the exchanges: what each file is follows from its body, name and source.
 
-The files are not part of the project. `recordings()` finds them. A new file needs no code if its
-body has the shape of a known endpoint.
+The files are not part of the project. `conftest.recordings` finds their folder. A new file needs no
+code if its body has the shape of a known endpoint.
 """
 
 import csv
 import gzip
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
+
+from tests.conftest import recordings
 
 # For recordings without a time in them, and markets without a name.
 DEFAULT_MS = 1_735_689_600_000
@@ -153,20 +153,10 @@ def _times(value: Any) -> Iterator[int]:
                 yield int(value * 1000 / factor)
 
 
-def folder() -> Path | None:
-    """Return the folder of the recordings, if it exists.
-
-    It is VIRTUOSO_RECORDINGS, or by default `shared/recordings` beside the checkout.
-    """
-    default = Path(__file__).parents[3] / "shared" / "recordings"
-    path = Path(os.environ.get("VIRTUOSO_RECORDINGS", default))
-    return path if path.is_dir() else None
-
-
 @cache
-def recordings() -> tuple[Recording, ...]:
+def every_recording() -> tuple[Recording, ...]:
     """Read all recordings: `*.json`, and `wire/*.json.gz` with the answer under `body`."""
-    root = folder()
+    root = recordings()
     if root is None:
         return ()
     urls = {}
@@ -183,7 +173,7 @@ def recordings() -> tuple[Recording, ...]:
 
 def of_kind(*kinds: str) -> list[Any]:
     """Return the recordings of these kinds as parameters of a test, which is skipped without."""
-    chosen = [recording for recording in recordings() if recording.kind in kinds]
+    chosen = [recording for recording in every_recording() if recording.kind in kinds]
     if not chosen:
         reason = "there are no recordings of live exchanges (VIRTUOSO_RECORDINGS)"
         return [pytest.param(None, marks=pytest.mark.skip(reason))]

@@ -96,6 +96,12 @@ class Replay:
             for exchange in ONLINE
             for market_type in ("spot", "swap")
         }
+        # Names of markets in recordings -> market ids.
+        self.ids = {
+            key: {display_name(row): name for name, row in markets.items()}
+            | {name: name for name in markets}
+            for key, markets in self.markets.items()
+        }
         self._runner: web.AppRunner | None = None
         self.url = ""
 
@@ -127,8 +133,10 @@ class Replay:
         ]
         rows: dict[str, Any] = {}
         for recording in chosen:
-            if recording.kind == "list":
-                rows |= recording.rows
+            if recording.kind == "list":  # before 2022, Kraken's pairs had no status
+                rows |= {
+                    name: {"status": ONLINE[exchange]} | row for name, row in recording.rows.items()
+                }
         if as_recorded:
             return rows
         # Kraken's dark pools, which are closed, had the symbols of other markets.
@@ -175,7 +183,7 @@ class Replay:
     def _tickers(self, endpoint: Endpoint, query: Mapping[str, str]) -> dict[str, Any]:
         """Return the recorded tickers by market id, all or those that are requested."""
         markets = self.markets[endpoint.exchange, endpoint.type]
-        ids = {display_name(row): name for name, row in markets.items()}
+        ids = self.ids[endpoint.exchange, endpoint.type]
         found = {
             ids.get(name, name): row
             for recording in self.recordings
