@@ -42,7 +42,7 @@ INTERNALS = {
     "markets": "markets markets_by_id safe_market_structure",
     "sockets": "client clients tickers bidsasks orderbooks trades fetch_rest_order_book_safe",
     "connection": "handle_message resolve reject on_error on_error_callback on_close_callback "
-    "on_connected_callback subscriptions isConnected closed error",
+    "on_connected_callback on_message_callback connecting subscriptions isConnected closed error",
 }
 
 

@@ -18,7 +18,7 @@ from src.core.errors import GatewayError
 from src.exchanges import ccxt_client
 from src.exchanges.ccxt_client import CcxtClient, ccxt
 from src.exchanges.http_client import Answer
-from src.exchanges.profiles import PROFILES, Profile
+from src.exchanges.profiles import PROFILES, Profile, Refusal
 from src.exchanges.translation import translate
 
 # ccxt's names of subscriptions: `ticker:BTC/USDT`, `ticker:ticker@BTC/USDT`,
@@ -84,11 +84,19 @@ class CcxtSockets:
         """The number of open sockets."""
         return sum(map(_is_open, self._connections()))
 
-    def subscribe(self, symbols: list[str]) -> None:
-        """Subscribe to symbols of one market type. The listener receives the results."""
+    @property
+    def is_connecting(self) -> bool:
+        """True while a socket opens. Messages are sent at once when it is open."""
+        return any(connection.connecting for connection in self._connections())
+
+    def subscribe(self, symbols: list[str]) -> int:
+        """Subscribe to symbols of one market type. The listener receives the results.
+
+        Returns the number of messages, each with one topic per symbol.
+        """
         if not self._is_supported:
             self._listener.lost("lost", None)
-            return
+            return 0
         self._ccxt.ws_dial_backoff = {}  # the caller decides when to try again
         self._forget(symbols)  # data that arrived after they were unsubscribed
         for symbol in symbols:
@@ -104,12 +112,18 @@ class CcxtSockets:
             self._start(self._ccxt.watch_tickers(symbols))
             if self._observer.has_separate_top(symbols[0]):
                 self._start(self._ccxt.watch_bids_asks(symbols))
+                return 2
+        return 1
 
-    def unsubscribe(self, symbols: Iterable[str]) -> None:
-        """Unsubscribe. ccxt's own methods are missing or incomplete on some exchanges."""
+    def unsubscribe(self, symbols: Iterable[str]) -> int:
+        """Unsubscribe with one message per socket. Returns the number of messages.
+
+        ccxt's own methods are missing or incomplete on some exchanges.
+        """
         ended = sorted(set(symbols) & self._topics.keys())
         topics = [topic for symbol in ended for topic in self._topics.pop(symbol)]
         self._forget(ended)
+        sent = 0
         for connection in self._connections():
             for name in list(connection.subscriptions):
                 match = SUBSCRIPTION.fullmatch(name)
@@ -120,6 +134,8 @@ class CcxtSockets:
                 number = self._ccxt.request_id(*arguments)
                 message = self._profile.unsubscribe(self._kind, topics, number)
                 self._start(connection.send(message))
+                sent += 1
+        return sent
 
     def drop(self) -> None:
         """Close all sockets and forget all subscriptions. The next `subscribe` opens new ones."""
@@ -190,6 +206,8 @@ class _Observer:
         """Wrap ccxt's functions that process messages, resolve futures and report failures."""
         handle = connection.handle_message
         connection.handle_message = partial(self._on_message, connection, handle)
+        process = connection.on_message_callback
+        connection.on_message_callback = partial(self._on_data, process)
         connection.resolve = partial(self._on_resolve, connection.resolve)
         connection.reject = partial(self._on_reject, connection, connection.reject)
         connection.on_error_callback = partial(self._on_error, connection.on_error_callback)
@@ -201,6 +219,25 @@ class _Observer:
             handle(message)
         except Exception:  # noqa: BLE001 - otherwise ccxt stops reading after unexpected data
             connection.on_error(ccxt.BadResponse("junk"))
+
+    def _on_data(self, process: Callable[..., None], connection: Any, data: Any) -> None:
+        find_refusal = self._profile.find_refusal
+        refusal = find_refusal(data) if find_refusal and isinstance(data, dict) else None
+        if refusal is not None:
+            self._report_refusal(connection, refusal)
+        process(connection, data)
+
+    def _report_refusal(self, connection: Any, refusal: Refusal) -> None:
+        symbols = {refusal.symbol}
+        for name, subscription in connection.subscriptions.items():
+            match = SUBSCRIPTION.fullmatch(name)
+            is_refused = (
+                isinstance(subscription, dict) and str(subscription["id"]) == refusal.number
+            )
+            if match is not None and is_refused:
+                symbols.add(match["symbol"])
+        for symbol in symbols:
+            self._listener.refused(symbol)
 
     def _on_resolve(self, resolve: Callable[..., Any], result: Any, name: str) -> Any:
         match = SUBSCRIPTION.fullmatch(name)

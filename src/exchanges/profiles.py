@@ -6,14 +6,26 @@ No other module names an exchange. This module imports nothing of the project.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+MARKET_TYPES = ("spot", "swap")
 Weight = Callable[[str, int, bool], int]
 """Returns the weight of a call: operation, number of symbols or levels, True for a swap."""
 Unsubscribe = Callable[[str, Sequence[str], int], dict[str, Any]]
 """Returns the message that ends subscriptions: kind of data, topics, number of the message."""
 MarketName = Callable[[Mapping[str, Any]], str]
 """Returns a name of ccxt's market, of which `info` is the exchange's own row."""
+
+
+class Refusal(NamedTuple):
+    """A refused subscription: the number of the refused message, or the refused symbol."""
+
+    number: str = ""
+    symbol: str = ""
+
+
+FindRefusal = Callable[[Mapping[str, Any]], Refusal | None]
+"""Returns the refusal that a message of the exchange contains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +50,18 @@ STATUS_RULES = (
     StatusRule(451, "geo_blocked"),
     StatusRule(429, "rate_limited"),
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SocketLimits:
+    """Limits of one WebSocket connection to an exchange."""
+
+    frame_topics: int = 100
+    """Topics of one message that subscribes or unsubscribes."""
+    frame_seconds: float = 0.1
+    """Pause after each message."""
+    socket_topics: int = 1_000
+    """Topics of one connection."""
 
 
 def one_per_call(_operation: str, _size: int, _is_swap: bool) -> int:
@@ -76,9 +100,13 @@ class Profile:
     """Returns the name of a market on the sockets."""
     topics: Mapping[str, tuple[str, ...]]
     """Kind of data -> topics of one market, formatted with the fields of ccxt's market."""
+    socket_limits: dict[str, SocketLimits]
+    """Market type -> limits of its connections."""
     book_depth: int
     """Levels of a streamed order book: the smallest depth from 50 levels on."""
     unsubscribe: Unsubscribe
+    find_refusal: FindRefusal | None = None
+    """Finds refused subscriptions that ccxt does not report."""
     separate_top_types: frozenset[str] = frozenset()
     """Market types whose ticker stream has no bid and ask: a second stream has them."""
     numbers_per_socket: bool = False
@@ -94,6 +122,12 @@ def bybit_unsubscribe(_kind: str, topics: Sequence[str], number: int) -> dict[st
     return {"op": "unsubscribe", "req_id": number, "args": topics}
 
 
+# https://bybit-exchange.github.io/docs/v5/ws/connect: ten args per message for spot, and 21,000
+# characters of args per connection. The longest, `"orderbook.50.1000000BABYDOGEUSDT",`, has 35. No
+# rate of messages is documented.
+BYBIT_SPOT_LIMITS = SocketLimits(frame_topics=10, frame_seconds=0.05, socket_topics=600)
+BYBIT_SWAP_LIMITS = SocketLimits(frame_seconds=0.05, socket_topics=600)
+
 BYBIT = Profile(
     name="bybit",
     ccxt_class="bybit",
@@ -105,6 +139,7 @@ BYBIT = Profile(
         "orderbook": ("orderbook.50.{id}",),
         "trades": ("publicTrade.{id}",),
     },
+    socket_limits={"spot": BYBIT_SPOT_LIMITS, "swap": BYBIT_SWAP_LIMITS},
     book_depth=50,
     unsubscribe=bybit_unsubscribe,
     separate_top_types=frozenset({"spot"}),
@@ -136,6 +171,16 @@ def binance_unsubscribe(_kind: str, topics: Sequence[str], number: int) -> dict[
     return {"method": "UNSUBSCRIBE", "params": topics, "id": number}
 
 
+def binance_refusal(message: Mapping[str, Any]) -> Refusal | None:
+    """Find an error such as `{"error":{"code":2,"msg":"Invalid request: ..."},"id":1}`."""
+    return Refusal(number=str(message.get("id"))) if "error" in message else None
+
+
+# https://developers.binance.com/docs/binance-spot-api-docs/web-socket-streams: five messages per
+# second and connection, including pings and pongs, and 1,024 streams per connection. Three messages
+# per second leave room for a ping and a pong. Swaps have ten messages per second.
+BINANCE_SOCKET_LIMITS = SocketLimits(frame_seconds=0.34, socket_topics=1_024)
+
 BINANCE = Profile(
     name="binance",
     ccxt_class="binance",
@@ -149,8 +194,10 @@ BINANCE = Profile(
         "orderbook": ("{lowercaseId}@depth@100ms",),
         "trades": ("{lowercaseId}@trade",),
     },
+    socket_limits=dict.fromkeys(MARKET_TYPES, BINANCE_SOCKET_LIMITS),
     book_depth=100,
     unsubscribe=binance_unsubscribe,
+    find_refusal=binance_refusal,
     separate_top_types=frozenset({"swap"}),
     numbers_per_socket=True,
     # The default ticker stream of ccxt has no bid and ask. By default ccxt spreads subscriptions
@@ -182,6 +229,15 @@ def kraken_unsubscribe(kind: str, topics: Sequence[str], number: int) -> dict[st
     return {"method": "unsubscribe", "params": params, "req_id": number}
 
 
+def kraken_refusal(message: Mapping[str, Any]) -> Refusal | None:
+    """Find an error such as `{"error":"Currency pair not supported A/B","symbol":"A/B",...}`."""
+    is_refused = message.get("method") == "subscribe" and message.get("success") is False
+    return Refusal(symbol=str(message.get("symbol"))) if is_refused else None
+
+
+# Kraken documents no limits of messages and symbols.
+KRAKEN_SOCKET_LIMITS = SocketLimits()
+
 KRAKEN = Profile(
     name="kraken",
     ccxt_class="kraken",
@@ -190,8 +246,10 @@ KRAKEN = Profile(
     default_budget="5/5",
     ws_name=kraken_ws_name,
     topics=dict.fromkeys(KRAKEN_CHANNELS, ("{symbol}",)),
+    socket_limits=dict.fromkeys(MARKET_TYPES, KRAKEN_SOCKET_LIMITS),
     book_depth=100,
     unsubscribe=kraken_unsubscribe,
+    find_refusal=kraken_refusal,
 )
 
 PROFILES = {profile.name: profile for profile in (BYBIT, BINANCE, KRAKEN)}

@@ -2,28 +2,25 @@
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import aiohttp
 
 from src.core import metrics
 from src.core.background import report_error
-from src.core.circuit_breaker import exponential_backoff
 from src.core.errors import ExchangeRateLimited, GatewayError, GeoBlocked
 from src.exchanges.ccxt_sockets import CcxtSockets
+from src.exchanges.profiles import PROFILES
 from src.gateway import Gateway
 from src.streams.liveness import Liveness
+from src.streams.subscriptions import RETRY_MAX_SECONDS, Subscriptions, retry_pause
 from src.streams.topics import CHANNEL_BY_KIND, SocketKey, Topic
 
 log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 0.25  # between two checks for silent symbols and due subscriptions
-BATCH_SIZE = 50  # symbols per message; kraken and bybit accept more, binance five messages a second
-PAUSE_SECONDS = 0.25  # between two messages to an exchange
-RETRY_INITIAL_SECONDS = 0.5  # doubled after each failure; each pause is reduced by up to half
-RETRY_MAX_SECONDS = 30.0
 GRACE_SECONDS = 3.0  # to reconnect before clients are told; binance closes each socket once a day
 STEADY_SECONDS = 30.0  # a socket open for this long starts again with the initial retry pause
 
@@ -42,16 +39,17 @@ class ExchangeSocket:
     ) -> None:
         self.exchange = key.exchange
         self.channel = CHANNEL_BY_KIND[key.kind]
-        self.watched: dict[str, Liveness] = {}
         self.lost_cause: str | None = None  # cause of the last loss; None since the last message
         self.lost_at = 0.0
         self.retry_at = 0.0
         self.reconnects = 0
+        market_type = "swap" if key.swaps else "spot"
+        self._subscriptions = Subscriptions(PROFILES[key.exchange], key.kind, market_type)
+        self.watched = self._subscriptions.watched
         self._manager = gateway.manager
         self._clock = gateway.clock
         self._receive = receive
         self._sockets = CcxtSockets(key.exchange, key.kind, gateway.settings, session, self)
-        self._unsubscribing: set[str] = set()
         self._failures = 0
         self._is_open = False
         self._opened_at = 0.0
@@ -81,16 +79,15 @@ class ExchangeSocket:
         return self.is_lost() or not (self._is_open or not self._manager.is_refused(self.exchange))
 
     def watch(self, symbol: str, liveness: Liveness) -> None:
-        """Subscribe to a symbol. Message times are recorded in `liveness`."""
-        self._unsubscribing.discard(symbol)
+        """Subscribe to a symbol. Message times are recorded in `liveness`.
+
+        A pending unsubscription is sent first: exchanges refuse a topic that is subscribed twice.
+        """
         self.watched.setdefault(symbol, liveness)
 
     def unwatch(self, symbol: str) -> None:
         """Unsubscribe from a symbol."""
-        liveness = self.watched.pop(symbol, None)
-        if liveness is not None and liveness.subscribed_at is not None:
-            liveness.subscribed_at = None
-            self._unsubscribing.add(symbol)
+        self._subscriptions.remove(symbol)
 
     async def close(self) -> None:
         """Close the socket."""
@@ -100,11 +97,8 @@ class ExchangeSocket:
         """Subscribe, unsubscribe and reconnect as needed. Call this every `CHECK_SECONDS`."""
         if not self.watched:
             self._close_unused()
-        if self._can_connect():
-            if self._unsubscribing:
-                self._sockets.unsubscribe(self._unsubscribing)
-                self._unsubscribing = set()
-                await asyncio.sleep(PAUSE_SECONDS)
+        if self._can_send():
+            await self._send_unsubscriptions()
             self._check_silence(self._clock.monotonic())
             await self._send_subscriptions()
 
@@ -118,7 +112,7 @@ class ExchangeSocket:
 
     def _drop(self) -> None:
         self._is_open = False
-        self._unsubscribing = set()
+        self._subscriptions.ended.clear()
         self._sockets.drop()
 
     def _check_silence(self, now: float) -> None:
@@ -131,30 +125,38 @@ class ExchangeSocket:
             self.lost("silent", None)
             return
         for symbol in silent:
-            self.refused(symbol)
+            self._subscriptions.repeat(symbol, now)
+
+    async def _send_unsubscriptions(self) -> None:
+        while symbols := self._subscriptions.take_ended():
+            await self._pause(self._sockets.unsubscribe(symbols))
+
+    async def _pause(self, messages: int) -> None:
+        """Wait after messages to the exchange, as its limits require."""
+        await asyncio.sleep(messages * self._subscriptions.limits.frame_seconds)
 
     async def _send_subscriptions(self) -> None:
-        while self._can_connect() and (batch := self._due_symbols()):
-            self._sockets.use(self._manager[self.exchange].client, self._fetch_snapshot)
+        is_listed = partial(self._manager.markets.find, self.exchange)
+        while self._can_send():
             now = self._clock.monotonic()
-            for symbol in batch:
+            symbols = self._subscriptions.find_due(now, is_listed)
+            if not symbols:
+                return
+            self._sockets.use(self._manager[self.exchange].client, self._fetch_snapshot)
+            for symbol in symbols:
                 self.watched[symbol].subscribed_at = now
                 self.watched[symbol].is_resubscribed = True
             if not self._is_open:
                 self._is_open = True
                 self._opened_at = now
-            self._sockets.subscribe(batch)
-            await asyncio.sleep(PAUSE_SECONDS)
+            await self._pause(self._sockets.subscribe(symbols))
+            await self._send_unsubscriptions()  # of symbols that are subscribed again below
 
-    def _due_symbols(self) -> list[str]:
-        now = self._clock.monotonic()
-        due = [symbol for symbol, liveness in self.watched.items() if liveness.is_due(now)]
-        find = self._manager.markets.find
-        return [symbol for symbol in due if find(self.exchange, symbol) is not None][:BATCH_SIZE]
-
-    def _can_connect(self) -> bool:
+    def _can_send(self) -> bool:
+        """Return True if a message can be sent. Connecting sockets would send all at once."""
         is_allowed = not self._manager.is_refused(self.exchange)
-        return is_allowed and self._clock.monotonic() >= self.retry_at
+        is_due = self._clock.monotonic() >= self.retry_at
+        return is_allowed and is_due and not self._sockets.is_connecting
 
     async def _fetch_snapshot(self, symbol: str, limit: int | None = None, _: Any = None) -> Any:
         return await self._manager.raw_order_book(self.exchange, symbol, limit or 100)
@@ -186,7 +188,7 @@ class ExchangeSocket:
         for liveness in self.watched.values():
             liveness.subscribed_at = None
         now = self._clock.monotonic()
-        pause = _retry_pause(self._failures)
+        pause = retry_pause(self._failures)
         self.retry_at = now + pause
         if self.lost_cause is None:
             self.lost_at = now
@@ -201,15 +203,7 @@ class ExchangeSocket:
             self._manager.hold(self.exchange, refusal)
 
     def refused(self, symbol: str) -> None:
-        """Subscribe to a symbol again after a pause."""
-        liveness = self.watched.get(symbol)
-        if liveness is not None and liveness.subscribed_at is not None and self._is_open:
-            liveness.subscribed_at = None
-            liveness.retry_at = self._clock.monotonic() + _retry_pause(liveness.failures)
-            liveness.failures += 1
-            self._unsubscribing.add(symbol)
-
-
-def _retry_pause(failures: int) -> float:
-    longest = exponential_backoff(failures, RETRY_INITIAL_SECONDS, RETRY_MAX_SECONDS)
-    return longest * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
+        """Process an error of one subscription, or of a message with several."""
+        if symbol in self.watched and self._is_open:
+            self.watched[symbol].refusals += 1
+            self._subscriptions.repeat(symbol, self._clock.monotonic())

@@ -36,6 +36,9 @@ class Liveness:
     failures: int = 0
     """Failed attempts to subscribe since the last message."""
 
+    refusals: int = 0
+    """Refused subscriptions since the last message."""
+
     retry_at: float = 0.0
 
     @property
@@ -55,6 +58,7 @@ class Liveness:
             self._learn(now - self.last_message_at)
         self.last_message_at = now
         self.failures = 0
+        self.refusals = 0
         self.has_new_message = True
 
     def _learn(self, gap: float) -> None:

@@ -18,8 +18,9 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from src.core import background
+from src.exchanges.profiles import PROFILES, SocketLimits
 from src.sandbox.server import Sandbox
-from src.streams import exchange_socket, hub, liveness, monitor
+from src.streams import hub, liveness, monitor
 from src.streams.exchange_socket import ExchangeSocket
 from src.streams.topics import SocketKey, Topic
 from src.web import websocket
@@ -436,9 +437,8 @@ async def test_ticker_without_one_of_its_parts_is_stale(
     clock.advance(seconds)
     async with time_passes(clock):  # messages may be in flight
         await client.take("status", state="stale")
-    client.got.clear()
-    clock.advance(3)
-    await client.next(lambda message: message.get("data", {}).get("source") == "rest")
+        client.got.clear()
+        await client.next(lambda message: message.get("data", {}).get("source") == "rest")
     await sandbox.set(exchange, push_ms=20)
     async with time_passes(clock):
         await client.take("status", state="live")
@@ -693,7 +693,8 @@ async def test_unsubscribe_between_batches_causes_no_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A symbol that is unsubscribed between two batches is skipped without an error."""
-    monkeypatch.setattr(exchange_socket, "BATCH_SIZE", 1)
+    limits = SocketLimits(frame_topics=1, frame_seconds=0.25)
+    monkeypatch.setitem(PROFILES["kraken"].socket_limits, "spot", limits)
     live = await start(stream_idle_seconds=1)
     client = await join(live)
     await client.subscribe(BTC, "ETH/USDT", "SOL/USDT", exchange="kraken")

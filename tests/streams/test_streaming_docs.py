@@ -35,6 +35,7 @@ from src.streams import (
     liveness,
     monitor,
     registry,
+    subscriptions,
     topics,
 )
 from src.web import server_events, websocket
@@ -57,7 +58,8 @@ KEY = "k3y-of-the-example"
 PRIVATE = {
     "hub": {"TICK_SECONDS", "PENDING_SECONDS"},
     "liveness": {"PACE_DECAY"},
-    "exchange_socket": {"CHECK_SECONDS", "BATCH_SIZE", "PAUSE_SECONDS"},
+    "exchange_socket": {"CHECK_SECONDS"},
+    "subscriptions": {"REFUSED_SPLIT"},
     "ccxt_sockets": {"CLOSE_TIMEOUT_SECONDS"},
     "bus": {"LISTEN_SECONDS", "COMMAND_SECONDS", "MAX_BATCH"},
 }
@@ -340,6 +342,7 @@ def test_every_limit_is_documented() -> None:
             hub,
             registry,
             monitor,
+            subscriptions,
             liveness,
             exchange_socket,
             ccxt_sockets,
@@ -379,7 +382,7 @@ def test_numbers_in_sentences_match_code() -> None:
     config = uvicorn.Config("", log_config=None)
     (least, most), (first, longest) = (
         (liveness.SILENT_MIN_SECONDS, liveness.SILENT_MAX_SECONDS),
-        (exchange_socket.RETRY_INITIAL_SECONDS, exchange_socket.RETRY_MAX_SECONDS),
+        (subscriptions.RETRY_INITIAL_SECONDS, subscriptions.RETRY_MAX_SECONDS),
     )
     levels = websocket.Command.model_fields["levels"]
     assert config.ws_ping_interval == config.ws_ping_timeout
