@@ -19,7 +19,7 @@ from src.core.errors import CallerError, GatewayError, MarketsLoading, NoPrice, 
 from src.core.models import MarketData
 from src.exchanges.manager import ExchangeManager, Fetched, is_swap
 from src.exchanges.market_loader import MarketLoader
-from src.kinds import KINDS, fetch, ttl_of, weight_of_key
+from src.kinds import KINDS, fetch, shared_key, ttl_of, view, weight_of_key
 from src.store.redis import PREFIX, RedisStore, RedisUnavailable
 
 ALL = "all"
@@ -98,7 +98,11 @@ class Gateway:
         answer = answers[name]
         if isinstance(answer, GatewayError):
             raise answer
-        return answer
+        if answer.entry is None or not params:
+            return answer
+        part = view(answer.entry, params)
+        served = Served.from_entry(part, answer.result, self.clock.monotonic())
+        return served._replace(keys=answer.keys, params=params)
 
     async def tickers(
         self, symbols: Sequence[str], exchange: str | None, max_age: float | None, within: float = 0
@@ -194,7 +198,9 @@ class Gateway:
         symbol = self.markets.canonical(text)
         markets = {name: self.markets.find(name, symbol) for name in names}
         keys = [
-            Key(name, kind, market.symbol, params) for name, market in markets.items() if market
+            shared_key(name, kind, market.symbol, params)
+            for name, market in markets.items()
+            if market
         ]
         if keys:
             return keys

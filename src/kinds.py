@@ -10,14 +10,17 @@ from functools import partial
 from operator import methodcaller
 from typing import Any
 
+import orjson
+
 from config import Settings
-from src.cache.entry import Key, Param
+from src.cache.entry import Entry, Key, Param
 from src.core.clock import Clock
 from src.core.errors import InvalidParameter
 from src.core.models import TIMEFRAMES, Candles, MarketData, OrderBook, Ticker, Trades
 from src.exchanges.manager import ExchangeCall, ExchangeManager, Fetched, is_swap, weight_of
 from src.exchanges.profiles import PROFILES, Profile
 
+MAX_VIEWS = 8  # parts that an entry keeps: bots use few different limits
 MIN_SINCE_MS = 100_000_000_000  # in 1973, before any market: a smaller number is in seconds
 
 
@@ -29,25 +32,38 @@ class Kind:
     """ccxt's method, called with the symbol and `params`."""
     params: tuple[str, ...] = ()
     """Names of the parameters, in the order of `Key.params`. They are those of ccxt's method."""
-    limit: Callable[[Profile, str, int], int] = lambda profile, symbol, limit: limit
-    """Returns the `limit` to request, for exchanges that do not accept every value."""
     build: Callable[..., MarketData]
     """Converts ccxt's result, given `exchange`, `symbol`, `fetched_at` and `build_params`."""
     build_params: tuple[str, ...] = ()
     check_params: Callable[[Clock, tuple[Any, ...]], tuple[Param, ...]] = lambda _, params: params
     """Returns the canonical form of the parameters. Raises `InvalidParameter`."""
+    share: Callable[[Profile, str, tuple[Any, ...]], tuple[Param, ...]] = lambda _, __, params: (
+        params
+    )
+    """Returns the parameters of the entry that has the answer, given the exchange and the symbol.
+
+    Requests with different parameters share an entry with at least as many rows.
+    """
+    cut: Callable[[dict[str, Any], tuple[Any, ...]], dict[str, Any]] = lambda document, _: document
+    """Returns the part of a shared answer that a client's parameters ask for."""
     has_levels: bool = False
     """True if the first parameter is a number of levels, on which the request weight depends."""
 
 
-def _accepted_depth(profile: Profile, symbol: str, limit: int) -> int:
-    """Return the smallest accepted number of levels from `limit` on."""
-    depths = profile.swap_depths if is_swap(symbol) else ()
-    return next((depth for depth in depths if depth >= limit), limit)
+def _share_rows(kind: str) -> Callable[[Profile, str, tuple[int]], tuple[Param, ...]]:
+    """Return a function that replaces a `limit` by one of the profile's sizes."""
+    return lambda profile, symbol, params: (profile.size(kind, params[0], is_swap=is_swap(symbol)),)
 
 
-def _accepted_trades(profile: Profile, _symbol: str, limit: int) -> int:
-    return min(limit, profile.max_trades or limit)
+def _cut_levels(document: dict[str, Any], params: tuple[int]) -> dict[str, Any]:
+    """Keep the best `limit` levels of each side."""
+    (limit,) = params
+    return document | {side: document[side][:limit] for side in ("bids", "asks")}
+
+
+def _cut_trades(document: dict[str, Any], params: tuple[int]) -> dict[str, Any]:
+    """Keep the newest `limit` trades."""
+    return document | {"trades": document["trades"][-params[0] :]}
 
 
 def _check_ohlcv(clock: Clock, params: tuple[str, int, int | None]) -> tuple[Param, ...]:
@@ -70,7 +86,8 @@ KINDS = {
     "orderbook": Kind(
         method="fetch_order_book",
         params=("limit",),
-        limit=_accepted_depth,
+        share=_share_rows("orderbook"),
+        cut=_cut_levels,
         build=OrderBook.from_ccxt,
         build_params=("limit",),
         has_levels=True,
@@ -85,7 +102,8 @@ KINDS = {
     "trades": Kind(
         method="fetch_trades",
         params=("limit",),
-        limit=_accepted_trades,
+        share=_share_rows("trades"),
+        cut=_cut_trades,
         build=Trades.from_ccxt,
     ),
 }
@@ -98,11 +116,31 @@ async def fetch(manager: ExchangeManager, key: Key) -> Fetched[MarketData]:
     params: dict[str, Any] = dict(zip(kind.params, key.params, strict=True))
     build_params = {name: params[name] for name in kind.build_params}
     build = partial(kind.build, exchange=key.exchange, symbol=key.symbol, **build_params)
-    if "limit" in params:
-        params["limit"] = kind.limit(PROFILES[key.exchange], key.symbol, params["limit"])
     method = methodcaller(kind.method, key.symbol, **params)
     call = ExchangeCall(key.exchange, key.kind, method, build, key.symbol, _size_of(key))
     return await manager.call(call)
+
+
+def shared_key(exchange: str, kind: str, symbol: str, params: tuple[Param, ...]) -> Key:
+    """Return the key of the entry that has the answer to a request."""
+    return Key(exchange, kind, symbol, KINDS[kind].share(PROFILES[exchange], symbol, params))
+
+
+def view(entry: Entry, params: tuple[Param, ...]) -> Entry:
+    """Return the part of an entry that a client's parameters ask for.
+
+    The entry keeps a few parts, so that repeated requests are not cut again.
+    """
+    if params == entry.key.params:
+        return entry
+    part = entry.views.get(params)
+    if part is None:
+        document = KINDS[entry.key.kind].cut(orjson.loads(entry.body), params)
+        part = entry.with_body(orjson.dumps(document))
+        if len(entry.views) >= MAX_VIEWS:
+            entry.views.clear()
+        entry.views[params] = part
+    return part
 
 
 def weight_of_key(key: Key) -> int:

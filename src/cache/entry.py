@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
 
 import orjson
@@ -58,6 +58,8 @@ class Entry:
     """Requests answered from memory, including those inherited from the entry before."""
     earlier_hits: int = 0
     """Requests answered by the entries before this one that are not part of `hits`."""
+    views: dict[tuple[Param, ...], "Entry"] = field(default_factory=dict)
+    """Parts of the entry that answer other parameters, see `kinds.view`."""
 
     @classmethod
     def create(
@@ -80,6 +82,10 @@ class Entry:
         received = min(part.received for part in parts)
         ttl = min(part.born - born + part.ttl for part in parts)
         return cls(NO_KEY, body, etag_of(body), born, received, ttl)
+
+    def with_body(self, body: bytes) -> Self:
+        """Return a part of the entry, with the same times."""
+        return replace(self, body=body, etag=etag_of(body), views={})
 
     def age(self, now: float) -> float:
         """Return the seconds since the data was requested."""
@@ -134,16 +140,20 @@ class Served(NamedTuple):
     """Seconds the answer stays fresh; negative if it is stale."""
     result: str
     """How the answer was found: one of `metrics.CACHE_RESULTS`."""
+    entry: Entry | None = None
+    """None if the answer was not made from one entry."""
     keys: tuple[Key, ...] = ()
     """All keys that could have answered, most preferred first. Empty if `max_age` was given."""
+    params: tuple[Param, ...] = ()
+    """The client's parameters; the entry may have more rows."""
 
     @classmethod
     def from_entry(cls, entry: Entry, result: str, now: float) -> Self:
         """Return an entry as it is sent at `now`, marked as stale if the `result` says so."""
         age = entry.age(now)
         if result.startswith("stale"):
-            return cls(entry.marked_stale(), None, age, min(entry.ttl - age, -1.0), result)
-        return cls(entry.body, entry.etag, age, entry.ttl - age, result)
+            return cls(entry.marked_stale(), None, age, min(entry.ttl - age, -1.0), result, entry)
+        return cls(entry.body, entry.etag, age, entry.ttl - age, result, entry)
 
 
 def encode(data: MarketData) -> bytes:

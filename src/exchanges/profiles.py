@@ -64,6 +64,23 @@ class SocketLimits:
     """Topics of one connection."""
 
 
+class Sizes(NamedTuple):
+    """Numbers of rows that are requested of spot markets and swaps, ascending.
+
+    Few sizes make requests for different numbers of rows share one call. The largest size is what
+    the exchange has at most, or what a client may ask for.
+    """
+
+    spot: tuple[int, ...]
+    swap: tuple[int, ...]
+
+
+# The stream of an order book has 50 levels, so requests for up to 50 share its values.
+BOOK_SIZES = Sizes(spot=(50, 200), swap=(50, 200))
+TRADE_SIZES = Sizes(spot=(100, 1000), swap=(100, 1000))
+SIZES = {"orderbook": BOOK_SIZES, "trades": TRADE_SIZES}
+
+
 def one_per_call(_operation: str, _size: int, _is_swap: bool) -> int:
     """Count calls: every call has the weight 1."""
     return 1
@@ -87,9 +104,8 @@ class Profile:
     weight: Weight = one_per_call
     batch_size: int = 100
     """Tickers in one call. Kraken's list of pairs is part of the URL."""
-    swap_depths: tuple[int, ...] = ()
-    """Order book levels that can be requested of a swap, ascending. Empty: any number."""
-    max_trades: int | None = None
+    sizes: Mapping[str, Sizes] = field(default_factory=lambda: SIZES)
+    """Kind of data -> numbers of rows to request."""
     used_weight_header: str = ""
     """Response header with the weight that this address has used."""
     remaining_header: str = ""
@@ -116,6 +132,11 @@ class Profile:
     spot_socket_path: str = ""
     """Path of the spot socket on a replaced host, if ccxt tells spot from swap by the URL."""
 
+    def size(self, kind: str, rows: int, *, is_swap: bool) -> int:
+        """Return the smallest size that has so many rows, or else the largest."""
+        sizes = self.sizes[kind].swap if is_swap else self.sizes[kind].spot
+        return next((size for size in sizes if size >= rows), sizes[-1])
+
 
 def bybit_unsubscribe(_kind: str, topics: Sequence[str], number: int) -> dict[str, Any]:
     """Return Bybit's message."""
@@ -132,7 +153,8 @@ BYBIT = Profile(
     name="bybit",
     ccxt_class="bybit",
     default_budget="600/5",
-    max_trades=60,  # for spot
+    # At most 60 trades of a spot market are documented.
+    sizes=SIZES | {"trades": Sizes(spot=(60,), swap=(100, 1000))},
     remaining_header="X-Bapi-Limit-Status",
     topics={
         "ticker": ("tickers.{id}", "orderbook.1.{id}"),
@@ -187,7 +209,8 @@ BINANCE = Profile(
     default_budget="6000/60",
     weight=binance_weight,
     batch_size=20,  # a longer list costs twenty times as much
-    swap_depths=(5, 10, 20, 50, 100, 500),
+    # More than 100 levels cost five times as much. Swaps accept 5, 10, 20, 50, 100, 500 and 1000.
+    sizes=SIZES | {"orderbook": Sizes(spot=(50, 100, 200), swap=(50, 100, 500))},
     used_weight_header="X-MBX-USED-WEIGHT-1M",
     topics={
         "ticker": ("{lowercaseId}@ticker", "{lowercaseId}@bookTicker"),

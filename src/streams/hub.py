@@ -111,9 +111,10 @@ class StreamHub:
     def find_topics(self, subscription: Subscription) -> list[Topic]:
         """Return the topics of a subscription. Raises the same errors as REST."""
         exchange = None if subscription.exchange in ("", ALL) else subscription.exchange
-        kind = CHANNELS[subscription.channel].kind
-        keys = self._gateway.find_keys(kind, subscription.symbol, exchange)
-        topics = [Topic(key.exchange, kind, key.symbol) for key in keys]
+        channel = CHANNELS[subscription.channel]
+        params = channel.rest_params
+        keys = self._gateway.find_keys(channel.kind, subscription.symbol, exchange, params)
+        topics = [Topic(key.exchange, channel.kind, key.symbol) for key in keys]
         if subscription.exchange == "":
             usable = (topic for topic in topics if self._registry.is_usable(topic))
             return [next(usable, topics[0])]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from src.cache.entry import Key, Served
 from src.core.errors import GatewayError
 from src.exchanges.manager import weight_of
+from src.kinds import shared_key
 from src.streams.registry import TopicRegistry, TopicState
 from src.streams.topics import SocketKey, Topic
 
@@ -121,7 +122,7 @@ class TopicMonitor:
 
     async def _refresh(self, states: list[TopicState]) -> None:
         channel = states[0].topic.channel
-        keys = [Key(*state.topic, channel.rest_params) for state in states]
+        keys = [shared_key(*state.topic, channel.rest_params) for state in states]
         groups = [keys] if channel.has_bulk_call else [[key] for key in keys]
         for group in groups:
             await self._gateway.refresh(group, POLL_SECONDS)
@@ -136,7 +137,7 @@ class TopicMonitor:
         """Fetch a topic's first value, from the cache if possible. Return the error if it fails."""
         exchange, kind, symbol = state.topic
         params = state.topic.channel.rest_params
-        is_fresh = self._gateway.cache.has_fresh(Key(exchange, kind, symbol, params))
+        is_fresh = self._gateway.cache.has_fresh(shared_key(*state.topic, params))
         try:
             if state.topic.channel.has_bulk_call and not is_fresh:
                 served = await self._load_in_bulk(SocketKey.of(state.topic), symbol)

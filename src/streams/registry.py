@@ -6,13 +6,14 @@ from typing import Any
 
 import orjson
 
-from src.cache.entry import Key, encode
+from src.cache.entry import encode
 from src.core import metrics
 from src.core.background import repeat
 from src.core.clock import Clock
 from src.core.errors import BadUpstreamData, GatewayError, NoPrice
 from src.exchanges.http_client import open_socket_session
 from src.gateway import Gateway
+from src.kinds import shared_key
 from src.streams.bus import Bus
 from src.streams.exchange_socket import CHECK_SECONDS, GRACE_SECONDS, ExchangeSocket
 from src.streams.feed import ClientConnection, Feed, encode_levels
@@ -239,7 +240,7 @@ class TopicRegistry:
         state.event = event
         state.has_gap = True
         if is_pushed and not state.topic.channel.is_incremental:
-            self._cache(state, event, bodies)
+            self._cache(state, event)
         is_complete = True
         for count, feed in list(state.feeds.items()):
             age = self._clock.time() - event.receive_time / 1000
@@ -247,10 +248,9 @@ class TopicRegistry:
             is_complete &= feed.publish(event, bodies[count], message_type)
         state.has_gap = not is_complete
 
-    def _cache(self, state: TopicState, event: MarketDataEvent, bodies: dict[int, bytes]) -> None:
+    def _cache(self, state: TopicState, event: MarketDataEvent) -> None:
         spread = state.held and event.born - state.spread_at >= SPREAD_SECONDS
         if spread:
             state.spread_at = event.born
-        for levels, body in bodies.items():
-            key = Key(*state.topic, (levels,) if levels else ())
-            self.gateway.add_pushed(key, body, event.born, share=spread)
+        key = shared_key(*state.topic, state.topic.channel.rest_params)
+        self.gateway.add_pushed(key, event.data, event.born, share=spread)

@@ -146,7 +146,7 @@ class FastPath:
         self, recipe: Recipe, entries: list[Entry], headers: RawHeaders
     ) -> tuple[float, int, HeaderFields, bytes]:
         """Return the age, status, header fields and body of an answer."""
-        entry = recipe.join(entries) if recipe.batch_keys else entries[0]
+        entry = recipe.answer(entries)
         age = self._clock.monotonic() - entry.born
         if age < 0:
             age = 0.0

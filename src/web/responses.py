@@ -10,10 +10,11 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from src.cache.entry import Entry, Key, Served, etag_of
+from src.cache.entry import Entry, Key, Param, Served, etag_of
 from src.core import errors, metrics
 from src.core.errors import GatewayError
 from src.gateway import BatchKey, Gateway
+from src.kinds import view
 
 HeaderFields = list[tuple[bytes, bytes]]
 FORWARDED = {"miss": "fwd=miss; stored", "coalesced": "fwd=miss; collapsed"}  # RFC 9211
@@ -30,6 +31,8 @@ class Recipe:
     """For each value of the answer: the keys that can provide it, in order of preference."""
     batch_keys: tuple[BatchKey, ...] = ()
     """The name of each value in a batch; empty if the answer is a single value."""
+    params: tuple[Param, ...] = ()
+    """The client's parameters, of a single value."""
     was_used: bool = field(default=False, compare=False)
     """True if the request was repeated since its last turn in the table."""
     _parts: list[Entry] = field(default_factory=list, init=False, compare=False)
@@ -45,7 +48,11 @@ class Recipe:
             entries.append(entry)
         return entries
 
-    def join(self, entries: list[Entry]) -> Entry:
+    def answer(self, entries: list[Entry]) -> Entry:
+        """Return the answer that the entries make."""
+        return self._join(entries) if self.batch_keys else view(entries[0], self.params)
+
+    def _join(self, entries: list[Entry]) -> Entry:
         """Return a batch of entries. It is built again only if an entry has changed."""
         if self._batch is None or entries != self._parts:
             body = batch_body(dict(zip(self.batch_keys, entries, strict=True)))
@@ -57,7 +64,8 @@ class Recipe:
 def answer(request: Request, served: Served) -> Response:
     """Return an answer with its age, remaining freshness, tag and cache status."""
     if served.keys:
-        request.state.recipe = Recipe(request.scope["route"].path_format, (served.keys,))
+        route = request.scope["route"].path_format
+        request.state.recipe = Recipe(route, (served.keys,), params=served.params)
     return _response(request, served)
 
 

@@ -476,7 +476,7 @@ async def test_keys_are_canonical_and_versioned_in_redis(
     for path in ("ticker/btc-usdt", "ticker/BTC/USDT", "ticker/Btc-Usdt?exchange=BYBIT"):
         assert (await live.get(f"/{path}")).status_code == 200
     assert sandbox.count("bybit") == 1
-    for limit in (5, 6, 5):
+    for limit in (5, 51, 6):  # two sizes are fetched
         await live.get(f"/orderbook/BTC-USDT?limit={limit}")
     assert sandbox.count("bybit") == 3
 

@@ -246,7 +246,7 @@ async def test_swaps_are_listed_if_configured(start: StartGateway, sandbox: Sand
     book = (await live.get("/orderbook/BTC/USDT:USDT?exchange=binance&limit=7")).json()
     assert (len(book["bids"]), len(book["asks"])) == (7, 7)
     order_books = [path for path, _ in sandbox.requests["binance"] if "depth" in path]
-    assert "limit=10" in str(order_books)
+    assert "limit=50" in str(order_books)
 
 
 async def test_swaps_are_unknown_by_default(start: StartGateway) -> None:
