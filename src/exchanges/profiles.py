@@ -244,11 +244,15 @@ def kraken_ws_name(market: Mapping[str, Any]) -> str:
 
 
 KRAKEN_CHANNELS = {"ticker": "ticker", "orderbook": "book", "trades": "trade"}
+# An unsubscription names the same depth as the subscription.
+KRAKEN_BOOK_DEPTH = 100
 
 
 def kraken_unsubscribe(kind: str, topics: Sequence[str], number: int) -> dict[str, Any]:
     """Return Kraken's message."""
-    params = {"channel": KRAKEN_CHANNELS[kind], "symbol": topics}
+    params: dict[str, Any] = {"channel": KRAKEN_CHANNELS[kind], "symbol": topics}
+    if kind == "orderbook":
+        params["depth"] = KRAKEN_BOOK_DEPTH
     return {"method": "unsubscribe", "params": params, "req_id": number}
 
 
@@ -270,7 +274,7 @@ KRAKEN = Profile(
     ws_name=kraken_ws_name,
     topics=dict.fromkeys(KRAKEN_CHANNELS, ("{symbol}",)),
     socket_limits=dict.fromkeys(MARKET_TYPES, KRAKEN_SOCKET_LIMITS),
-    book_depth=100,
+    book_depth=KRAKEN_BOOK_DEPTH,
     unsubscribe=kraken_unsubscribe,
     find_refusal=kraken_refusal,
 )

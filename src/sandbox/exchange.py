@@ -15,7 +15,15 @@ from typing import NamedTuple
 import orjson
 
 from src.sandbox.knobs import Knobs
-from src.sandbox.market import COMMON_PAIRS, TRADE_SECONDS, Fields, Market, Pair, iso_time, pairs
+from src.sandbox.market import (
+    COMMON_PAIRS,
+    TRADE_SECONDS,
+    Fields,
+    Market,
+    Pair,
+    iso_time,
+    pairs,
+)
 
 MAX_ROWS = 5_000
 HALT_SECONDS = 3 * 86_400
@@ -137,11 +145,13 @@ class Topic(NamedTuple):
     """The length of candles."""
     interval: str = ""
     """The length of candles on the wire."""
+    options: Mapping[str, object] = {}
+    """Other options of the subscription, as on the wire."""
 
     @property
     def key(self) -> str:
         """Return what distinguishes this subscription from all others of its socket."""
-        return f"{self.channel} {self.name} {self.depth} {self.interval}"
+        return " ".join([self.channel, self.name, *map(str, self.options.values())])
 
 
 class Exchange:
@@ -171,6 +181,8 @@ class Exchange:
     """True if candles are pushed only when a trade changes them, and without a mark of the end."""
     candle_snapshot = 1
     """Candles that the first push of a subscription contains."""
+    has_checksums = False
+    """True if pushes of order books have a checksum."""
     greeting = ""
     """Sent to every new socket."""
     malformed = ""

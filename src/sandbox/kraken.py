@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-import orjson
-
 from src.sandbox.exchange import Exchange, RefusalError, Request, Topic
 from src.sandbox.knobs import Knobs
 from src.sandbox.market import COINS, MAJORS, Fields, Pair, iso_time, pairs
@@ -12,6 +10,7 @@ BURST = 15
 """Requests. One more is allowed per second."""
 MAX_CANDLES = 720
 ASSET_NAMES = {"BTC": "XBT", "DOGE": "XDG"}
+SOCKET_NAMES = {name: asset for asset, name in ASSET_NAMES.items()}
 PREFIXED_ASSETS = {"BTC", "ETH", "XRP", "LTC", "XLM", "XMR"}
 """Their markets in EUR and USD have names such as XXBTZUSD."""
 CHANNELS = {"ticker": "ticker", "book": "book", "trade": "trades", "ohlc": "candles"}
@@ -19,6 +18,14 @@ INTERVALS = {"1": 60, "5": 300, "15": 900, "30": 1_800, "60": 3_600, "240": 14_4
 INTERVALS |= {"1440": 86_400, "10080": 604_800, "21600": 1_296_000}
 UNKNOWN = '"EQuery:Unknown asset pair"'
 DEPTHS = (10, 25, 100, 500, 1_000)
+OPTIONS: dict[str, tuple[str, object, tuple[object, ...], str]] = {
+    "book": ("depth", 10, DEPTHS, "Subscription depth not supported"),
+    "ohlc": ("interval", 1, tuple(map(int, INTERVALS)), "Subscription ohlc interval not supported"),
+    "ticker": ("event_trigger", "trades", ("trades", "bbo"), "Event trigger not supported"),
+}
+"""Name, default and values of the option of a channel, and the refusal of other values."""
+SNAPSHOT_CANDLES = 10
+"""Recorded on 2026-09-10 and 2026-10-06: the snapshot has only the last ten minutes."""
 STATUS = '{"api_version":"v2","connection_id":1,"system":"online","version":"2.0.0"}'
 
 
@@ -86,7 +93,8 @@ timeout 200
     # https://docs.kraken.com/exchange/api-reference/spot-websocket-v2/ohlc: "updates are generated
     # on trade events".
     pushes_only_trades = True
-    candle_snapshot = MAX_CANDLES
+    has_checksums = True
+    candle_snapshot = SNAPSHOT_CANDLES
     rest_records = """
 /0/public/Time time
 {"unixtime":$second}
@@ -114,22 +122,17 @@ timeout 200
 {"$id":[$rows],"last":"%(last_ms)d000000"}
  ["$price","$amount",$second,"$side_letter","m","",$number]
 """
-    # As at the real exchange, a ticker has no time. "e0" makes the amount 0 a float, as all others.
+    # Numbers have all decimals of the market: the checksum of a book is made of their digits.
     push_records = """
 ticker
-{"channel":"ticker","type":"update","data":[{"symbol":"$name","last":$last,"bid":$bid,"ask":$ask,
-"vwap":$average,"low":$low,"high":$high,"bid_qty":$bid_size,"ask_qty":$ask_size,"volume":$volume,
-"change":$change,"change_pct":%(percent).2f}]}
-
-book.snapshot
-{"channel":"book","type":"snapshot","data":[{"symbol":"$name","checksum":0,"bids":[$bids],
-"asks":[$asks]}]}
- {"price":$price,"qty":%(amount)se0}
+{"channel":"ticker","type":"$type","data":[{"symbol":"$name","bid":$bid,"bid_qty":$bid_size,
+"ask":$ask,"ask_qty":$ask_size,"last":$last,"volume":$volume,"vwap":$average,"low":$low,
+"high":$high,"change":$change,"change_pct":%(percent).2f,"trades":9999,"timestamp":"$iso"}]}
 
 book
-{"channel":"book","type":"update","data":[{"symbol":"$name","checksum":0,"timestamp":"$iso",
-"bids":[$bids],"asks":[$asks]}]}
- {"price":$price,"qty":%(amount)se0}
+{"channel":"book","type":"$kind","data":[{"symbol":"$name","bids":[$bids],"asks":[$asks],
+"checksum":$checksum,"timestamp":"$iso"}]}
+ {"price":$price,"qty":$amount}
 
 candles
 {"channel":"ohlc","type":"$type","timestamp":"$iso","data":[$rows]}
@@ -196,39 +199,63 @@ trades
         if verb == "ping":
             return [common | {"method": "pong"}]
         params = message["params"]
-        channel = params["channel"]
+        known = self.socket_names()
         replies = []
         for symbol in params["symbol"]:
             try:
-                topic = self.topic(symbol, channel, params)
+                topic = self.topic(symbol, params, known)
+                self.check_change(topics, verb, topic)
             except RefusalError as error:
                 replies.append(common | {"error": str(error), "success": False, "symbol": symbol})
                 continue
             self.change_topics(topics, verb, [topic])
-            result = {"channel": channel, "snapshot": True, "symbol": symbol}
-            replies.append(common | {"result": result, "success": True})
+            result = {"channel": params["channel"], "snapshot": True, "symbol": symbol}
+            replies.append(common | {"result": {**result, **topic.options}, "success": True})
         return replies
 
-    def topic(self, symbol: str, channel: str, params: Fields) -> Topic:
-        known = {f"{pair.base}/{pair.quote}": pair for pair in self.spot.values()}
+    def socket_names(self) -> dict[str, Pair]:
+        """Return the markets by their `wsname`, in which sockets write XBT as BTC and XDG as DOGE.
+
+        The other names are Kraken's own, although ccxt renames some of them, such as LUNA.
+        https://docs.kraken.com/exchange/guides/websockets/introduction
+        """
+        names = {}
+        for pair in self.spot.values():
+            fields = self.fields(pair)
+            base, quote = fields["base"], fields["quote"]
+            name = f"{SOCKET_NAMES.get(base, base)}/{SOCKET_NAMES.get(quote, quote)}"
+            names[name] = pair
+        return names
+
+    def topic(self, symbol: str, params: Fields, known: Mapping[str, Pair]) -> Topic:
+        """Return the topic of a symbol. Kraken echoes the options of each channel."""
+        if "/" not in symbol:
+            raise RefusalError(f"Currency pair not in ISO 4217-A3 format {symbol}")
         if symbol not in known:
             raise RefusalError(f"Currency pair not supported {symbol}")
+        channel = params["channel"]
         if channel not in CHANNELS:
             raise RefusalError("Subscription name invalid")
         topic = Topic(symbol, CHANNELS[channel], known[symbol])
-        if channel == "book":
-            depth = params.get("depth", 10)
-            if depth not in DEPTHS:
-                raise RefusalError("Subscription depth not supported")
-            return topic._replace(depth=depth)
+        name, default, allowed, refusal = OPTIONS.get(channel, ("", None, (None,), ""))
+        value = params.get(name, default)
+        if value not in allowed:
+            raise RefusalError(refusal)
         if channel == "ohlc":
-            interval = str(params.get("interval", 1))
-            if interval not in INTERVALS:
-                raise RefusalError("Subscription ohlc interval not supported")
-            return topic._replace(seconds=INTERVALS[interval], interval=interval)
-        return topic
+            topic = topic._replace(seconds=INTERVALS[str(value)], interval=str(value))
+        if channel == "book":
+            topic = topic._replace(depth=value)
+        return topic._replace(options={name: value} if name else {})
 
-    def push(self, topic: Topic, ms: int, fields: Fields, **lists: list[Fields]) -> list[str]:
-        messages = super().push(topic, ms, fields, **lists)
-        # Numbers lose their trailing zeros, as in the pushes of the real exchange.
-        return [orjson.dumps(orjson.loads(message)).decode() for message in messages]
+    def check_change(self, topics: Mapping[str, Topic], verb: str, topic: Topic) -> None:
+        """Refuse a second subscription, also with another depth or event trigger.
+
+        An unsubscription has the same options as the subscription:
+        https://docs.kraken.com/exchange/api-reference/spot-websocket-v2/ticker
+        """
+        if verb == "unsubscribe" and topic.key not in topics:
+            raise RefusalError("Subscription Not Found")
+        market = (topic.channel, topic.name, topic.interval)
+        known = {(other.channel, other.name, other.interval) for other in topics.values()}
+        if verb == "subscribe" and market in known:
+            raise RefusalError("Already subscribed")

@@ -141,6 +141,16 @@ class Book(NamedTuple):
     def rows(self) -> dict[str, list[Fields]]:
         return {"bids": _rows(self.bids), "asks": _rows(self.asks)}
 
+    @property
+    def checksum(self) -> int:
+        """Return Kraken's checksum: CRC-32 of all digits of the ten best asks, then of the bids.
+
+        https://docs.kraken.com/exchange/guides/websockets/book-checksum-v2
+        """
+        levels = [*list(self.asks.items())[:10], *list(self.bids.items())[:10]]
+        texts = [text.replace(".", "").lstrip("0") for level in levels for text in level]
+        return crc32("".join(texts).encode())
+
     def changes_since(self, old: Self) -> Self:
         bids = _changed_levels(old.bids, self.bids)
         return self._replace(bids=bids, asks=_changed_levels(old.asks, self.asks))

@@ -33,7 +33,11 @@ class Socket:
         self.calls = calls
         self.topics: dict[str, Topic] = {}
         self.pushed: dict[str, Any] = {}
-        """By topic: the last book (`Book`) or candle, or the number of the last trade."""
+        """By topic: the last book (`Book`) or candle, the number of the last trade, or the event
+        that caused the last ticker."""
+        self.now = 0.0
+        self.is_clock_stopped = False
+        """True if tests stopped the clock. Then tickers are pushed without an event, too."""
 
     async def serve(self) -> None:
         """Reply to messages until the client leaves."""
@@ -57,6 +61,8 @@ class Socket:
     def new_messages(self, market: Market, mute: str) -> list[str]:
         """Return what is new since the last push, except for topics with `mute` in their name."""
         messages: list[str] = []
+        self.is_clock_stopped = market.now == self.now
+        self.now = market.now
         for key, topic in self.topics.items():
             if mute and mute in key:
                 continue
@@ -67,9 +73,27 @@ class Socket:
             elif topic.channel == "candles":
                 messages += self.candle_messages(key, topic, market)
             else:
-                ticker = market.ticker(topic.pair)
-                messages += self.exchange.push(topic, int(market.now * 1000), ticker)
+                messages += self.ticker_messages(key, topic, market)
         return messages
+
+    def ticker_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
+        """Return the ticker, on kraken only after a trade or a change of the best prices."""
+        ticker = market.ticker(topic.pair)
+        ms = int(market.now * 1000)
+        event: object = ms
+        match topic.options.get("event_trigger"):
+            case "trades":
+                event = int(market.traded(topic.pair).now / TRADE_SECONDS)
+            case "bbo":
+                event = (ticker["bid"], ticker["ask"])
+            case _:
+                return self.exchange.push(topic, ms, ticker)
+        last = self.pushed.get(key)
+        self.pushed[key] = event
+        is_active = topic.pair not in market.last_trades
+        if event == last and not (self.is_clock_stopped and is_active):
+            return []
+        return self.exchange.push(topic, ms, ticker | {"type": "update" if last else "snapshot"})
 
     def trade_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
         last = int(market.traded(topic.pair).now / TRADE_SECONDS)
@@ -117,17 +141,19 @@ class Socket:
             book = market.book(topic.pair, topic.depth, now - MAX_STEPS)
         for step in range(max(book.step + 1, now - MAX_STEPS), now + 1):
             new = market.book(topic.pair, topic.depth, step)
-            if topic.depth == 1:
-                messages += self.push_book("snapshot", topic, book, new)
-            else:
-                messages += self.push_book("delta", topic, book, new.changes_since(book))
+            kind = "snapshot" if topic.depth == 1 else "delta"
+            messages += self.push_book(kind, topic, book, new)
             book = new
         self.pushed[key] = book
         return messages
 
     def push_book(self, kind: str, topic: Topic, previous: Book, book: Book) -> list[str]:
-        fields: Fields = {"type": kind, "previous_ms": previous.ms, "first_ms": previous.ms + 1}
-        return self.exchange.push(topic, book.ms, fields, **book.rows)
+        fields: Fields = {"type": kind, "kind": "snapshot" if kind == "snapshot" else "update"}
+        fields |= {"previous_ms": previous.ms, "first_ms": previous.ms + 1}
+        if self.exchange.has_checksums:
+            fields["checksum"] = book.checksum
+        rows = book if kind == "snapshot" else book.changes_since(previous)
+        return self.exchange.push(topic, book.ms, fields, **rows.rows)
 
     async def send(self, message: str) -> None:
         with contextlib.suppress(ConnectionError):

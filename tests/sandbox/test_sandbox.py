@@ -36,8 +36,11 @@ class Clock:
     """A clock that tests set."""
 
     now: float = NOON
+    step: float = 0.0
+    """Seconds that pass with each call."""
 
     def __call__(self) -> float:
+        self.now += self.step
         return self.now
 
 

@@ -1,17 +1,20 @@
 """The sockets of the sandbox, with ccxt.pro clients and plain clients."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from importlib import import_module
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from zlib import crc32
 
 import aiohttp
 import ccxt
 import orjson
 import pytest
 
+from src.sandbox.market import TRADE_SECONDS, iso_time
 from src.sandbox.server import Sandbox
 from tests.conftest import eventually
 from tests.sandbox.test_sandbox import NAMES, NOON, Clock
@@ -25,22 +28,6 @@ LATE = 10**8  # milliseconds: in practice never
 FIGURES = ("last", "open", "high", "low", "baseVolume")
 FORBIDDEN = {"bybit": 403, "binance": 451, "kraken": 403}
 PING = {"bybit": {"op": "ping", "req_id": "7"}, "kraken": {"method": "ping", "req_id": 7}}
-ACCEPTED: dict[str, dict[str, Any]] = {
-    "bybit": {
-        "success": True,
-        "ret_msg": "subscribe",
-        "conn_id": "0",
-        "op": "subscribe",
-        "req_id": "7",
-    },
-    "binance": {"result": None, "id": 7},
-    "kraken": {
-        "method": "subscribe",
-        "result": {"channel": "ticker", "snapshot": True, "symbol": "BTC/USDT"},
-        "success": True,
-        "req_id": 7,
-    },
-}
 MALFORMED: dict[str, dict[str, Any]] = {
     "bybit": {"success": False, "ret_msg": "error:invalid op", "conn_id": "0"},
     "binance": {"id": None, "error": {"code": 3, "msg": "Invalid json"}},
@@ -55,6 +42,19 @@ def topic(name: str, coin: str) -> str:
     return {"bybit": f"tickers.{coin}USDT", "binance": f"{coin.lower()}usdt@ticker"}.get(
         name, f"ticker {coin}/USDT"
     )
+
+
+def accepted(name: str, coin: str = "BTC", verb: str = "subscribe") -> dict[str, Any]:
+    """Return the reply to a subscription to the ticker of a coin in USDT."""
+    result = {"channel": "ticker", "snapshot": True, "symbol": f"{coin}/USDT"}
+    result["event_trigger"] = "trades"
+    common = {"success": True, "req_id": 7}
+    replies: dict[str, dict[str, Any]] = {
+        "bybit": common | {"ret_msg": verb, "conn_id": "0", "op": verb, "req_id": "7"},
+        "binance": {"result": None, "id": 7},
+        "kraken": common | {"method": verb, "result": result},
+    }
+    return replies[name]
 
 
 def request(name: str, wanted: str, verb: str = "subscribe", **more: object) -> dict[str, Any]:
@@ -92,8 +92,8 @@ def symbol_of(push: dict[str, Any]) -> str:
 class Peer:
     """A plain socket. It keeps the pushes that arrive while it waits for a reply."""
 
-    def __init__(self, name: str, ws: aiohttp.ClientWebSocketResponse) -> None:
-        self.name, self.ws = name, ws
+    def __init__(self, name: str, ws: aiohttp.ClientWebSocketResponse, clock: Clock) -> None:
+        self.name, self.ws, self.clock = name, ws, clock
         self.pushed: list[dict[str, Any]] = []
 
     async def read(self) -> dict[str, Any]:
@@ -101,6 +101,8 @@ class Peer:
         return message
 
     async def push(self) -> dict[str, Any]:
+        """Return the next push. kraken pushes tickers only after trades, so that time passes."""
+        self.clock.now += TRADE_SECONDS if self.name == "kraken" else 0
         while not self.is_push(message := await self.read()):
             pass
         return message
@@ -156,7 +158,7 @@ async def sandbox(clock: Clock) -> AsyncIterator[Sandbox]:
 
 
 @pytest.fixture
-async def dial(sandbox: Sandbox) -> AsyncIterator[Dial]:
+async def dial(sandbox: Sandbox, clock: Clock) -> AsyncIterator[Dial]:
     """Return a function that opens a plain socket."""
     peers: list[Peer] = []
     async with aiohttp.ClientSession() as session:
@@ -168,6 +170,7 @@ async def dial(sandbox: Sandbox) -> AsyncIterator[Dial]:
                 await session.ws_connect(
                     url, autoping=False, timeout=aiohttp.ClientWSTimeout(None, 1)
                 ),
+                clock,
             )
             peers.append(peer)
             if name == "kraken":
@@ -255,7 +258,10 @@ async def test_pushed_tickers_equal_rest(clock: Clock, connect: Connect, name: s
             assert ticker["percentage"] == pytest.approx(fetched[symbol]["percentage"], abs=0.01)
             sides = [fetched[symbol][side] for side in ("bid", "ask")]
             assert [ticker["bid"], ticker["ask"]] == ([None, None] if name == "bybit" else sides)
+            # ccxt ignores the time of kraken's tickers.
             assert ticker["timestamp"] == (None if name == "kraken" else int(clock.now * 1000))
+            if name == "kraken":
+                assert ticker["info"]["timestamp"] == iso_time(int(clock.now * 1000))
         clock.now += 60
 
 
@@ -415,7 +421,7 @@ async def test_kraken_pushes_a_snapshot_of_candles(dial: Dial, clock: Clock) -> 
     peer = await dial("kraken")
     await peer.request(request("kraken", "ohlc BTC/USDT", interval=5))
     snapshot = await peer.push()
-    assert (snapshot["type"], len(snapshot["data"])) == ("snapshot", 720)
+    assert (snapshot["type"], len(snapshot["data"])) == ("snapshot", 10)
     await drain_pushes(peer)
     assert peer.pushed == []
     clock.now += 10
@@ -426,6 +432,102 @@ async def test_kraken_pushes_a_snapshot_of_candles(dial: Dial, clock: Clock) -> 
     assert row["timestamp"] == "2026-01-01T12:05:00.000Z"
 
 
+async def test_kraken_knows_markets_by_their_own_names(dial: Dial) -> None:
+    """The names are `wsname` with BTC and DOGE. REST names are refused with different errors."""
+    peer = await dial("kraken")
+    refusals = {
+        "XBT/USDT": "Currency pair not supported XBT/USDT",
+        "XDG/USDT": "Currency pair not supported XDG/USDT",
+        "btc/usdt": "Currency pair not supported btc/usdt",
+        "XBTUSDT": "Currency pair not in ISO 4217-A3 format XBTUSDT",
+    }
+    for symbol, error in refusals.items():
+        answer = await peer.request(request("kraken", f"ticker {symbol}"))
+        assert (answer["error"], answer["symbol"]) == (error, symbol)
+    for symbol in ("BTC/USDT", "DOGE/USDT"):
+        assert (await peer.request(request("kraken", f"ticker {symbol}")))["success"] is True
+
+
+@pytest.mark.parametrize(
+    ("wanted", "first", "other"),
+    [
+        ("ticker BTC/USDT", {}, {"event_trigger": "bbo"}),
+        ("book BTC/USDT", {"depth": 100}, {}),
+    ],
+)
+async def test_kraken_distinguishes_subscriptions_by_their_options(
+    dial: Dial, wanted: str, first: dict[str, Any], other: dict[str, Any]
+) -> None:
+    """A second subscription and an unsubscription with other options are refused."""
+    peer = await dial("kraken")
+    echoed = (await peer.request(request("kraken", wanted, **first)))["result"]
+    assert echoed.items() >= first.items()
+    for options in (first, other):
+        answer = await peer.request(request("kraken", wanted, **options))
+        assert answer["error"] == "Already subscribed"
+    answer = await peer.request(request("kraken", wanted, "unsubscribe", **other))
+    assert answer["error"] == "Subscription Not Found"
+    assert (await peer.request(request("kraken", wanted, "unsubscribe", **first)))["success"]
+
+
+async def test_kraken_pushes_tickers_after_trades_or_changes_of_the_best_prices(
+    sandbox: Sandbox, dial: Dial, clock: Clock
+) -> None:
+    """A move of the book without a trade is pushed only with the event trigger `bbo`."""
+    clock.now, clock.step = NOON // 1, 1e-6  # the next trade follows in half a second
+    trades, best = await dial("kraken"), await dial("kraken", OTHERS["kraken"])
+    await trades.request(request("kraken", "ticker BTC/USDT"))
+    await best.request(request("kraken", "ticker BTC/USDT", event_trigger="bbo"))
+    first = [orjson.loads((await within_limit(peer.ws.receive())).data) for peer in (trades, best)]
+    assert [push["type"] for push in first] == ["snapshot", "snapshot"]
+    bid = first[0]["data"][0]["bid"]
+    assert first[1]["data"][0]["bid"] == bid
+    await sandbox.set("kraken", push_ms=5, price=1.02)
+    moved = orjson.loads((await within_limit(best.ws.receive())).data)
+    assert moved["type"] == "update"
+    assert moved["data"][0]["bid"] == pytest.approx(bid * 1.02, rel=1e-4)
+    await drain_pushes(trades)
+    assert trades.pushed == []
+    assert (await trades.push())["data"][0]["bid"] == pytest.approx(bid * 1.02, rel=1e-3)
+    await sandbox.set("kraken", push_ms=5, price=1.04, still=["XBTUSDT"])
+    while (await best.read())["data"][0]["bid"] < bid * 1.03:
+        pass
+    clock.now += 60
+    await drain_pushes(trades)
+    assert trades.pushed == []
+
+
+def checksum_of(message: dict[str, Any], text: str, book: dict[str, dict[str, str]]) -> int:
+    """Apply a pushed book, and return the checksum that kraken documents."""
+    pattern = r'"price":([\d.]+),"qty":([\d.]+)'
+    for side in ("bids", "asks"):
+        rows = re.findall(pattern, re.search(rf'"{side}":\[(.*?)\]', text)[1])  # type: ignore[index]
+        if message["type"] == "snapshot":
+            book[side] = {}
+        book[side] |= dict(rows)
+        ordered = sorted(book[side].items(), key=lambda row: float(row[0]), reverse=side == "bids")
+        book[side] = dict([row for row in ordered if float(row[1])][:25])
+    levels = [*list(book["asks"].items())[:10], *list(book["bids"].items())[:10]]
+    digits = [number.replace(".", "").lstrip("0") for level in levels for number in level]
+    return crc32("".join(digits).encode())
+
+
+@pytest.mark.parametrize("symbol", ["BTC/USDT", "DOGE/USDT", "USDC/USDT", "ETH/BTC"])
+async def test_kraken_pushes_the_checksum_of_the_book(
+    dial: Dial, clock: Clock, symbol: str
+) -> None:
+    """It is the CRC-32 of the digits of the ten best levels after the update, as documented."""
+    peer = await dial("kraken")
+    await peer.request(request("kraken", f"book {symbol}", depth=25))
+    book: dict[str, dict[str, str]] = {}
+    async with fast_clock(clock):
+        for _ in range(60):
+            text = str((await within_limit(peer.ws.receive())).data)
+            message = orjson.loads(text)
+            assert checksum_of(message, text, book) == message["data"][0]["checksum"]
+
+
+@pytest.mark.parametrize("name", ["bybit", "binance"])
 async def test_sockets_share_one_market(
     sandbox: Sandbox, dial: Dial, clock: Clock, name: str
 ) -> None:
@@ -452,15 +554,12 @@ async def test_sockets_share_one_market(
 async def test_subscriptions_are_confirmed(dial: Dial, name: str) -> None:
     """Subscribing and unsubscribing are confirmed, and apply only to their topic."""
     peer, bitcoin, ether = await dial(name), topic(name, "BTC"), topic(name, "ETH")
-    assert await peer.request(request(name, bitcoin)) == ACCEPTED[name]
+    assert await peer.request(request(name, bitcoin)) == accepted(name)
     await peer.request(request(name, ether))
     both = [await peer.push() for _ in range(8)]
     assert len({symbol_of(push) for push in both}) == 2
-    answer, method = await peer.request(request(name, bitcoin, "unsubscribe")), "unsubscribe"
-    changed = {"bybit": {"op": method, "ret_msg": method}, "kraken": {"method": method}}.get(
-        name, {}
-    )
-    assert answer == ACCEPTED[name] | changed
+    answer = await peer.request(request(name, bitcoin, "unsubscribe"))
+    assert answer == accepted(name, verb="unsubscribe")
     assert {symbol_of(await peer.push()) for _ in range(8)} == {"ETHUSDT"}
 
 
@@ -560,8 +659,8 @@ async def test_malformed_messages_change_nothing(dial: Dial, name: str) -> None:
         assert await peer.request(junk) == MALFORMED[name]
     assert await peer.request(request(name, wanted, "dance")) == MALFORMED[name]
     await peer.ws.send_bytes(b"{}")
-    assert await peer.request(request(name, wanted)) == ACCEPTED[name]
     assert symbol_of(await peer.push()) == "BTCUSDT"
+    assert await peer.request(request(name, topic(name, "ETH"))) == accepted(name, "ETH")
 
 
 @pytest.mark.parametrize(
@@ -624,7 +723,7 @@ async def test_pushes_can_be_held_back(
     await drain_pushes(other)
     for _ in range(2):
         await other.push()
-    assert await spoiled.request(request(name, topic(name, "BTC"))) == ACCEPTED[name]
+    assert await spoiled.request(request(name, topic(name, "ETH"))) == accepted(name, "ETH")
     await spoiled.ping()
     assert spoiled.pushed == []
     await sandbox.reset()
@@ -649,15 +748,16 @@ async def test_late_pushes_have_the_old_price(
     assert len([value for value in prices if value != first]) == 2
 
 
-async def test_body_replaces_pushes(sandbox: Sandbox, dial: Dial, name: str) -> None:
+async def test_body_replaces_pushes(sandbox: Sandbox, dial: Dial, clock: Clock, name: str) -> None:
     """Handshakes and replies are not replaced."""
     await sandbox.set(name, push_ms=5, body="<html>")
     peer = await dial(name)
-    assert await peer.request(request(name, topic(name, "BTC"))) == ACCEPTED[name]
-    assert [(await within_limit(peer.ws.receive())).data for _ in range(3)] == ["<html>"] * 3
-    await sandbox.reset()
-    while (text := (await within_limit(peer.ws.receive())).data) == "<html>":
-        pass
+    assert await peer.request(request(name, topic(name, "BTC"))) == accepted(name)
+    async with fast_clock(clock):
+        assert [(await within_limit(peer.ws.receive())).data for _ in range(3)] == ["<html>"] * 3
+        await sandbox.reset()
+        while (text := (await within_limit(peer.ws.receive())).data) == "<html>":
+            pass
     assert peer.is_push(orjson.loads(text))
 
 
@@ -726,7 +826,7 @@ async def test_knobs_refuse_handshakes(
             await dial(name, OTHERS[name])
         assert refused.value.status == (status or FORBIDDEN[name])
     for peer in (open_before, await dial(name, OTHERS[name])):
-        assert await peer.request(request(name, topic(name, "BTC"))) == ACCEPTED[name]
+        assert await peer.request(request(name, topic(name, "BTC"))) == accepted(name)
 
 
 async def test_refuse_reset_and_hang_apply_to_sockets(
