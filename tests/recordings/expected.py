@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
+from tests.recordings.book import Book, apply_bybit
 from tests.recordings.recording import Recording
 from tests.recordings.replay import BASE_AND_QUOTE, ONLINE, SETTLE
 
+MAX_SHOWN = 20  # faults in a failure
 ROUNDING = 1e-9  # relative; of computed values
 
 # Members of answers that a recording does not have.
@@ -162,6 +164,53 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 }
 
 
+def book_states(
+    exchange: str, messages: Iterable[Mapping[str, Any]], snapshot: Recording | None, count: int
+) -> list[dict[str, Any]]:
+    """Return an order book after its snapshot by REST, if there is one, and after each message."""
+    book = Book()
+    states: list[dict[str, Any]] = []
+
+    def add(**numbers: Any) -> None:
+        for side in ("bids", "asks"):
+            best = book.best(side, count)
+            numbers[side] = [[float(text) for text in level] for level in best]
+        states.append(numbers)
+
+    first = 0
+    if snapshot is not None:
+        first = snapshot.body["lastUpdateId"]
+        book.apply(*levels(snapshot).values())
+        add(timestamp=snapshot.body.get("T"), nonce=first)
+    for message in messages:
+        if exchange == "bybit":
+            apply_bybit(book, message)
+            add(timestamp=message["ts"])  # ccxt drops the number
+        elif message["u"] >= first:
+            book.apply(message["b"], message["a"])
+            add(timestamp=message["E"], nonce=message["u"])
+    return states
+
+
+def ticker_states(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return Bybit's ticker after each message. Spot has bid and ask in other messages."""
+    row: dict[str, Any] = {}
+    top: dict[str, Any] = {}
+    times: dict[str, int] = {}
+    states = []
+    for message in messages:
+        data = message["data"]
+        times[message["topic"]] = message["ts"]
+        if message["topic"].startswith("tickers."):
+            row |= data
+        else:
+            for side, (price, amount) in (("bid", data["b"][0]), ("ask", data["a"][0])):
+                top |= {side: price, f"{side}Volume": amount}
+        if row:
+            states.append(ticker("bybit", row) | top | {"timestamp": max(times.values())})
+    return states
+
+
 def levels(recording: Recording) -> dict[str, list[list[str]]]:
     """Return bids and asks of an order book, best first."""
     book = recording.values
@@ -200,6 +249,12 @@ def trade(exchange: str, row: Any) -> dict[str, Any]:
     return dict(zip(("id", "timestamp", "side", "price", "amount"), members, strict=True))
 
 
+def pushed_trade(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the expected members of a trade that Bybit pushed."""
+    members = (row["i"], row["T"], row["S"].lower(), row["p"], row["v"])
+    return dict(zip(("id", "timestamp", "side", "price", "amount"), members, strict=True))
+
+
 def is_equal(served: Any, expected: Any) -> bool:
     """Return True if a served value is the expected one. An empty text stands for no value."""
     if expected in (None, "") or served is None:
@@ -234,3 +289,13 @@ def contradictions(
         if served[member] != raw[member]
     ]
     return len(members), faults
+
+
+def check(comparisons: Iterable[tuple[int, list[str]]]) -> None:
+    """Fail if there are faults, or if nothing was compared."""
+    results = list(comparisons)
+    faults = [fault for _, found in results for fault in found]
+    count = sum(count for count, _ in results)
+    shown = "\n".join(faults[:MAX_SHOWN])
+    assert not faults, f"{len(faults)} of {count} values are not those of the recording:\n{shown}"
+    assert count

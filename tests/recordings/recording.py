@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
 from tests.conftest import recordings
+from tests.recordings.book import Book, apply_bybit
 
 # For recordings without a time in them, and markets without a name.
 DEFAULT_MS = 1_735_689_600_000
@@ -49,6 +50,17 @@ KINDS = {
 }
 
 
+class Push(NamedTuple):
+    """One recorded message of a socket."""
+
+    type: str
+    """`spot` or `swap`."""
+    topic: str
+    """The topic without the number of levels: `orderbook.BTCUSDT`."""
+    message: dict[str, Any]
+    """The message, as a socket with single streams receives it."""
+
+
 @dataclass(frozen=True)
 class Recording:
     """One file."""
@@ -74,6 +86,11 @@ class Recording:
             return "swap"
         rows = list(self.rows.values()) if self.kind == "list" else [{}]
         return "swap" if "contractType" in rows[0] else "spot"
+
+    @property
+    def types(self) -> set[str]:
+        """The market types of a recording: a recorded stream may have several."""
+        return {push.type for push in self.pushes} if self.kind == "stream" else {self.type}
 
     @cached_property
     def kind(self) -> str:
@@ -110,6 +127,28 @@ class Recording:
         return result.get(self.id) or result.get("list") or result
 
     @cached_property
+    def pushes(self) -> list[Push]:
+        """The messages of a recorded stream in order.
+
+        Bybit's spot tickers have no bid and ask, and the channel with them is not recorded: its
+        messages are made of the recorded order books.
+        """
+        swaps = {name for name, _, message in self.body if "markPrice" in message.get("data", {})}
+        books: dict[tuple[str, str], Book] = {}
+        pushes = []
+        for name, _, message in self.body:
+            market_type = "swap" if self.type == "swap" or name in swaps else "spot"
+            topic = message.get("stream") or message["topic"]
+            is_combined = "stream" in message
+            push = Push(market_type, topic_key(topic), message["data"] if is_combined else message)
+            pushes.append(push)
+            if topic.startswith("orderbook."):
+                book = books.setdefault((name, topic), Book())
+                apply_bybit(book, message)
+                pushes.append(_top_of(book, push))
+        return pushes
+
+    @cached_property
     def id(self) -> str:
         """The id of the market of an order book, trades or candles."""
         query = dict(parse_qsl(urlsplit(self.url).query or self.url))
@@ -138,6 +177,24 @@ class Recording:
             return int(self.body.get("serverTime", DEFAULT_MS))
         times = [message[1] for message in self.body] if self.kind == "stream" else self.body
         return max(_times(times), default=DEFAULT_MS)
+
+
+def topic_key(topic: str) -> str:
+    """Return a topic without its number of levels, except for the best level."""
+    return re.sub(r"^orderbook\.(?!1\.)\d+\.", "orderbook.", topic)
+
+
+def market_id(topic: str) -> str:
+    """Return the market id of a topic: `btcusdt@trade` or `tickers.BTCUSDT`."""
+    return topic.partition("@")[0].rpartition(".")[2].upper()
+
+
+def _top_of(book: Book, push: Push) -> Push:
+    """Return Bybit's message with the best level of an order book."""
+    levels = {name: book.best(side, 1) for name, side in (("b", "bids"), ("a", "asks"))}
+    topic = push.topic.replace("orderbook.", "orderbook.1.")
+    message = push.message | {"type": "snapshot", "data": push.message["data"] | levels}
+    return Push(push.type, topic, message)
 
 
 def _times(value: Any) -> Iterator[int]:

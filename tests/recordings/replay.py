@@ -4,6 +4,7 @@ Without a recording of a request, the answer is 404. The market lists are those 
 and have a market for every recorded value.
 """
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ import orjson
 from aiohttp import web
 
 from src.sandbox.server import listen
-from tests.recordings.recording import DEFAULT_ID, Recording
+from tests.recordings.recording import DEFAULT_ID, Recording, market_id, topic_key
 
 
 class Endpoint(NamedTuple):
@@ -90,6 +91,10 @@ class Replay:
         self.recordings = recordings
         self.every_ticker = every_ticker
         self.calls: Counter[str] = Counter()
+        self.subscribed: set[tuple[str, str]] = set()
+        """Market types and topics of all sockets, without numbers of levels."""
+        self.release = asyncio.Event()
+        """Set when the sockets shall send the recorded messages."""
         self.ms = max((recording.ms for recording in recordings), default=0)
         self.markets = {
             (exchange, market_type): self._markets(exchange, market_type, as_recorded)
@@ -129,7 +134,7 @@ class Replay:
         chosen = [
             recording
             for recording in sorted(self.recordings, key=lambda recording: recording.ms)
-            if (recording.exchange, recording.type) == (exchange, market_type)
+            if recording.exchange == exchange and market_type in recording.types
         ]
         rows: dict[str, Any] = {}
         for recording in chosen:
@@ -148,8 +153,10 @@ class Replay:
         return rows | {name.replace("/", ""): row for name, row in made.items() if row}
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Answer a REST request."""
+        """Answer a REST request, or serve a socket."""
         self.calls[request.path] += 1
+        if request.headers.get("Upgrade", "").lower() == "websocket":
+            return await self.serve_socket(request)
         endpoint = PATHS.get(request.path)
         if endpoint is None:
             return web.Response(status=404)
@@ -161,6 +168,39 @@ class Replay:
             return web.Response(status=404)
         payload = orjson.dumps(envelope(endpoint, result, self.ms))
         return web.Response(body=payload, content_type="application/json")
+
+    async def serve_socket(self, request: web.Request) -> web.WebSocketResponse:
+        """Confirm subscriptions. After `release`, send the recorded messages of their topics."""
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        topics: dict[str, str] = {}
+        is_spot = "spot" in request.path or "/stream/" in request.path
+        market_type = "spot" if is_spot else "swap"
+        sending = asyncio.create_task(self._send(socket, market_type, topics))
+        try:
+            async for frame in socket:
+                command = json.loads(frame.data)
+                for topic in command.get("args") or command.get("params") or ():
+                    topics[topic_key(topic)] = topic
+                    self.subscribed.add((market_type, topic_key(topic)))
+                names = {"id": command.get("id"), "req_id": str(command.get("req_id"))}
+                op = "pong" if command.get("op") == "ping" else command.get("op")
+                reply = {"success": True, "ret_msg": op, "op": op, "result": None}
+                await socket.send_json(reply | names)
+        finally:
+            sending.cancel()
+        return socket
+
+    async def _send(
+        self, socket: web.WebSocketResponse, market_type: str, topics: Mapping[str, str]
+    ) -> None:
+        await self.release.wait()
+        for recording in self.recordings:
+            for push in recording.pushes if recording.kind == "stream" else ():
+                if push.type == market_type and push.topic in topics:
+                    renamed = {"topic": topics[push.topic]} if "topic" in push.message else {}
+                    await socket.send_json(push.message | renamed)
+                    await asyncio.sleep(0)  # gateway and client run in the same loop
 
     def answer(self, endpoint: Endpoint, query: Mapping[str, str]) -> Any:
         """Return the recorded data for a request, None if there is none."""
@@ -206,16 +246,10 @@ class Replay:
 def recorded_ids(recording: Recording) -> Iterable[str]:
     """Return the markets of a recorded value."""
     if recording.kind == "stream":
-        topics = {message.get("stream") or message.get("topic") for _, _, message in recording.body}
-        return {re_id(topic) for topic in topics if topic}
+        return {market_id(push.topic) for push in recording.pushes}
     if recording.kind == "ticker":
         return recording.rows.keys()
     return {recording.id} if recording.kind != "list" else set()
-
-
-def re_id(topic: str) -> str:
-    """Return the market id of a topic: `btcusdt@trade` or `tickers.BTCUSDT`."""
-    return topic.partition("@")[0].rpartition(".")[2].upper()
 
 
 def display_name(row: Mapping[str, Any]) -> str:

@@ -1,68 +1,26 @@
 """Every number that REST serves is that of the recording."""
 
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from src.exchanges.ccxt_client import ClientOptions, load_snapshot
-from src.exchanges.http_client import MAX_MARKETS_BYTES, Answer
-from tests.conftest import FakeClock, Live, make_settings, serve
+from tests.conftest import Live
 from tests.recordings import expected
-from tests.recordings.recording import NEWEST_TIME, Recording, every_recording, of_kind
-from tests.recordings.replay import Replay
+from tests.recordings.expected import check
+from tests.recordings.recording import Recording, of_kind
+from tests.recordings.serving import gateway, symbols
 
 MAX_SYMBOLS = 100  # of one request
 MAX_LEVELS = 200
 MAX_REQUESTED_LEVELS = 500  # Binance's futures accept no number between 100 and 500
 MAX_ROWS = 1000
-MAX_SHOWN = 20  # faults in a failure
-
-_snapshots: dict[str, bytes] = {}
-
-
-@asynccontextmanager
-async def gateway(recording: Recording) -> AsyncIterator[tuple[Live, Replay]]:
-    """Serve one recording at its own time, with the markets of all recordings."""
-    async with Replay(every_recording()) as replay:
-        settings = make_settings(None, market_types="spot,swap", **replay.settings)
-        for name in settings.enabled_exchanges:
-            if name not in _snapshots:
-                options = ClientOptions.from_settings(name, settings)
-                answer = Answer(max_bytes=MAX_MARKETS_BYTES)
-                _snapshots[name] = await load_snapshot(options, answer, NEWEST_TIME)
-        replay.recordings = [recording]
-        clock = FakeClock(recording.ms / 1000 + 1)
-        async with serve(settings, clock, snapshots=_snapshots) as live:
-            yield live, replay
 
 
 def batches(items: list[str], size: int) -> Iterator[list[str]]:
     """Yield parts of a list."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def symbols(recording: Recording, replay: Replay, ids: Iterable[str]) -> dict[str, str]:
-    """Return the canonical symbols of market ids, without those that have no market."""
-    markets = replay.markets[recording.exchange, recording.type]
-    names = replay.ids[recording.exchange, recording.type]
-    return {
-        name: expected.symbol_of(recording.exchange, recording.type, markets[names[name]])
-        for name in ids
-        if name in names
-    }
-
-
-def check(comparisons: Iterable[tuple[int, list[str]]]) -> None:
-    """Fail if there are faults, or if nothing was compared."""
-    results = list(comparisons)
-    faults = [fault for _, found in results for fault in found]
-    count = sum(count for count, _ in results)
-    shown = "\n".join(faults[:MAX_SHOWN])
-    assert not faults, f"{len(faults)} of {count} values are not those of the recording:\n{shown}"
-    assert count
 
 
 async def ask(live: Live, recording: Recording, path: str, **query: object) -> Any:
@@ -77,7 +35,7 @@ async def ask(live: Live, recording: Recording, path: str, **query: object) -> A
 async def test_tickers_are_served_as_recorded(recording: Recording) -> None:
     """All recorded markets are requested in batches. ccxt reads the same values."""
     async with gateway(recording) as (live, replay):
-        names = symbols(recording, replay, recording.rows)
+        names = symbols(replay, recording.exchange, recording.type, recording.rows)
         rows = {
             symbol: expected.ticker(recording.exchange, recording.rows[name])
             for name, symbol in names.items()
@@ -98,7 +56,7 @@ async def test_tickers_are_served_as_recorded(recording: Recording) -> None:
 async def test_order_books_are_served_as_recorded(recording: Recording) -> None:
     """All levels of both sides are served, best first. ccxt reads the same levels."""
     async with gateway(recording) as (live, replay):
-        (symbol,) = symbols(recording, replay, [recording.id]).values()
+        (symbol,) = symbols(replay, recording.exchange, recording.type, [recording.id]).values()
         book = await ask(live, recording, f"/orderbook/{symbol}", limit=MAX_LEVELS)
         for side, recorded in expected.levels(recording).items():
             levels = [[float(text) for text in level] for level in recorded[:MAX_LEVELS]]
@@ -113,7 +71,7 @@ async def test_order_books_are_served_as_recorded(recording: Recording) -> None:
 async def test_candles_are_served_as_recorded(recording: Recording) -> None:
     """All candles are served, oldest first. ccxt reads the same numbers."""
     async with gateway(recording) as (live, replay):
-        (symbol,) = symbols(recording, replay, [recording.id]).values()
+        (symbol,) = symbols(replay, recording.exchange, recording.type, [recording.id]).values()
         timeframe = recording.timeframe
         path = f"/ohlcv/{symbol}"
         answer = await ask(live, recording, path, limit=MAX_ROWS, timeframe=timeframe)
@@ -127,7 +85,7 @@ async def test_candles_are_served_as_recorded(recording: Recording) -> None:
 async def test_trades_are_served_as_recorded(recording: Recording) -> None:
     """All trades are served, oldest first. ccxt reads the same values."""
     async with gateway(recording) as (live, replay):
-        (symbol,) = symbols(recording, replay, [recording.id]).values()
+        (symbol,) = symbols(replay, recording.exchange, recording.type, [recording.id]).values()
         served = (await ask(live, recording, f"/trades/{symbol}", limit=MAX_ROWS))["trades"]
         recorded = expected.trades(recording)
         assert len(served) == len(recorded)
