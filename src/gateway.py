@@ -19,7 +19,7 @@ from src.core.errors import CallerError, GatewayError, MarketsLoading, NoPrice, 
 from src.core.models import MarketData
 from src.exchanges.manager import ExchangeManager, Fetched, is_swap
 from src.exchanges.market_loader import MarketLoader
-from src.kinds import KINDS, fetch, shared_key, ttl_of, view, weight_of_key
+from src.kinds import KINDS, fetch, freshness_of, shared_key, ttl_of, view, weight_of_key
 from src.store.redis import PREFIX, RedisStore, RedisUnavailable
 
 ALL = "all"
@@ -296,7 +296,9 @@ class Gateway:
         return self._entry(key, fetched.value, fetched)
 
     def _entry(self, key: Key, data: MarketData, fetched: Fetched[Any]) -> Entry:
-        return self.cache.create_entry(key, encode(data), fetched.started, fetched.received)
+        freshness = freshness_of(self.settings, key, fetched, data)
+        times = (fetched.started, fetched.received)
+        return self.cache.create_entry(key, encode(data), *times, freshness)
 
     def _unknown_symbol(self, symbol: str, names: Sequence[str]) -> errors.UnknownSymbol:
         suggestions = self.markets.suggestions(symbol)

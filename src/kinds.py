@@ -13,10 +13,10 @@ from typing import Any
 import orjson
 
 from config import Settings
-from src.cache.entry import Entry, Key, Param
+from src.cache.entry import FINAL_TTL_SECONDS, Entry, Freshness, Key, Param
 from src.core.clock import Clock
 from src.core.errors import InvalidParameter
-from src.core.models import TIMEFRAMES, Candles, MarketData, OrderBook, Ticker, Trades
+from src.core.models import TIMEFRAMES, Candles, Grid, MarketData, OrderBook, Ticker, Trades
 from src.exchanges.manager import ExchangeCall, ExchangeManager, Fetched, is_swap, weight_of
 from src.exchanges.profiles import PROFILES, Profile
 
@@ -46,6 +46,11 @@ class Kind:
     """
     cut: Callable[[dict[str, Any], tuple[Any, ...]], dict[str, Any]] = lambda document, _: document
     """Returns the part of a shared answer that a client's parameters ask for."""
+    freshness: Callable[[Key, Any, float, float], Freshness] | None = None
+    """Returns how long an answer is fresh, given its key, when it was requested and its TTL.
+
+    The time is in UTC seconds on the exchange's clock. None: the TTL is the one of the setting.
+    """
     has_levels: bool = False
     """True if the first parameter is a number of levels, on which the request weight depends."""
 
@@ -81,6 +86,23 @@ def _check_ohlcv(clock: Clock, params: tuple[str, int, int | None]) -> tuple[Par
     return timeframe, limit, -(-since // length_ms) * length_ms
 
 
+def grid_of(exchange: str, timeframe: str) -> Grid:
+    """Return the starts of an exchange's candles."""
+    offset = PROFILES[exchange].week_offset_seconds if timeframe == "1w" else 0
+    return Grid(TIMEFRAMES[timeframe] * 1000, offset * 1000)
+
+
+def _candle_freshness(key: Key, candles: Candles, requested_at: float, ttl: float) -> Freshness:
+    """Expire candles when the newest one closes, and final ones after a day."""
+    timeframe, limit, since = key.params
+    grid = grid_of(key.exchange, str(timeframe))
+    requested_ms = int(requested_at * 1000)
+    changes_at = candles.set_closed(requested_ms, grid)
+    if since is not None and int(since) + int(limit or 0) * grid.length <= candles.closed_until:
+        return Freshness(FINAL_TTL_SECONDS, candles.closed_until)
+    return Freshness(min(ttl, (changes_at - requested_ms) / 1000), candles.closed_until)
+
+
 KINDS = {
     "ticker": Kind(method="fetch_ticker", build=Ticker.from_ccxt),
     "orderbook": Kind(
@@ -96,8 +118,9 @@ KINDS = {
         method="fetch_ohlcv",
         params=("timeframe", "limit", "since"),
         build=Candles.from_ccxt,
-        build_params=("timeframe", "since"),
+        build_params=("timeframe",),
         check_params=_check_ohlcv,
+        freshness=_candle_freshness,
     ),
     "trades": Kind(
         method="fetch_trades",
@@ -151,6 +174,17 @@ def weight_of_key(key: Key) -> int:
 def _size_of(key: Key) -> int:
     """Return the number on which the request weight of a key depends."""
     return int(key.params[0] or 1) if KINDS[key.kind].has_levels else 1
+
+
+def freshness_of(
+    settings: Settings, key: Key, fetched: Fetched[Any], data: MarketData
+) -> Freshness | None:
+    """Return how long fetched data is fresh. None: as long as the setting says.
+
+    Sets the members of the data that depend on the time of the request.
+    """
+    rule = KINDS[key.kind].freshness
+    return rule and rule(key, data, fetched.requested_at, ttl_of(settings, key))
 
 
 def ttl_of(settings: Settings, key: Key) -> float:

@@ -78,7 +78,8 @@ class RefreshAhead:
         least_left = dict[Group, float]()
         for key, entry in self._hot.items():
             left = 1 - entry.age(now) / self._lifetime(entry)
-            if left <= GROUP_RATIO:
+            # Before the close of a candle, a refresh would bring nothing new.
+            if left <= (0 if entry.closed_until else GROUP_RATIO):
                 group = Group.of(key)
                 groups[group].append(key)
                 least_left[group] = min(left, least_left.get(group, left))

@@ -375,17 +375,11 @@ async def test_each_exchange_refreshes_its_own_entries(
 async def test_every_kind_is_refreshed_with_its_parameters(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock, tally: Tally
 ) -> None:
-    """Order books, candles and trades each need a call of their own."""
-    live = await watched(
-        ("binance",), orderbook_ttl_seconds=TTL, ohlcv_ttl_seconds=TTL, trades_ttl_seconds=TTL
-    )
+    """Order books and trades each need a call of their own."""
+    live = await watched(("binance",), orderbook_ttl_seconds=TTL, trades_ttl_seconds=TTL)
     paths = [
         f"/orderbook/{what}"
         for what in ("BTC-USDT?limit=5", "BTC-USDT?limit=50", "ETH-USDT?limit=5")
-    ]
-    paths += [
-        f"/ohlcv/{what}"
-        for what in ("BTC-USDT?timeframe=5m&limit=7", "BTC-USDT?timeframe=1h&limit=7")
     ]
     paths += ["/trades/BTC-USDT?limit=5", "/trades/ETH-USDT?limit=5", "/ticker/BTC-USDT"]
     for path in paths:
@@ -396,6 +390,30 @@ async def test_every_kind_is_refreshed_with_its_parameters(
     await tally.reaches(success=len(paths))
     assert requests_of(sandbox, "binance") == first
     assert set(births(live)) == {DUE}
+
+
+async def test_candles_are_refreshed_when_they_close(
+    watched: StartWatched, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """An earlier refresh would bring nothing final. Each close costs one call."""
+    live = await watched(
+        ("bybit", "binance"),
+        ohlcv_ttl_seconds=100,
+        cache_memory_ttl=100,
+        trades_ttl_seconds=CANARY_TTL,
+    )
+    clock.advance(60 - clock.time() % 60 + 20)
+    path = "/ohlcv/BTC-USDT?timeframe=1m&exchange=binance"
+    found = await ask(live, path)
+    for calls in (2, 3):
+        clock.advance(60 - clock.time() % 60 + 0.25)
+        await seen(live, clock)
+        assert sandbox.count("binance") == calls - 1
+        clock.advance(0.25)
+        await eventually(lambda calls=calls: sandbox.count("binance") == calls)  # type: ignore[misc]
+        await eventually(lambda: clock.elapsed in births(live))
+        found += await ask(live, path)
+    assert found.count(MISS) == 1
 
 
 async def test_half_of_the_budget_is_reserved_for_requests(
@@ -723,11 +741,8 @@ async def test_memory_ttl_makes_an_entry_due(
     watched: StartWatched, sandbox: Sandbox, clock: FakeClock
 ) -> None:
     """Without Redis, if CACHE_MEMORY_TTL is shorter than the TTL."""
-    live = await watched(ohlcv_ttl_seconds=60, cache_memory_ttl=30)
-    path, key = (
-        "/ohlcv/BTC-USDT?exchange=bybit",
-        Key("bybit", "ohlcv", "BTC/USDT", ("1m", 100, None)),
-    )
+    live = await watched(ticker_ttl_seconds=60, cache_memory_ttl=30)
+    path, key = PATH, KEY
     found = await ask(live, path)
     for round_number in (1, 2, 3):
         clock.advance(24)

@@ -486,6 +486,15 @@ def exchanges() -> Parts:
             [models.DynamicConfigValue("color", {"mode": "fixed", "fixedColor": "green"})],
         ),
         graph(
+            "Dropped rows", units.Short,
+            "Implausible rows that were left out of answers of an exchange, in each interval.",
+            {
+                "{{exchange}} {{operation}}":
+                "sum by (exchange, operation)"
+                ' (increase(virtuoso_rows_dropped_total{exchange=~"$exchange"}[$__interval]))',
+            },
+        ).no_value("none dropped"),
+        graph(
             "Calls in progress", units.Short, "Calls in progress, sum of all replicas.",
             {
                 "{{exchange}}":

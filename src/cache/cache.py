@@ -16,7 +16,7 @@ from typing import NamedTuple
 from cachetools import TTLCache
 
 from config import Settings
-from src.cache.entry import Entry, Key, Served
+from src.cache.entry import Entry, Freshness, Key, Served, etag_of
 from src.cache.memory import Memory
 from src.cache.redis_tier import RedisTier
 from src.core import metrics
@@ -44,12 +44,24 @@ class AgeLimit(NamedTuple):
     max_age: float | None
     arrived: float
     """When the caller asked (monotonic seconds). What is received later is never too old."""
+    final_until: int | None = None
+    """UTC milliseconds. An entry that is final until then answers even if it is not fresh."""
 
     def accepts(self, entry: Entry, now: float) -> bool:
-        """Return True if the entry answers the caller."""
-        if self.max_age is None or entry.received >= self.arrived:
+        """Return True if the entry answers the caller.
+
+        The flight of another caller may have found an entry whose final part was enough.
+        """
+        if entry.received >= self.arrived:
             return True
-        return entry.age(now) < self.max_age
+        if entry.closed_until and not self.is_usable(entry, now):
+            return False
+        return self.max_age is None or entry.age(now) < self.max_age
+
+    def is_usable(self, entry: Entry, now: float) -> bool:
+        """Return True if the entry is fresh, or final for as long as the caller needs."""
+        is_final = self.final_until is not None and entry.closed_until >= self.final_until
+        return is_final or entry.is_fresh(now)
 
 
 @dataclass(eq=False)
@@ -109,8 +121,6 @@ class Cache:
         self.redis = RedisTier(
             store,
             clock,
-            ttl_of=ttl_of,
-            jitter=self._jitter,
             keep_seconds=keep_seconds,
             lock_seconds=settings.exchange_timeout_seconds,
         )
@@ -119,8 +129,17 @@ class Cache:
         self._load_slots = asyncio.Semaphore(settings.max_concurrent)
         self._generation = 0
 
-    def create_entry(self, key: Key, body: bytes, born: float, received: float) -> Entry:
-        """Create an entry with the TTL of its key."""
+    def create_entry(
+        self,
+        key: Key,
+        body: bytes,
+        born: float,
+        received: float,
+        freshness: Freshness | None = None,
+    ) -> Entry:
+        """Create an entry, by default with the TTL of its key, reduced at random."""
+        if freshness is not None:
+            return Entry(key, body, etag_of(body), born, received, *freshness)
         return Entry.create(key, body, born, received, self._ttl_of(key), self._jitter)
 
     def has_fresh(self, key: Key, max_age: float | None = None) -> bool:
@@ -136,18 +155,23 @@ class Cache:
         return entry if max_age is None or entry.age(now) < max_age else None
 
     async def get_many(
-        self, keys: Sequence[Key], deadline: float, max_age: float | None = None
+        self,
+        keys: Sequence[Key],
+        deadline: float,
+        max_age: float | None = None,
+        final_until: int | None = None,
     ) -> dict[Key, Outcome]:
         """Return the answer to each key: from memory, Redis, a flight under way, or a new load.
 
         `deadline` is in monotonic seconds. A key that is not loaded by then is a
         `DeadlineExceeded`, and its load continues. No answer is older than `max_age` seconds,
-        unless it arrived after this call began.
+        unless it arrived after this call began. With `final_until` (UTC ms), an entry that is final
+        until then need not be fresh.
         """
-        limit = AgeLimit(max_age, self._clock.monotonic())
+        limit = AgeLimit(max_age, self._clock.monotonic(), final_until)
         outcomes: dict[Key, Outcome] = {}
         for key in keys:
-            outcome = self._find_immediate(key, max_age)
+            outcome = self._find_immediate(key, limit)
             if outcome is not None:
                 outcomes[key] = outcome
         self._start_flight([key for key in outcomes if _is_aging(outcomes[key])], limit)
@@ -210,9 +234,17 @@ class Cache:
                 metrics.cache_evictions_total.labels("cleared").inc()
         return len(removed)
 
-    def _find_immediate(self, key: Key, max_age: float | None) -> Outcome | None:
-        """Return a fresh entry, a remembered refusal, or an old entry that a refresh follows."""
+    def _find_immediate(self, key: Key, limit: AgeLimit) -> Outcome | None:
+        """Return a fresh entry, a remembered refusal, or an old entry that a refresh follows.
+
+        An entry with a final part is never served during a refresh: it may be from before a close.
+        """
         now = self._clock.monotonic()
+        max_age = limit.max_age
+        known = self.memory.get(key) if limit.final_until is not None else None
+        if known is not None and limit.accepts(known, now):
+            _MEMORY_HIT.inc()
+            return Served.from_entry(known, "hit_memory", now)
         entry = self.memory.find_fresh(key, max_age)
         if entry is not None:
             _MEMORY_HIT.inc()
@@ -225,7 +257,9 @@ class Cache:
         if refusal is not None:
             return refusal
         entry = self.memory.get(key)
-        if entry is None or not 0 <= entry.age(now) - entry.ttl < self._revalidate_seconds:
+        if entry is None or entry.closed_until:
+            return None
+        if not 0 <= entry.age(now) - entry.ttl < self._revalidate_seconds:
             return None
         return Served.from_entry(entry, "stale_revalidate", now)
 
@@ -318,7 +352,7 @@ class Cache:
         if flight.generation != self._generation or not self._put_newest(entry):
             return False
         now = self._clock.monotonic()
-        return entry.is_fresh(now) and flight.limit.accepts(entry, now)
+        return flight.limit.is_usable(entry, now) and flight.limit.accepts(entry, now)
 
     def _store(self, key: Key, value: Entry | GatewayError | None, is_locked: bool) -> None:
         """Store what was loaded in both tiers, and release the lock even if nothing was."""

@@ -14,6 +14,9 @@ from src.store.redis import PREFIX
 # A replica whose clock is further ahead writes entries that would look new again and again. They
 # count as a miss.
 MAX_SKEW_SECONDS = 1.0
+FINAL_TTL_SECONDS = 86_400.0  # TTL of data that never changes; the TTLs of settings are shorter
+HEADER_BYTES = 4 * 16  # the numbers in front of the entity tag, see `Entry.dump`
+ETAG_BYTES = 18
 _FRESH_TAIL = b'"stale":false}'
 _STALE_TAIL = b'"stale":true}'
 Param = int | str | None
@@ -37,6 +40,15 @@ class Key(NamedTuple):
         return f"{PREFIX}{purpose}:{{{self.exchange}|{self.kind}|{self.symbol}|{params}}}"
 
 
+class Freshness(NamedTuple):
+    """How long an answer is fresh by a rule of its kind."""
+
+    ttl: float
+    """Seconds from the request."""
+    closed_until: int
+    """UTC milliseconds: what the data says about the time before is final."""
+
+
 NO_KEY = Key("", "", "")  # of answers that are not cached under a key, such as batches
 
 
@@ -54,6 +66,8 @@ class Entry:
     """When the request for the data began. Age counts from here (RFC 9111 section 4.2.3)."""
     received: float
     ttl: float
+    closed_until: int = 0
+    """UTC milliseconds: what the data says about the time before is final. 0 if nothing is."""
     hits: int = 0
     """Requests answered from memory, including those inherited from the entry before."""
     earlier_hits: int = 0
@@ -67,8 +81,8 @@ class Entry:
     ) -> Self:
         """Create an entry whose TTL is shortened by up to the share `jitter`.
 
-        The share depends on the content. So replicas agree on the TTL, and entries that were loaded
-        together do not expire together.
+        The share depends on the content, so that entries that were loaded together do not expire
+        together.
         """
         etag = etag_of(body)
         return cls(
@@ -87,6 +101,18 @@ class Entry:
         """Return a part of the entry, with the same times."""
         return replace(self, body=body, etag=etag_of(body), views={})
 
+    @property
+    def is_final(self) -> bool:
+        """Return True if the data never changes."""
+        return self.ttl >= FINAL_TTL_SECONDS
+
+    def keep_seconds(self, after_ttl: float) -> float:
+        """Return how long after its birth a tier keeps the entry; `after_ttl` of others.
+
+        The final part of an entry answers requests for the past until it leaves.
+        """
+        return max(self.ttl + after_ttl, FINAL_TTL_SECONDS if self.closed_until else 0.0)
+
     def age(self, now: float) -> float:
         """Return the seconds since the data was requested."""
         return max(0.0, now - self.born)
@@ -102,31 +128,37 @@ class Entry:
     def dump(self, clock: Clock) -> bytes:
         """Return the entry as Redis stores it.
 
-        16 digits each for `born` and `received` (UTC ms), then the entity tag, which is also a
-        checksum, then the body.
+        16 digits each for `born` and `received` (UTC ms), for the TTL (ms) and for `closed_until`,
+        then the entity tag, which is also a checksum, then the body.
         """
         offset = clock.time() - clock.monotonic()
         born_ms = (self.born + offset) * 1000
         received_ms = (self.received + offset) * 1000
-        return b"%016d%016d%b%b" % (born_ms, received_ms, self.etag.encode(), self.body)
+        numbers = (born_ms, received_ms, self.ttl * 1000, self.closed_until)
+        return b"%016d%016d%016d%016d" % numbers + self.etag.encode() + self.body
 
     @classmethod
-    def parse(cls, key: Key, raw: object, ttl: float, jitter: float, clock: Clock) -> Self | None:
+    def parse(cls, key: Key, raw: object, clock: Clock) -> Self | None:
         """Return the entry that `dump` wrote.
 
         Returns None for any other data, and for an entry from the future.
         """
-        if not isinstance(raw, bytes) or not raw[:32].isdigit():
+        if not isinstance(raw, bytes) or not raw[:HEADER_BYTES].isdigit():
             return None
-        if etag_of(raw[50:]).encode() != raw[32:50]:
+        body = raw[HEADER_BYTES + ETAG_BYTES :]
+        etag = etag_of(body)
+        if etag.encode() != raw[HEADER_BYTES : HEADER_BYTES + ETAG_BYTES]:
             return None
+        numbers = (int(raw[start : start + 16]) for start in range(0, HEADER_BYTES, 16))
+        born_ms, received_ms, ttl_ms, closed_until = numbers
         now = clock.monotonic()
         offset = now - clock.time()
-        born = int(raw[:16]) / 1000 + offset
-        received = int(raw[16:32]) / 1000 + offset
+        born = born_ms / 1000 + offset
+        received = received_ms / 1000 + offset
         if received > now + MAX_SKEW_SECONDS:
             return None
-        return cls.create(key, raw[50:], min(born, now), min(received, now), ttl, jitter)
+        ttl = ttl_ms / 1000
+        return cls(key, body, etag, min(born, now), min(received, now), ttl, closed_until)
 
 
 class Served(NamedTuple):

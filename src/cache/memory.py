@@ -19,8 +19,8 @@ MAX_HOT = 1000  # hot keys at once; the refresh loop checks each of them several
 class Memory:
     """At most `size` entries, each kept until `keep_seconds` after its TTL.
 
-    Counts the reasons why entries leave. No entry is fresh at an age of `fresh_seconds` or more,
-    whatever its TTL.
+    Counts the reasons why entries leave. No entry that can change is fresh at an age of
+    `fresh_seconds` or more, whatever its TTL.
     """
 
     def __init__(self, size: int, fresh_seconds: float, keep_seconds: float, clock: Clock) -> None:
@@ -48,7 +48,7 @@ class Memory:
         if entry is None:
             return None
         age = self._clock.monotonic() - entry.born
-        if age >= entry.ttl or age >= self._fresh_seconds:
+        if age >= entry.ttl or (age >= self._fresh_seconds and not entry.is_final):
             return None
         if max_age is not None and max(age, 0.0) >= max_age:
             return None
@@ -100,20 +100,20 @@ class Memory:
     def has_usable(self) -> bool:
         """Return True if any entry could still be served as stale."""
         now = self._clock.monotonic()
-        return any(now < self._end(entry) for entry in reversed(self._entries.values()))
+        return any(
+            now < entry.born + entry.ttl + self._keep_seconds
+            for entry in reversed(self._entries.values())
+        )
 
     def _add_hot(self, entry: Entry) -> None:
         if len(self.hot) < MAX_HOT:
             self.hot[entry.key] = entry
-
-    def _end(self, entry: Entry) -> float:
-        return entry.born + entry.ttl + self._keep_seconds
 
     def _expire(self) -> None:
         """Remove expired entries at the front, where entries that are not used gather."""
         now = self._clock.monotonic()
         while self._entries:
             entry = next(iter(self._entries.values()))
-            if now < self._end(entry):
+            if now < entry.born + entry.keep_seconds(self._keep_seconds):
                 return
             self.remove(entry.key, "expired")

@@ -61,16 +61,12 @@ class RedisTier:
         store: RedisStore,
         clock: Clock,
         *,
-        ttl_of: Callable[[Key], float],
-        jitter: float,
         keep_seconds: float,
         lock_seconds: float,
     ) -> None:
         """Redis removes an entry `keep_seconds` after its TTL, a lock after `lock_seconds`."""
         self._store = store
         self._clock = clock
-        self._ttl_of = ttl_of
-        self._jitter = jitter
         self._keep_seconds = keep_seconds
         self._lock_seconds = lock_seconds
         self._token = os.urandom(8).hex()
@@ -207,7 +203,7 @@ class RedisTier:
         self, earlier: set[asyncio.Task[None]], key: Key, entry: Entry | None
     ) -> None:
         payload = b"" if entry is None else entry.dump(self._clock)
-        keep_ms = 1 if entry is None else max(1, int((entry.ttl + self._keep_seconds) * 1000))
+        keep_ms = 1 if entry is None else max(1, int(entry.keep_seconds(self._keep_seconds) * 1000))
         if earlier:
             await asyncio.wait(earlier)
         try:
@@ -222,7 +218,7 @@ class RedisTier:
         return lambda redis: redis.eval(script, 2, *names, self._token, *arguments)
 
     def _parse(self, key: Key, raw: object) -> Entry | None:
-        return Entry.parse(key, raw, self._ttl_of(key), self._jitter, self._clock)
+        return Entry.parse(key, raw, self._clock)
 
 
 def _mget(names: list[str]) -> Callable[[RedisClient], Awaitable[list[Any]]]:

@@ -162,6 +162,9 @@ exchange_request_duration_seconds = _histogram(
     *("exchange", "operation"),
     buckets=FAST[5:],
 )
+rows_dropped_total = _counter(
+    "rows_dropped", "Implausible rows of an answer that were left out.", "exchange", "operation"
+)
 exchange_in_flight = _gauge("exchange_in_flight", "Exchange calls in progress.", "exchange")
 exchange_last_success_timestamp_seconds = _gauge(
     "exchange_last_success_timestamp_seconds", "Time of the last successful call.", "exchange"
@@ -241,6 +244,7 @@ def initialise(exchanges: Sequence[str], kinds: Sequence[str], routes: Sequence[
     _create_series(http_request_duration_seconds, routes)
     operations = (*kinds, "tickers", "markets", "time")
     _create_series(exchange_requests_total, exchanges, operations, ("success",))
+    _create_series(rows_dropped_total, exchanges, ("ohlcv",))
     _create_series(circuit_rejected_total, exchanges)
     _create_series(circuit_transitions_total, exchanges, STATES)
     _create_series(stream_reconnects_total, exchanges, STREAM_CAUSES)

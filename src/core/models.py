@@ -7,11 +7,11 @@ the base currency, times are UTC milliseconds.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
+from src.core import metrics
 from src.core.errors import BadUpstreamData, NoPrice
 
 TIMEFRAMES = {  # seconds
@@ -20,8 +20,13 @@ TIMEFRAMES = {  # seconds
 }  # fmt: skip
 MAX_NUMBER = 1e300  # sums of larger numbers overflow; no market has them
 MAX_INTEGER = 2**53  # JSON clients cannot represent all larger integers; no time or nonce is larger
-EMPTY_TIMEFRAMES = 2  # after a `since` no longer ago than this, there may be no candle yet
-Since = int | None  # UTC milliseconds
+# Exchanges finalise a candle up to some hundred milliseconds after its close. A candle is final if
+# it was requested later than this, and if a newer candle follows or none could be expected.
+CLOSE_MARGIN_MS = 500
+# Without a newer candle, a close is certain after this time: nothing was traded since.
+QUIET_CLOSE_MS = 5_000
+RETRY_MS = 500  # until the next request, while an answer after a close is from before the close
+MAX_AHEAD_MS = 3_600_000  # a candle that starts further ahead of our clock is implausible
 Raw = Mapping[str, Any]  # a dict of ccxt
 Level = Annotated[list[float], Field(min_length=2, max_length=2)]  # price, amount
 Candle = Annotated[list[int | float], Field(min_length=6, max_length=6)]
@@ -151,36 +156,88 @@ class OrderBook(MarketData):
         return cls(bids=bids, asks=asks, **values)
 
 
+class Grid(NamedTuple):
+    """The starts of an exchange's candles of one timeframe. Times are UTC milliseconds."""
+
+    length: int
+    offset: int = 0
+    """The start of any candle."""
+
+    def floor(self, time: int) -> int:
+        """Return the start of the candle that `time` belongs to."""
+        return time - (time - self.offset) % self.length
+
+    def ceil(self, time: int) -> int:
+        """Return the first start of a candle that is not before `time`."""
+        return self.floor(time + self.length - 1)
+
+
 class Candles(MarketData):
     """Candles as `[time, open, high, low, close, volume]`, oldest first.
 
-    The newest candle may be incomplete.
+    A period without a candle had no trades, as far as the exchange says. Nothing is interpolated.
     """
 
     timeframe: str
     candles: list[Candle]
+    closed_until: int = 0
+    """Candles that start before this time (UTC milliseconds) are final. 0 if none is."""
+    _dropped_from: int = PrivateAttr(MAX_INTEGER)
+    """Start of the first implausible candle: what follows is not final, because it is missing."""
 
     @classmethod
     def from_ccxt(
-        cls, raw: Any, exchange: str, symbol: str, fetched_at: int, timeframe: str, since: Since
+        cls, raw: Any, exchange: str, symbol: str, fetched_at: int, timeframe: str
     ) -> Self:
-        """Convert ccxt's OHLCV rows.
+        """Convert ccxt's OHLCV rows, in any order. No rows are data as well.
 
-        Raises `BadUpstreamData` if rows are missing, out of order or not numeric. No rows are
-        plausible if `since` is so recent that there may be no candle yet.
+        Of rows with the same time, the one with the largest volume is the latest. Implausible rows
+        are dropped and counted. Raises `BadUpstreamData` if all rows are implausible.
         """
-        rows = _to_rows(raw, 6, exchange, symbol)
-        empty_ms = EMPTY_TIMEFRAMES * TIMEFRAMES[timeframe] * 1000
-        may_be_empty = since is not None and since > fetched_at - empty_ms
-        is_ascending = all(earlier[0] < later[0] for earlier, later in pairwise(rows))
-        is_plausible = is_ascending and not any(
-            low > high or close <= 0 or time >= MAX_INTEGER for time, _, high, low, close, _ in rows
-        )
-        if not is_plausible or not (rows or may_be_empty):
+        rows: dict[int, list[int | float]] = {}
+        dropped_from = MAX_INTEGER
+        for row in raw:
+            candle = _to_candle(row, fetched_at + MAX_AHEAD_MS)
+            if candle is None:
+                metrics.rows_dropped_total.labels(exchange, "ohlcv").inc()
+                dropped_from = min(dropped_from, _to_positive_integer(row[0]) or 0)
+            elif candle[5] >= rows.get(int(candle[0]), candle)[5]:
+                rows[int(candle[0])] = candle
+        if raw and not rows:
             raise _bad_data(exchange, symbol, "sent implausible candles")
         values: dict[str, Any] = {"symbol": symbol, "exchange": exchange, "fetched_at": fetched_at}
-        candles = [[int(row[0]), *row[1:]] for row in rows]
-        return cls(timeframe=timeframe, candles=candles, **values)
+        candles = [rows[time] for time in sorted(rows)]
+        built = cls(timeframe=timeframe, candles=candles, **values)
+        built._dropped_from = dropped_from
+        return built
+
+    def set_closed(self, requested_at: int, grid: Grid) -> int:
+        """Set `closed_until`. Return when the candles change next, in UTC milliseconds.
+
+        `requested_at` is the time of the request on the exchange's clock.
+        """
+        newest = int(self.candles[-1][0]) if self.candles else 0
+        now = max(requested_at, newest)
+        start = grid.floor(now)  # of the growing candle
+        is_closed = now >= start + (CLOSE_MARGIN_MS if newest >= start else QUIET_CLOSE_MS)
+        self.closed_until = min(start if is_closed else start - grid.length, self._dropped_from)
+        if is_closed:
+            return start + grid.length + CLOSE_MARGIN_MS
+        close = start + CLOSE_MARGIN_MS
+        return close if now < close else now + RETRY_MS
+
+    def merge(self, row: Candle, grid: Grid, *, is_final: bool) -> bool:
+        """Add a newer state of the growing candle, or the candle after it.
+
+        Returns False, and changes nothing, if the row is from before `closed_until`, or if the
+        final state of a candle before the row is missing.
+        """
+        if row[0] != self.closed_until:
+            return False
+        self.candles = [*(candle for candle in self.candles if candle[0] < row[0]), row]
+        if is_final:
+            self.closed_until = int(row[0]) + grid.length
+        return True
 
 
 class Trade(Document):
@@ -237,6 +294,16 @@ def _to_number(value: Any) -> float | None:
 
 def _to_positive_integer(value: Any) -> int | None:
     return value if type(value) is int and 0 < value < MAX_INTEGER else None
+
+
+def _to_candle(row: Sequence[Any], end: int) -> list[int | float] | None:
+    """Return a plausible candle that starts before `end`, and None for any other row."""
+    numbers = [number for value in row[:6] if (number := _to_number(value)) is not None]
+    if len(numbers) < 6 or min(numbers) < 0:
+        return None
+    time, _, high, low, close, _ = numbers
+    is_plausible = 0 < time < end and low <= high and close > 0
+    return [int(time), *numbers[1:]] if is_plausible else None
 
 
 def _to_rows(raw: object, width: int, exchange: str, symbol: str) -> list[list[float]]:

@@ -8,6 +8,7 @@ import ssl
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from functools import cache
 
 import aiohttp
@@ -17,6 +18,7 @@ MAX_DATA_BYTES = 4 * 1024 * 1024  # a list of 419 tickers has 0.12 MB
 MAX_MARKETS_BYTES = 64 * 1024 * 1024  # a list of 1,695 markets has 1.9 MB, and descriptions grow
 MAX_SOCKETS = 100
 BODY_START_BYTES = 1000
+MAX_DIFFERENCE_SECONDS = 3600.0  # a Date further from our clock is wrong: a cache may have sent it
 
 
 @dataclass(slots=True)
@@ -32,6 +34,20 @@ class Answer:
 
 
 answer: ContextVar[Answer | None] = ContextVar("answer", default=None)
+
+
+def clock_difference(date: str, sent: float, received: float) -> float:
+    """Return the seconds by which a server's clock is ahead of ours. 0 if it may be the same.
+
+    `date` is the response's Date header, which has whole seconds. `sent` and `received` are UTC
+    seconds of our clock.
+    """
+    try:
+        second = parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError):
+        return 0.0
+    ahead = min(max(0.0, second - received), second + 1 - sent)
+    return ahead if abs(ahead) < MAX_DIFFERENCE_SECONDS else 0.0
 
 
 class AnswerRefused(aiohttp.ClientPayloadError):

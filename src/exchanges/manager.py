@@ -19,7 +19,7 @@ from src.core.clock import Clock
 from src.core.models import Ticker
 from src.exchanges import ccxt_client
 from src.exchanges.budget import RateLimiter
-from src.exchanges.http_client import Answer, answer, open_session
+from src.exchanges.http_client import Answer, answer, clock_difference, open_session
 from src.exchanges.markets import Markets
 from src.exchanges.profiles import PROFILES
 from src.exchanges.translation import check_answer, describe, translate
@@ -46,6 +46,8 @@ class Fetched(Generic[T]):
     value: T
     started: float
     received: float
+    requested_at: float = 0.0
+    """When the call started, in UTC seconds on the exchange's clock."""
 
 
 @dataclass
@@ -225,7 +227,7 @@ class ExchangeManager:
             value = await self._fetch(call, exchange)
             outcome = "success"
             exchange.last_success = self.clock.time()
-            return Fetched(value, started, self.clock.monotonic())
+            return self._fetched(call, value, started)
         except Exception as raised:  # noqa: BLE001 - translated and raised again
             error = translate(call.exchange, raised, call.answer)
             outcome = _outcome_of(error)
@@ -237,6 +239,13 @@ class ExchangeManager:
             answer.reset(token)
             _observe(call, outcome, reason, self.clock.monotonic() - started)
             await self._correct_budget(call)
+
+    def _fetched(self, call: ExchangeCall[T], value: T, started: float) -> Fetched[T]:
+        received = self.clock.monotonic()
+        received_at = self.clock.time()
+        sent_at = received_at - (received - started)
+        ahead = clock_difference(call.answer.headers.get("Date", ""), sent_at, received_at)
+        return Fetched(value, started, received, sent_at + ahead)
 
     async def _fetch(self, call: ExchangeCall[T], exchange: Exchange) -> T:
         # Not wait_for: the call has to stay in this task, which holds the context variable.

@@ -106,6 +106,8 @@ class Profile:
     """Tickers in one call. Kraken's list of pairs is part of the URL."""
     sizes: Mapping[str, Sizes] = field(default_factory=lambda: SIZES)
     """Kind of data -> numbers of rows to request."""
+    week_offset_seconds: int = 4 * 86_400
+    """Start of a weekly candle: seconds since Thursday 00:00 UTC, on which the epoch began."""
     used_weight_header: str = ""
     """Response header with the weight that this address has used."""
     remaining_header: str = ""
@@ -271,6 +273,7 @@ KRAKEN = Profile(
     # Kraken documents no budget. Callers measure about one call per second; the burst of 5 admits a
     # cold batch without a higher mean.
     default_budget="5/5",
+    week_offset_seconds=0,
     ws_name=kraken_ws_name,
     topics=dict.fromkeys(KRAKEN_CHANNELS, ("{symbol}",)),
     socket_limits=dict.fromkeys(MARKET_TYPES, KRAKEN_SOCKET_LIMITS),

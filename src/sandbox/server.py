@@ -17,6 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from email.utils import formatdate
 
 import orjson
 from aiohttp import web
@@ -127,7 +128,8 @@ class Listener:
         if response is None and is_socket:
             return await self.serve_socket(request)
         response = response or self.answer(request, knobs)
-        response.headers.update(knobs.headers)
+        exchange_time = self.now() + knobs.clock_skew_ms / 1000
+        response.headers.update({"Date": formatdate(exchange_time, usegmt=True), **knobs.headers})
         return await drip(request, response) if knobs.drip else response
 
     def override(self, knobs: Knobs, is_socket: bool) -> web.Response | None:

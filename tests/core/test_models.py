@@ -7,7 +7,8 @@ import pytest
 
 from src.cache.entry import encode
 from src.core.errors import BadUpstreamData, NoPrice
-from src.core.models import Candles, OrderBook, Ticker, Trades
+from src.core.models import Candles, Grid, OrderBook, Ticker, Trades
+from tests.conftest import sample
 
 NOW = 1_700_000_000_000
 TICKER = {
@@ -135,35 +136,98 @@ def test_implausible_order_book_is_bad_data(bids: object, asks: object) -> None:
         book(bids, asks)
 
 
-def candles(rows: object, since: int | None = None) -> Candles:
-    return Candles.from_ccxt(rows, "kraken", "BTC/USDT", NOW, timeframe="1m", since=since)
-
-
-def test_candles_may_be_empty_only_after_a_recent_since() -> None:
-    """There may be no candle since a minute ago, but there must be one since an hour ago."""
-    assert candles([], since=NOW - 60_000).candles == []
-    for since in (None, NOW - 3_600_000):
-        with pytest.raises(BadUpstreamData):
-            candles([], since=since)
+def candles(rows: object, fetched_at: int = NOW) -> Candles:
+    return Candles.from_ccxt(rows, "kraken", "BTC/USDT", fetched_at, timeframe="1m")
 
 
 GOOD = [60_000, 10.0, 12.0, 9.0, 11.0, 5.0]
+NEXT = [120_000, *GOOD[1:]]
+
+
+def test_candles_may_be_empty() -> None:
+    """No rows are data: nothing was traded."""
+    assert candles([]).candles == []
 
 
 @pytest.mark.parametrize(
-    "rows",
+    "row",
     [
-        [GOOD, GOOD], [[120_000, *GOOD[1:]], GOOD], [[60_000, 10, 9, 12, 11, 5]],
-        [[60_000, 10, 12, 9, 0, 5]],
-        [[60_000, None, 12, 9, 11, 5]], [GOOD[:5]], "rows",
+        [60_000, 10, 9, 12, 11, 5],
+        [60_000, 10, 12, 9, 0, 5],
+        [60_000, None, 12, 9, 11, 5],
+        GOOD[:5],
+        [NOW + 86_400_000, *GOOD[1:]],
     ],
     ids=str,
-)  # fmt: skip
-def test_implausible_candles_are_bad_data(rows: object) -> None:
-    """Repeated, unordered, short or non-numeric rows, high below low and a close of zero."""
+)
+def test_implausible_candles_are_dropped_and_counted(row: list[float]) -> None:
+    """Only an answer without a plausible candle is bad data. What is missing is not final."""
+    before = sample("rows_dropped_total", exchange="kraken", operation="ohlcv")
     with pytest.raises(BadUpstreamData):
-        candles(rows)
-    assert candles([GOOD]).candles == [GOOD]
+        candles([row])
+    kept = candles([row, NEXT])
+    assert kept.candles == [NEXT]
+    assert sample("rows_dropped_total", exchange="kraken", operation="ohlcv") == before + 2
+    kept.set_closed(NOW, MINUTES)
+    assert kept.closed_until <= max(row[0], NOW // 60_000 * 60_000)
+
+
+def test_candles_are_sorted_and_the_latest_state_of_each_is_kept() -> None:
+    """The volume of a candle only grows, so the largest volume is the latest state."""
+    later = [*GOOD[:5], 6.0]
+    assert candles([NEXT, GOOD, later]).candles == candles([later, GOOD, NEXT]).candles
+    assert candles([NEXT, GOOD, later]).candles == [later, NEXT]
+
+
+MINUTES = Grid(60_000)
+MINUTE = 1_800_000_000_000 // 60_000 * 60_000
+
+
+@pytest.mark.parametrize(
+    ("requested_ms", "newest", "is_closed", "changes_ms"),
+    [
+        (55_000, MINUTE, True, 60_500),  # the candle grows until its close
+        (60_499, MINUTE, False, 60_500),  # too early: trades of the last moment may be missing
+        (60_500, MINUTE, False, 61_000),  # the answer is still that from before the close
+        (60_500, MINUTE + 60_000, True, 120_500),
+        (64_999, MINUTE, False, 65_499),
+        (65_000, MINUTE, True, 120_500),  # nothing was traded since the close
+        (58_000, MINUTE + 60_000, False, 60_500),  # our clock is late
+    ],
+)
+def test_a_candle_is_final_after_its_close_plus_a_margin(
+    requested_ms: int, newest: int, is_closed: bool, changes_ms: int
+) -> None:
+    """And only if a newer candle follows, or none comes for a few seconds."""
+    minute = candles([[newest, *GOOD[1:]]], fetched_at=MINUTE + 60_000)
+    changes_at = minute.set_closed(MINUTE + requested_ms, MINUTES)
+    last_close = MINUTE + (60_000 if max(requested_ms, newest - MINUTE) >= 60_000 else 0)
+    assert minute.closed_until == last_close - (0 if is_closed else 60_000)
+    assert changes_at == MINUTE + changes_ms
+
+
+def test_pushed_candles_are_merged_in_order() -> None:
+    """The growing candle is replaced. After its final state, the next one follows."""
+    minutes = candles([GOOD, NEXT])
+    minutes.closed_until = 120_000
+    grown = [*NEXT[:5], 7.0]
+    assert minutes.merge(grown, MINUTES, is_final=False)
+    assert (minutes.candles, minutes.closed_until) == ([GOOD, grown], 120_000)
+    assert minutes.merge(grown, MINUTES, is_final=True)
+    newest = [180_000, *GOOD[1:]]
+    assert minutes.merge(newest, MINUTES, is_final=False)
+    assert (minutes.candles, minutes.closed_until) == ([GOOD, grown, newest], 180_000)
+    for other in (GOOD, [240_000, *GOOD[1:]]):  # late, and after a gap
+        assert not minutes.merge(other, MINUTES, is_final=True)
+    assert minutes.candles == [GOOD, grown, newest]
+
+
+def test_weeks_start_on_the_day_of_the_exchange() -> None:
+    """The epoch began on a Thursday."""
+    thursday, monday, week = 20 * 604_800_000, 20 * 604_800_000 + 4 * 86_400_000, 604_800_000
+    assert Grid(week).ceil(monday) == thursday + week
+    assert Grid(week, 4 * 86_400_000).ceil(monday) == monday
+    assert Grid(week, 4 * 86_400_000).floor(monday - 1) == monday - week
 
 
 def test_trades_are_checked() -> None:

@@ -457,7 +457,7 @@ async def test_clear_deletes_only_matching_keys_of_the_gateway(
     foreign = {
         "session:1",
         f"x{DATA}",
-        DATA.replace(":1:", ":2:", 1),
+        f"virtuoso:1:{DATA.removeprefix(PREFIX)}",
         f"{PREFIX}budget:{{bybit}}",
         f"{PREFIX}markets:x",
         key("Q/Q").redis_name("lock"),
@@ -711,7 +711,13 @@ def test_entry_is_read_from_redis_as_written(clock: FakeClock) -> None:
     entry = Entry.create(
         KEY, b'{"stale":false}', clock.monotonic() - 3, clock.monotonic() - 2, TTL, 0.1
     )
-    read = Entry.parse(KEY, entry.dump(clock), TTL, 0.1, clock)
+    entry.closed_until = 1_796_063_220_000
+    read = Entry.parse(KEY, entry.dump(clock), clock)
     assert read is not None
-    assert (read.body, read.etag, read.ttl) == (entry.body, entry.etag, entry.ttl)
+    assert (read.body, read.etag, read.closed_until) == (
+        entry.body,
+        entry.etag,
+        entry.closed_until,
+    )
+    assert read.ttl == pytest.approx(entry.ttl, abs=0.001)
     assert (read.born, read.received) == pytest.approx((entry.born, entry.received), abs=0.002)
