@@ -2,22 +2,34 @@
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from src.sandbox.exchange import Exchange, RefusalError, Request, Topic
 from src.sandbox.market import COMMON_PAIRS, SWAPS, Fields, Pair, pairs
 
-WEIGHT_PER_WINDOW = 6_000
 WINDOW_SECONDS = 60
 MAX_REFUSED = 10
 """A client that is refused more often in a window is banned."""
 BAN_SECONDS = 120
-WEIGHTS = {"exchangeInfo": 20, "klines": 2, "aggTrades": 4}
-DEPTH_WEIGHTS = {100: 5, 500: 25, 1_000: 50, 5_000: 250}
-"""By the most levels that have this weight."""
-TICKER_WEIGHTS = {20: 2, 100: 40, 5_000: 80}
-"""By the most symbols that have this weight."""
-ALL_SYMBOLS = 101
+ALL = 10**6
 """Stands for the number of symbols in a request without symbols."""
+# The documented weights. Spot and swaps have limits of their own. Tuples: (largest size, weight),
+# where the size is the number of symbols or rows.
+POOLS = {"/api": 6_000, "/fapi": 2_400}
+WEIGHTS = {
+    "/api/v3/exchangeInfo": ((ALL, 20),),
+    "/api/v3/klines": ((ALL, 2),),
+    "/api/v3/aggTrades": ((ALL, 4),),
+    "/api/v3/depth": ((100, 5), (500, 25), (1_000, 50), (ALL, 250)),
+    "/api/v3/ticker/24hr": ((20, 2), (100, 40), (ALL, 80)),
+    "/api/v3/ticker/bookTicker": ((1, 2), (ALL, 4)),
+    "/fapi/v1/klines": ((99, 1), (499, 2), (1_000, 5), (ALL, 10)),
+    "/fapi/v1/aggTrades": ((ALL, 20),),
+    "/fapi/v1/depth": ((50, 2), (100, 5), (500, 10), (ALL, 20)),
+    "/fapi/v1/ticker/24hr": ((1, 1), (ALL, 40)),
+    "/fapi/v1/ticker/bookTicker": ((1, 2), (ALL, 5)),
+}
+SWAP_DEPTHS = (5, 10, 20, 50, 100, 500, 1_000)
 BOOK_LEVELS = 100
 """Levels of a book that pushes keep up to date. The real exchange pushes all levels."""
 CHANNELS = {"ticker": "ticker", "miniTicker": "mini", "bookTicker": "top"}
@@ -41,6 +53,10 @@ SPOT_RECORDS = """
  {"symbol":"$id","lastPrice":"$last","openPrice":"$open","highPrice":"$high","lowPrice":"$low",
  "volume":"$volume","quoteVolume":"$turnover","weightedAvgPrice":"$average","closeTime":$close_ms$top}
 
+/api/v3/ticker/bookTicker tickers
+[$rows]
+ {"symbol":"$id","bidPrice":"$bid","bidQty":"$bid_size","askPrice":"$ask","askQty":"$ask_size"}
+
 /api/v3/klines candles
 [$rows]
  [$ms,"$open","$high","$low","$close","$volume",$end,"0",0,"0","0","0"]
@@ -61,7 +77,9 @@ class Binance(Exchange):
     name = "binance"
     half_spread = 0.00005
     listing = COMMON_PAIRS + pairs(["BNB"], "BTC") + pairs(["BNB"], "EUR")
-    swap_listing = SWAPS
+    # Recorded in 2026: a swap whose symbol is not ASCII.
+    swap_listing = SWAPS + pairs(["测试测试"], "USDT", is_swap=True)
+    max_rows = MappingProxyType({"candles": 1_000, "book": 5_000, "trades": 1_000})
     trading_status = "TRADING"
     intervals = INTERVALS
     # Documented: 403 (firewall), 418 and 429 (limits), 503 and the codes. The text of a ban has the
@@ -72,6 +90,9 @@ unknown_path 404
 
 no_symbol 400
 {"code":-1121,"msg":"Invalid symbol."}
+
+bad_depth 400
+{"code":-4021,"msg":"Invalid depth limit."}
 
 no_status 400
 {"code":-1122,"msg":"Invalid symbol status."}
@@ -181,40 +202,43 @@ trades
 
     def answer(self, request: Request) -> tuple[str, dict[str, str]]:
         text, headers = super().answer(request)
-        is_one_ticker = request.path.endswith("/24hr") and "symbol" in request.params
+        is_one_ticker = "/ticker/" in request.path and "symbol" in request.params
         return text[1:-1] if is_one_ticker else text, headers
 
+    def most_rows(self, kind: str, request: Request) -> int:
+        is_spot = request.path.startswith("/api")
+        if kind == "book" and not is_spot and request.limit(500) not in SWAP_DEPTHS:
+            raise self.refusal("bad_depth", request.market.now)
+        return 1_500 if kind == "candles" and not is_spot else self.max_rows[kind]
+
     def charge(self, request: Request) -> dict[str, str]:
-        """Allow 6,000 weight per minute, then answer 429. Ban clients that continue."""
+        """Count the weight of a minute, then answer 429. Ban clients that continue."""
         now = request.market.now
         error = "rate_limit"
-        end = self.start_window(now, WINDOW_SECONDS)
-        self.used += self.weight(request)
-        headers = {"X-MBX-USED-WEIGHT-1M": f"{self.used:.0f}"}
-        if (
-            self.used <= (request.knobs.rate_limit or WEIGHT_PER_WINDOW)
-            and now >= self.banned_until
-        ):
+        pool = request.path.split("/v", 1)[0]
+        limit = self.limits[pool]
+        end = limit.start_window(now, WINDOW_SECONDS)
+        limit.used += self.weight(request)
+        headers = {"X-MBX-USED-WEIGHT-1M": f"{limit.used:.0f}"}
+        most = request.knobs.rate_limit or POOLS[pool]
+        if limit.used <= most and now >= limit.banned_until:
             return headers
-        self.refused += 1
-        if self.refused > MAX_REFUSED and now >= self.banned_until:
-            self.banned_until = now + BAN_SECONDS
-        if now < self.banned_until:
+        limit.refused += 1
+        if limit.refused > MAX_REFUSED and now >= limit.banned_until:
+            limit.banned_until = now + BAN_SECONDS
+        if now < limit.banned_until:
             error = "banned"
-            end = self.banned_until
+            end = limit.banned_until
         headers["Retry-After"] = f"{math.ceil(end - now)}"
         raise self.refusal(error, now, headers, until=end)
 
     def weight(self, request: Request) -> int:
-        name = request.path.split("/", 3)[3]
-        if name == "ticker/24hr":
-            symbols = request.param("symbol", "symbols")
-            count = symbols.count(",") + 1 if symbols else ALL_SYMBOLS
-            return next(weight for most, weight in TICKER_WEIGHTS.items() if count <= most)
-        if name == "depth":
-            count = request.limit(100)
-            return next(weight for most, weight in DEPTH_WEIGHTS.items() if count <= most)
-        return WEIGHTS.get(name, 1)
+        steps = WEIGHTS.get(request.path, ((ALL, 1),))
+        if "/ticker/" in request.path:
+            size = len(request.names) or ALL
+        else:
+            size = request.limit(100 if request.path.startswith("/api") else 500)
+        return next(weight for largest, weight in steps if size <= largest)
 
     def reply(self, message: Fields, path: str, topics: dict[str, Topic]) -> list[Fields]:
         try:

@@ -1,6 +1,7 @@
 """bybit: REST and public sockets of API version 5, for spot markets and linear perpetuals."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from src.sandbox.exchange import Exchange, RefusalError, Request, Topic
 from src.sandbox.market import COMMON_PAIRS, SIDES, SWAPS, Fields, Pair, pairs
@@ -23,6 +24,9 @@ class Bybit(Exchange):
     listing += pairs(["MNT"], "USDT")
     envelope = '{"retCode":0,"retMsg":"OK","result":%s,"retExtInfo":{},"time":%%(ms)d}'
     swap_listing = SWAPS
+    # https://bybit-exchange.github.io/docs/v5/market/: kline, orderbook and recent-trade
+    max_rows = MappingProxyType({"candles": 1_000, "book": 200, "trades": 60})
+    max_swap_rows = MappingProxyType({"candles": 1_000, "book": 500, "trades": 1_000})
     trading_status = "Trading"
     intervals = INTERVALS
     # Documented: 10006 (endpoint), 403 (address, for 10 minutes), 10000, 10001 and 10016.
@@ -158,17 +162,22 @@ trades
         sides = [side for side in SIDES if not float(row[side])]
         return {name: "" for side in sides for name in (side, f"{side}_size")}
 
+    def most_rows(self, kind: str, request: Request) -> int:
+        is_spot = request.param("category") == "spot"
+        return (self.max_rows if is_spot else self.max_swap_rows)[kind]
+
     def charge(self, request: Request) -> dict[str, str]:
         """Allow 600 requests per 5 seconds, then refuse all requests for 10 minutes."""
         now = request.market.now
-        limit = request.knobs.rate_limit or REQUESTS_PER_WINDOW
-        reset_ms = self.start_window(now, WINDOW_SECONDS) * 1000
-        self.used += 1
-        if self.used > limit and now >= self.banned_until:
-            self.banned_until = now + BAN_SECONDS
-        if now < self.banned_until:
+        limit = self.limits[""]
+        most = request.knobs.rate_limit or REQUESTS_PER_WINDOW
+        reset_ms = limit.start_window(now, WINDOW_SECONDS) * 1000
+        limit.used += 1
+        if limit.used > most and now >= limit.banned_until:
+            limit.banned_until = now + BAN_SECONDS
+        if now < limit.banned_until:
             raise self.refusal("banned", now)
-        headers = {"": limit, "-Status": limit - self.used, "-Reset-Timestamp": reset_ms}
+        headers = {"": most, "-Status": most - limit.used, "-Reset-Timestamp": reset_ms}
         return {f"X-Bapi-Limit{name}": f"{value:.0f}" for name, value in headers.items()}
 
     def reply(self, message: Fields, path: str, topics: dict[str, Topic]) -> list[Fields]:

@@ -8,6 +8,7 @@ request (`Exchange.answer`).
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -61,6 +62,8 @@ class Request:
     ms: int
     """Unix time of the exchange's clock in milliseconds, which includes its skew."""
     knobs: Knobs
+    url_length: int = 0
+    """Length of path and query."""
 
     @property
     def names(self) -> list[str]:
@@ -88,19 +91,19 @@ class Request:
             raise ValueError(next(name for name in names if name in self.params))
         return int(text) if text else None
 
-    def limit(self, default: int) -> int:
-        return max(1, min(self.number("limit", "count") or default, MAX_ROWS))
+    def limit(self, default: int, most: int = MAX_ROWS) -> int:
+        return max(1, min(self.number("limit", "count") or default, most))
 
     def seconds(self, *names: str) -> float | None:
         """Return a time. Its number of digits shows if it is in seconds, ms or ns."""
         number = self.number(*names)
         return None if number is None else number / 10 ** max(0, len(str(number)) - 10)
 
-    def periods(self, pair: Pair, seconds: float) -> range:
+    def periods(self, pair: Pair, seconds: float, most: int) -> range:
         """Return the numbers of the trades or candles that are requested."""
         start = self.seconds("start", "startTime", "since")
         end = self.seconds("end", "endTime")
-        return self.market.traded(pair).periods(seconds, self.limit(500), start, end)
+        return self.market.traded(pair).periods(seconds, self.limit(500, most), start, end)
 
 
 class Format(NamedTuple):
@@ -132,6 +135,33 @@ def parse_formats(records: str, envelope: str = "%s", separator: str = "") -> di
     return formats
 
 
+@dataclass
+class Limit:
+    """How much of one rate limit is used."""
+
+    window: float = 0.0
+    used: float = 0.0
+    refused: int = 0
+    banned_until: float = 0.0
+
+    def start_window(self, now: float, seconds: int) -> float:
+        """Start a new window if the last one is over. Return the end of the window."""
+        if self.window != now // seconds:
+            self.window = now // seconds
+            self.used = 0.0
+            self.refused = 0
+        return (self.window + 1) * seconds
+
+    def take(self, now: float, burst: int, per_second: float) -> bool:
+        """Count a request. Return False if it exceeds a burst that is refilled all the time."""
+        self.used = max(0.0, self.used - (now - self.window) * per_second)
+        self.window = now
+        if self.used + 1 > burst:
+            return False
+        self.used += 1
+        return True
+
+
 class Topic(NamedTuple):
     """One subscription of a socket."""
 
@@ -161,6 +191,10 @@ class Exchange:
     price_factor = 1.0
     """The prices of the exchange, relative to those of the market."""
     half_spread = 0.0001
+    week_offset = 4 * 86_400
+    """Weeks start on Monday. Public report: ccxt issue 25046."""
+    max_rows: Mapping[str, int]
+    """The most rows of an answer, by its kind."""
     listing: tuple[Pair, ...] = COMMON_PAIRS
     swap_listing: tuple[Pair, ...] = ()
     trading_status = ""
@@ -222,6 +256,7 @@ class Exchange:
             halted,
             knobs.odd,
             self.pairs_with({knobs.pair}) if knobs.pair else None,
+            self.week_offset,
         )
 
     def pairs_with(self, ids: Set[str]) -> frozenset[Pair]:
@@ -249,22 +284,11 @@ class Exchange:
         return RefusalError(int(status), orjson.Fragment(body) if is_json else body, headers)
 
     def reset_limits(self) -> None:
-        self.window = 0.0
-        self.used = 0.0
-        self.refused = 0
-        self.banned_until = 0.0
+        self.limits: defaultdict[str, Limit] = defaultdict(Limit)
 
     def charge(self, request: Request) -> dict[str, str]:
         """Count a request towards the rate limit. Return its headers, or raise `RefusalError`."""
         raise NotImplementedError
-
-    def start_window(self, now: float, seconds: int) -> float:
-        """Start a new window of the rate limit if the last one is over. Return its end."""
-        if self.window != now // seconds:
-            self.window = now // seconds
-            self.used = 0.0
-            self.refused = 0
-        return (self.window + 1) * seconds
 
     def fields(self, pair: Pair) -> Fields:
         """Return the fields that formats use for a market."""
@@ -298,9 +322,12 @@ class Exchange:
             lists["rows"] = odd_candles(lists["rows"], requested[0], request.market)
         ms = request.market.book_ms if kind == "book" else request.ms
         fields: Fields = {"ms": ms, "close_ms": ms, "second": ms // 1000, "last_ms": ms}
+        fields["last_candle"] = fields["second"]
         fields["category"] = request.param("category")
         if requested:
             fields |= self.fields(requested[0])
+        if kind == "candles" and lists["rows"]:  # recorded: `last` is the last complete candle
+            fields["last_candle"] = lists["rows"][-2:][0]["second"]
         if kind == "trades" and lists["rows"]:
             fields["last_ms"] = lists["rows"][-1]["ms"]
         return answer_format.fill(fields, lists)
@@ -318,14 +345,20 @@ class Exchange:
                 numbers = self.candle_numbers(request, requested[0], seconds)
                 return {"rows": [market.candle(requested[0], n, seconds) for n in numbers]}
             case "trades":
-                numbers = request.periods(requested[0], TRADE_SECONDS)
+                numbers = request.periods(
+                    requested[0], TRADE_SECONDS, self.most_rows(kind, request)
+                )
                 return {"rows": market.trades(requested[0], numbers)}
             case "book":
-                return market.book(requested[0], request.limit(100), market.step).rows
+                levels = request.limit(100, self.most_rows(kind, request))
+                return market.book(requested[0], levels, market.step).rows
         return {}
 
+    def most_rows(self, kind: str, _request: Request) -> int:
+        return self.max_rows[kind]
+
     def candle_numbers(self, request: Request, pair: Pair, seconds: int) -> range:
-        return request.periods(pair, seconds)
+        return request.periods(pair, seconds, self.most_rows("candles", request))
 
     def listed_fields(self, pair: Pair, request: Request) -> Fields:
         """Return the fields of a market in a list."""

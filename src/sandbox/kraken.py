@@ -1,6 +1,7 @@
 """kraken: REST with the old names of some assets, and sockets of version 2."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from src.sandbox.exchange import Exchange, RefusalError, Request, Topic
 from src.sandbox.knobs import Knobs
@@ -8,11 +9,21 @@ from src.sandbox.market import COINS, MAJORS, Fields, Pair, iso_time, pairs
 
 BURST = 15
 """Requests. One more is allowed per second."""
+# Documented: Trades and OHLC are limited per address and pair. The numbers are a guess that fits
+# ccxt issue 20648: every fifth request of a loop with about one request per second is refused.
+PAIR_BURST = 10
+PAIR_PER_SECOND = 0.8
+PAIR_PATHS = ("/0/public/OHLC", "/0/public/Trades")
+MAX_URL_LENGTH = 4_096
+"""Longer URLs are refused by Cloudflare, as users report."""
 MAX_CANDLES = 720
-ASSET_NAMES = {"BTC": "XBT", "DOGE": "XDG"}
-SOCKET_NAMES = {name: asset for asset, name in ASSET_NAMES.items()}
+# Names that ccxt changes (its `commonCurrencies`): kraken's LUNA is LUNC elsewhere.
+ASSET_NAMES = {"BTC": "XBT", "DOGE": "XDG", "LUNC": "LUNA", "LUNA": "LUNA2"}
+SOCKET_NAMES = {"XBT": "BTC", "XDG": "DOGE"}
+"""Sockets of version 2 do not use these old names."""
 PREFIXED_ASSETS = {"BTC", "ETH", "XRP", "LTC", "XLM", "XMR"}
-"""Their markets in EUR and USD have names such as XXBTZUSD."""
+PREFIXED_QUOTES = {"EUR": "ZEUR", "USD": "ZUSD", "XBT": "XXBT"}
+"""Recorded: markets of the prefixed assets in these have names such as XXBTZUSD and XETHXXBT."""
 CHANNELS = {"ticker": "ticker", "book": "book", "trade": "trades", "ohlc": "candles"}
 INTERVALS = {"1": 60, "5": 300, "15": 900, "30": 1_800, "60": 3_600, "240": 14_400}
 INTERVALS |= {"1440": 86_400, "10080": 604_800, "21600": 1_296_000}
@@ -37,6 +48,11 @@ class Kraken(Exchange):
     listing = pairs([*COINS[:12], "EUR", "USDC"], "USDT") + pairs(["ETH", "XRP", "SOL"], "BTC")
     listing += pairs([*MAJORS, "XMR", "EUR", "USDC", "USDT"], "USD")
     listing += pairs([*MAJORS, "XMR"], "EUR")
+    # Tokenized assets have lower-case letters.
+    listing += pairs(["LUNC", "LUNA"], "USDT") + pairs(["LUNC", "LUNA", "AAPLx"], "USD")
+    week_offset = 0
+    # https://docs.kraken.com/api/docs/rest-api: get-order-book and get-recent-trades
+    max_rows = MappingProxyType({"candles": 720, "book": 500, "trades": 1_000})
     trading_status = "online"
     intervals = INTERVALS
     envelope = '{"error":[],"result":%s}'
@@ -102,16 +118,16 @@ timeout 200
 /0/public/AssetPairs markets
 {$rows}
  "$id":{"altname":"$altname","base":"$base","quote":"$quote","pair_decimals":$digits,
- "lot_decimals":8,"wsname":"$base/$quote","tick_size":"$tick","status":"$status"}
+ "lot_decimals":8,"wsname":"$wsname","tick_size":"$tick","status":"$status"}
 
 /0/public/Ticker tickers
 {$rows}
  "$id":{"a":["$ask","1","$ask_size"],"b":["$bid","1","$bid_size"],"c":["$last","0.01"],
- "v":["$volume","$volume"],"p":["$average","$average"],"t":[9999,9999],"l":["$low","$low"],
- "h":["$high","$high"],"o":"$open"}
+ "v":["$today_volume","$volume"],"p":["$today_average","$average"],"t":[$today_count,$count],
+ "l":["$today_low","$low"],"h":["$today_high","$high"],"o":"$today_open"}
 
 /0/public/OHLC candles
-{"$id":[$rows],"last":$second}
+{"$id":[$rows],"last":$last_candle}
  [$second,"$open","$high","$low","$close","$close","$volume",0]
 
 /0/public/Depth book
@@ -149,10 +165,11 @@ trades
     def fields(self, pair: Pair) -> Fields:
         base = ASSET_NAMES.get(pair.base, pair.base)
         quote = ASSET_NAMES.get(pair.quote, pair.quote)
-        altname = base + quote
-        is_prefixed = pair.base in PREFIXED_ASSETS and quote in {"EUR", "USD"}
-        pair_id = f"X{base}Z{quote}" if is_prefixed else altname
-        names = {"id": pair_id, "altname": altname, "base": base, "quote": quote}
+        names = {"altname": base + quote, "wsname": f"{base}/{quote}", "id": base + quote}
+        names |= {"base": f"X{base}" if pair.base in PREFIXED_ASSETS else base}
+        names |= {"quote": PREFIXED_QUOTES.get(quote, quote)}
+        if pair.base in PREFIXED_ASSETS and quote in PREFIXED_QUOTES:
+            names["id"] = names["base"] + names["quote"]
         return super().fields(pair) | names
 
     def configure(self, knobs: Knobs) -> None:
@@ -171,19 +188,21 @@ trades
         return list(known or self.spot.values())
 
     def answer(self, request: Request) -> tuple[str, dict[str, str]]:
+        if request.url_length > MAX_URL_LENGTH:
+            raise self.refusal("firewall")
         text, headers = super().answer(request)
         if request.unknown_names(self.names):  # recorded: the error is beside the known markets
             text = text.replace('"error":[]', f'"error":[{UNKNOWN}]', 1)
         return text, headers
 
     def charge(self, request: Request) -> dict[str, str]:
-        """Allow one request per second after a burst of 15."""
+        """Allow one request per second after a burst of 15, and fewer of one pair."""
         now = request.market.now
-        self.used = max(0.0, self.used - (now - self.window))
-        self.window = now
-        if self.used + 1 > (request.knobs.rate_limit or BURST):
+        if not self.limits[""].take(now, request.knobs.rate_limit or BURST, 1.0):
             raise self.refusal("rate_limit")
-        self.used += 1
+        of_pair = self.limits[f"{request.path} {request.names}"]
+        if request.path in PAIR_PATHS and not of_pair.take(now, PAIR_BURST, PAIR_PER_SECOND):
+            raise self.refusal("pair_limit")
         return {}
 
     def candle_numbers(self, request: Request, pair: Pair, seconds: int) -> range:
@@ -221,10 +240,8 @@ trades
         """
         names = {}
         for pair in self.spot.values():
-            fields = self.fields(pair)
-            base, quote = fields["base"], fields["quote"]
-            name = f"{SOCKET_NAMES.get(base, base)}/{SOCKET_NAMES.get(quote, quote)}"
-            names[name] = pair
+            assets = self.fields(pair)["wsname"].split("/")
+            names["/".join(SOCKET_NAMES.get(asset, asset) for asset in assets)] = pair
         return names
 
     def topic(self, symbol: str, params: Fields, known: Mapping[str, Pair]) -> Topic:

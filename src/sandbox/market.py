@@ -20,6 +20,7 @@ Time = float | None
 """Unix time in seconds."""
 
 DAY_SECONDS = 86_400
+WEEK_SECONDS = 7 * DAY_SECONDS
 BOOK_STEPS_PER_SECOND = 10
 """Order books change this often."""
 BOOK_STEP_MS = 1000 // BOOK_STEPS_PER_SECOND
@@ -30,7 +31,7 @@ PRICE_LIST = """
 BTC 97000 ETH 3400 SOL 190 XRP 2.4 ADA 0.85 DOGE 0.33 LTC 105 LINK 21 AVAX 36 DOT 6.8 BCH 440
 XLM 0.38 ATOM 6.4 UNI 12.5 ETC 25 TRX 0.24 AAVE 310 ALGO 0.33 FIL 5 NEAR 5.1 BNB 650 APT 9
 ARB 0.72 OP 1.7 INJ 22 SUI 4.2 TON 5.4 XTZ 1.2 SHIB 0.000022 PEPE 0.0000178 MNT 1.1 XMR 195
-EUR 1.08 USDC 0.9998 USDT 1 USD 1
+LUNC 0.00006 LUNA 0.16 AAPLx 231 EUR 1.08 USDC 0.9998 USDT 1 USD 1
 """
 PRICES = {asset: float(price) for asset, price in re.findall(r"(\S+) (\S+)", PRICE_LIST)}
 COINS = [*list(PRICES)[:30], "EUR", "USDC"]
@@ -184,6 +185,8 @@ class Market:
     """Unusual data, see the knob of this name."""
     odd_pairs: Set[Pair] | None = None
     """The markets with unusual data. None is all."""
+    week_offset: int = 0
+    """Seconds from the start of the epoch, which is a Thursday, to the start of a week."""
 
     def is_odd(self, pair: Pair, *names: str) -> bool:
         is_concerned = self.odd_pairs is None or pair in self.odd_pairs
@@ -218,21 +221,30 @@ class Market:
         dollars = 10 ** (7.5 + 1.5 * _noise(seed, 0)) * (1 + 0.5 * _noise(seed, minute))
         return dollars / DAY_SECONDS / _base_price(pair.base)
 
-    def ticker(self, pair: Pair) -> Fields:
-        """Return the current prices and the figures of the last 24 hours."""
-        hours = range(int(self.now // 7_200 - 11) * 7_200, int(self.now) + 1, 7_200)
-        points = [self.price(pair, at) for at in (self.now - DAY_SECONDS, *hours, self.now)]
+    def figures(self, pair: Pair, start: float) -> Fields:
+        """Return the figures of the trades since a time."""
+        hours = range(int(start // 7_200 + 1) * 7_200, int(self.now) + 1, 7_200)
+        points = [self.price(pair, at) for at in (start, *hours, self.now)]
         average = (points[-1] + points[0]) / 2
         ratio = points[-1] / points[0] - 1
-        volume = self.volume(pair, int(self.traded(pair).now // 60)) * DAY_SECONDS
+        traded = self.traded(pair).now
+        volume = self.volume(pair, int(traded // 60)) * (traded - start)
         if pair in self.halted:
             volume = 0.0
         row: Fields = {"open": pair.price(points[0]), "last": pair.price(points[-1])}
         row |= {"high": pair.price(max(points)), "low": pair.price(min(points))}
         row |= {"average": pair.price(average), "ratio": ratio, "percent": ratio * 100}
         row |= {"volume": _amount(volume), "turnover": _amount(volume * average)}
-        row["start"] = int(self.now * 1000) - DAY_SECONDS * 1000
+        row["count"] = max(0, int((traded - start) / TRADE_SECONDS))
         row["change"] = pair.price(float(row["last"]) - float(row["open"]))
+        return row
+
+    def ticker(self, pair: Pair) -> Fields:
+        """Return the current prices, and the figures of the last 24 hours and of today (UTC)."""
+        row = self.figures(pair, self.now - DAY_SECONDS)
+        today = self.figures(pair, self.now // DAY_SECONDS * DAY_SECONDS)
+        row |= {f"today_{name}": value for name, value in today.items()}
+        row["start"] = int(self.now * 1000) - DAY_SECONDS * 1000
         for side, levels in zip(SIDES, self.sides(pair, 1), strict=True):
             best = next(iter(levels.items()), (pair.price(0), _amount(0)))
             row[side], row[f"{side}_size"] = best
@@ -313,7 +325,7 @@ class Market:
 
     def candle(self, pair: Pair, number: int, seconds: int) -> Fields:
         """Return one candle. The current candle closes at the current price."""
-        start = number * seconds
+        start = number * seconds + self.offset(seconds)
         end = min(start + seconds, self.traded(pair).now)
         times = [start, start + seconds / 3, start + seconds * 2 / 3]
         points = [self.price(pair, at) for at in times if at <= end] + [self.price(pair, end)]
@@ -323,11 +335,16 @@ class Market:
         row["volume"] = _amount(self.volume(pair, start // 60) * max(end - start, 0.001))
         return row
 
+    def offset(self, seconds: float) -> int:
+        """Return the start of the first period of a length, in seconds since the epoch."""
+        return self.week_offset if seconds == WEEK_SECONDS else 0
+
     def periods(self, seconds: float, count: int, start: Time = None, end: Time = None) -> range:
         """Return the numbers of up to `count` periods, counted from the epoch.
 
         They are the first ones that begin at or after `start`, or the latest ones without it.
         """
-        last = int(min(self.now, end or self.now) // seconds)
-        first = last - count + 1 if start is None else math.ceil(start / seconds)
+        offset = self.offset(seconds)
+        last = int((min(self.now, end or self.now) - offset) // seconds)
+        first = last - count + 1 if start is None else math.ceil((start - offset) / seconds)
         return range(first, min(last, first + count - 1) + 1)

@@ -147,7 +147,7 @@ class Listener:
     def answer(self, request: web.Request, knobs: Knobs) -> web.Response:
         market = self.market(knobs)
         ms = int(market.now * 1000) + knobs.clock_skew_ms
-        call = Request(request.path, request.query, market, ms, knobs)
+        call = Request(request.path, request.query, market, ms, knobs, len(request.raw_path))
         try:
             text, headers = self.exchange.answer(call)
         except RefusalError as refusal:

@@ -611,7 +611,7 @@ async def test_long_market_list_is_parsed_outside_the_gateway(clock: FakeClock) 
     loaded = await restore_markets(client_of("kraken", settings), snapshot)
     counter.cancel()
     assert loaded is not None
-    assert (loaded.loaded_at, len(loaded.markets)) == (7.0, 2038)
+    assert (loaded.loaded_at, len(loaded.markets)) == (7.0, 2043)
     assert seconds < child_seconds / 2
     assert turns >= 2
     assert len(snapshot) < 100_000

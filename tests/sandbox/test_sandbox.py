@@ -334,24 +334,23 @@ async def test_times_counts_only_requests_of_the_pair(sandbox: Sandbox, get: Get
     assert [(await get("binance", path))[0] for path in paths] == [200, 503, 200]
 
 
+@pytest.mark.parametrize("name", NAMES)
 async def test_markets_are_listed_delisted_and_have_a_status(
-    sandbox: Sandbox, client: Any, get: Get
+    sandbox: Sandbox, connect: Connect, get: Get, name: str
 ) -> None:
     """`statuses` makes markets inactive for ccxt. A delisted market is unknown."""
-    name = client.id
-    before = set(client.markets)
+    before = set((await connect(name)).markets)
     added = {"NEW/USDT"} if name == "kraken" else {"NEW/USDT", "NEW/USDT:USDT"}
     status = {"bybit": "Closed", "binance": "BREAK", "kraken": "cancel_only"}[name]
     await sandbox.set(name, listed=sorted(added), delisted=[ID[name]], statuses={"NEWUSDT": status})
-    await client.load_markets(reload=True)
+    client = await connect(name)
     assert set(client.markets) - before == added
     assert before - set(client.markets) >= {"ETH/USDT"}
     assert {symbol for symbol in client.markets if not client.markets[symbol]["active"]} >= added
     assert (await client.fetch_ticker("NEW/USDT"))["last"] > 0
     assert FAILURES[name]["no_symbol"][1] in (await get(name, BOOK[name] + ID[name]))[1]
     await sandbox.reset()
-    await client.load_markets(reload=True)
-    assert set(client.markets) == before
+    assert set((await connect(name)).markets) == before
 
 
 async def test_swaps_that_are_not_traded_are_refused(sandbox: Sandbox, get: Get) -> None:
@@ -394,13 +393,13 @@ async def test_halted_markets_have_no_orders(sandbox: Sandbox, client: Any, cloc
 async def test_books_of_still_markets_move_without_trades(
     sandbox: Sandbox, client: Any, clock: Clock
 ) -> None:
-    """Bid and ask follow `price`. Last price, volume and trades do not change."""
+    """Bid and ask follow `price`. Last price and trades do not change, volume does not grow."""
     before = await client.fetch_ticker("ETH/USDT")
     await sandbox.set(client.id, still=[ID[client.id]], price=1.02)
     clock.now += 60
     after = await client.fetch_ticker("ETH/USDT")
-    for name in ("last", "baseVolume"):
-        assert after[name] == before[name]
+    assert after["last"] == before["last"]
+    assert after["baseVolume"] <= before["baseVolume"]
     assert after["bid"] == pytest.approx(before["bid"] * 1.02, rel=0.001)
     trades = await client.fetch_trades("ETH/USDT", None, 5)
     assert trades[-1]["timestamp"] / 1000 == pytest.approx(NOON, abs=1)
@@ -547,6 +546,110 @@ async def test_binance_weights_depend_on_the_size_of_the_answer(get: Get) -> Non
         337,
         357,
     ]
+
+
+async def test_binance_swaps_have_their_own_weights(get: Get) -> None:
+    """Swaps are counted apart from spot markets, with other weights."""
+    queries = [
+        "ticker/24hr?symbol=BTCUSDT",
+        "ticker/24hr",
+        "ticker/bookTicker",
+        "depth?symbol=BTCUSDT&limit=20",
+        "depth?symbol=BTCUSDT&limit=1000",
+        "klines?symbol=BTCUSDT&interval=1m&limit=99",
+        "klines?symbol=BTCUSDT&interval=1m&limit=1500",
+        "aggTrades?symbol=BTCUSDT",
+    ]
+    await get("binance", "/api/v3/ticker/24hr")
+    used = [0]
+    for query in queries:
+        status, _, headers = await get("binance", f"/fapi/v1/{query}")
+        assert status == 200
+        used.append(int(headers["X-MBX-USED-WEIGHT-1M"]))
+    assert [end - start for start, end in pairwise(used)] == [1, 40, 5, 2, 20, 1, 10, 20]
+    _, _, headers = await get("binance", TIME["binance"])
+    assert headers["X-MBX-USED-WEIGHT-1M"] == "81"
+
+
+async def test_binance_swap_books_have_fixed_sizes(get: Get) -> None:
+    """Another number of levels is an error. Spot books have any size up to 5,000."""
+    path = "depth?symbol=BTCUSDT&limit=7"
+    assert (await get("binance", f"/api/v3/{path}"))[0] == 200
+    status, text, _ = await get("binance", f"/fapi/v1/{path}")
+    assert (status, '"code":-4021' in text) == (400, True)
+
+
+async def test_binance_lists_a_symbol_that_is_not_ascii(get: Get) -> None:
+    """The swap of a recorded list can be requested."""
+    status, text, _ = await get("binance", "/fapi/v1/ticker/bookTicker?symbol=测试测试USDT")
+    assert status == 200
+    assert json.loads(text)["symbol"] == "测试测试USDT"
+
+
+async def test_bybit_limits_rows_by_category(get: Get) -> None:
+    """Spot has at most 60 trades and 200 levels, swaps have 1,000 and 500."""
+    counts = []
+    for category in ("spot", "linear"):
+        for path in ("recent-trade", "orderbook"):
+            query = f"/v5/market/{path}?category={category}&symbol=BTCUSDT&limit=1000"
+            result = json.loads((await get("bybit", query))[1])["result"]
+            counts.append(len(result["list"] if "list" in result else result["b"]))
+    assert counts == [60, 200, 1_000, 500]
+
+
+async def test_kraken_has_names_of_its_own(connect: Connect, get: Get) -> None:
+    """kraken's LUNA is LUNC for ccxt. `wsname` has XBT and XDG. Some ids have prefixes."""
+    markets = (await connect("kraken")).markets
+    ids = {symbol: (market["id"], market["info"]["wsname"]) for symbol, market in markets.items()}
+    assert ids["LUNC/USDT"] == ("LUNAUSDT", "LUNA/USDT")
+    assert ids["LUNA/USDT"] == ("LUNA2USDT", "LUNA2/USDT")
+    assert ids["BTC/EUR"] == ("XXBTZEUR", "XBT/EUR")
+    assert ids["ETH/BTC"] == ("XETHXXBT", "ETH/XBT")
+    assert ids["DOGE/USDT"] == ("XDGUSDT", "XDG/USDT")
+    assert "AAPLxUSD" in {market_id for market_id, _ in ids.values()}
+    luna, lunc = [
+        float(
+            json.loads((await get("kraken", f"/0/public/Ticker?pair={name}"))[1])["result"][name][
+                "c"
+            ][0]
+        )
+        for name in ("LUNA2USDT", "LUNAUSDT")
+    ]
+    assert luna > 100 * lunc
+
+
+async def test_kraken_tickers_have_figures_of_today_and_of_a_day(get: Get) -> None:
+    """The first value of each list, and `o`, are of the time since 00:00 UTC."""
+    row = json.loads((await get("kraken", TICKER["kraken"]))[1])["result"]["XBTUSDT"]
+    for name in ("v", "p", "t"):
+        assert float(row[name][0]) != float(row[name][1])
+    assert float(row["l"][1]) <= float(row["l"][0]) <= float(row["h"][0]) <= float(row["h"][1])
+    _, text, _ = await get("kraken", "/0/public/OHLC?pair=XBTUSDT&interval=1440")
+    assert json.loads(text)["result"]["XBTUSDT"][-1][1] == row["o"]
+
+
+async def test_kraken_limits_candles_and_trades_of_one_pair(get: Get, clock: Clock) -> None:
+    """The limit of a pair does not concern other pairs, and ends after seconds."""
+    path = "/0/public/OHLC?interval=1&pair="
+    for _ in range(10):
+        assert "Too many" not in (await get("kraken", f"{path}XBTUSDT"))[1]
+    assert '{"error":["EGeneral:Too many requests"]}' in (await get("kraken", f"{path}XBTUSDT"))[1]
+    assert '"error":[]' in (await get("kraken", f"{path}ETHUSDT"))[1]
+    clock.now += 5
+    assert '"error":[]' in (await get("kraken", f"{path}XBTUSDT"))[1]
+
+
+async def test_kraken_refuses_long_urls(get: Get) -> None:
+    """A URL of more than 4 KB gets an HTML page."""
+    pairs = ",".join(["XBTUSDT"] * 600)
+    assert (await get("kraken", f"/0/public/Ticker?pair={pairs}"))[0] == 520
+
+
+async def test_weeks_start_on_the_day_of_the_exchange(client: Any) -> None:
+    """Candles of a week start on Thursday on kraken, and on Monday elsewhere."""
+    candles = await client.fetch_ohlcv("ETH/USDT", "1w")
+    weekdays = {int(candle[0] / 86_400_000 + 3) % 7 for candle in candles}
+    assert weekdays == ({3} if client.id == "kraken" else {0})
 
 
 async def test_bybit_refuses_for_ten_minutes(

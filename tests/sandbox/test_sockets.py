@@ -25,7 +25,7 @@ PATHS = {"bybit": "/v5/public/spot", "binance": "/stream/ws/0", "kraken": "/v2"}
 OTHERS = {"bybit": "/v5/public/other/spot", "binance": "/stream/ws/other", "kraken": "/v2/other"}
 DEPTHS = {"bybit": 50, "binance": 100, "kraken": 25}
 LATE = 10**8  # milliseconds: in practice never
-FIGURES = ("last", "open", "high", "low", "baseVolume")
+FIGURES = ("open", "last", "high", "low", "baseVolume")
 FORBIDDEN = {"bybit": 403, "binance": 451, "kraken": 403}
 PING = {"bybit": {"op": "ping", "req_id": "7"}, "kraken": {"method": "ping", "req_id": 7}}
 MALFORMED: dict[str, dict[str, Any]] = {
@@ -242,8 +242,8 @@ async def fast_clock(clock: Clock) -> AsyncIterator[None]:
 
 
 def figures(tickers: dict[str, Any]) -> dict[str, list[Any]]:
-    """Return the figures of tickers by symbol."""
-    return {symbol: [row[figure] for figure in FIGURES] for symbol, row in tickers.items()}
+    """Return the figures of tickers by symbol, without the open price."""
+    return {symbol: [row[figure] for figure in FIGURES[1:]] for symbol, row in tickers.items()}
 
 
 async def test_pushed_tickers_equal_rest(clock: Clock, connect: Connect, name: str) -> None:
@@ -255,7 +255,10 @@ async def test_pushed_tickers_equal_rest(clock: Clock, connect: Connect, name: s
         expected = figures(fetched)
         await eventually(lambda: figures(client.tickers) == expected)  # noqa: B023
         for symbol, ticker in client.tickers.items():
-            assert ticker["percentage"] == pytest.approx(fetched[symbol]["percentage"], abs=0.01)
+            if name != "kraken":  # its REST ticker has only the open price of today
+                assert ticker["percentage"] == pytest.approx(
+                    fetched[symbol]["percentage"], abs=0.01
+                )
             sides = [fetched[symbol][side] for side in ("bid", "ask")]
             assert [ticker["bid"], ticker["ask"]] == ([None, None] if name == "bybit" else sides)
             # ccxt ignores the time of kraken's tickers.
