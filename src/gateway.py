@@ -27,6 +27,8 @@ ALL = "all"
 START_SECONDS = 3.0
 FIRST_LIST_SECONDS = 15.0  # longest wait for any of them
 RECALL_TIMEOUT_SECONDS = 1.0
+# Longest wait of a request for a refreshed market list that may have its symbol.
+NEW_MARKET_SECONDS = 3.0
 MAINTENANCE = f"{PREFIX}maintenance"  # Redis hash: task -> UTC seconds of its last success
 
 # An error of one of these classes stands for all exchanges if all of them have the same.
@@ -92,6 +94,7 @@ class Gateway:
         order of `Kind.params`.
         """
         params = KINDS[kind].check_params(self.clock, params)
+        await self.look_for_new_markets([symbol], exchange)
         keys = self.find_keys(kind, symbol, exchange, params)
         name = (keys[0].symbol, "")
         answers = await self._answer_all({name: keys}, self.settings.request_timeout, max_age)
@@ -114,8 +117,9 @@ class Gateway:
         `within` seconds, by default the request timeout, a missing ticker is a `DeadlineExceeded`
         or stale, and its load continues.
         """
-        candidates, refused = self._batch_candidates(symbols, exchange)
         seconds = within or self.settings.request_timeout
+        await self.look_for_new_markets(symbols, exchange, min(seconds, NEW_MARKET_SECONDS))
+        candidates, refused = self._batch_candidates(symbols, exchange)
         return await self._answer_all(candidates, seconds, max_age) | refused
 
     async def _answer_all(
@@ -168,8 +172,12 @@ class Gateway:
     async def refresh(self, keys: Sequence[Key], max_age: float) -> int:
         """Load keys of one exchange and kind that are older than `max_age` seconds.
 
-        Returns how many succeeded.
+        Leaves out markets that are no longer quoted. Returns how many succeeded.
         """
+        find = self.markets.find
+        keys = [key for key in keys if find(key.exchange, self.markets.canonical(key.symbol))]
+        if not keys:
+            return 0
         deadline = self.clock.monotonic() + self.settings.request_timeout
         first = keys[0]
         # Replicas mostly have the same hot keys. They take turns, and the next one finds the
@@ -186,13 +194,29 @@ class Gateway:
         """
         self.cache.add(self.cache.create_entry(key, body, born, born), share=share)
 
+    async def look_for_new_markets(
+        self, symbols: Sequence[str], exchange: str | None, seconds: float = NEW_MARKET_SECONDS
+    ) -> None:
+        """Refresh the market lists of the requested exchanges if none of them has a symbol.
+
+        However many symbols are missing, each list is refreshed once, and at most once a minute.
+        Raises `UnknownExchange`.
+        """
+        names = self.manager.names
+        if exchange not in (None, "", ALL):
+            names = (self.markets.check_exchange(exchange),)
+        for symbol in symbols:
+            if self.markets.is_missing(names, symbol):
+                await self.loader.look_for_new_markets(names, seconds)
+                return
+
     def find_keys(
         self, kind: str, text: str, exchange: str | None, params: tuple[Param, ...] = ()
     ) -> list[Key]:
         """Return the keys of the exchanges that list a symbol, in order of preference.
 
-        Raises `MalformedRequest`, `UnknownExchange`, `UnknownSymbol`, or `MarketsLoading` while a
-        market list that may have the symbol is missing.
+        Raises `MalformedRequest`, `UnknownExchange`, `UnknownSymbol`, `Maintenance` or
+        `MarketHalted`, or `MarketsLoading` while a market list that may have the symbol is missing.
         """
         names = self.manager.names if exchange is None else (self.markets.check_exchange(exchange),)
         symbol = self.markets.canonical(text)
@@ -209,7 +233,7 @@ class Gateway:
             missing = ", ".join(loading) or "no exchange is enabled"
             text = f"the market list is not loaded yet: {missing}; ask again shortly"
             raise MarketsLoading(text, symbol=symbol)
-        raise self._unknown_symbol(symbol, names)
+        raise self.markets.explain_missing(symbol, names)
 
     def is_ready(self) -> bool:
         """Return True if the market list of at least one exchange is loaded."""
@@ -253,7 +277,7 @@ class Gateway:
                 try:
                     keys = self.find_keys("ticker", text, name or exchange)
                     candidates[keys[0].symbol, name] = keys
-                except (CallerError, MarketsLoading) as error:
+                except (CallerError, errors.Unavailable) as error:
                     refused[error.symbol or text, name] = error
         return candidates, refused
 
@@ -299,14 +323,6 @@ class Gateway:
         freshness = freshness_of(self.settings, key, fetched, data)
         times = (fetched.started, fetched.received)
         return self.cache.create_entry(key, encode(data), *times, freshness)
-
-    def _unknown_symbol(self, symbol: str, names: Sequence[str]) -> errors.UnknownSymbol:
-        suggestions = self.markets.suggestions(symbol)
-        hint = f"; similar symbols: {', '.join(suggestions)}" if suggestions else "; see /markets"
-        if is_swap(symbol) and "swap" not in self.settings.market_types:
-            hint = "; MARKET_TYPES excludes swaps" + hint
-        text = f"{symbol} is not listed on {' or '.join(names)}{hint}"
-        return errors.UnknownSymbol(text, symbol=symbol, suggestions=suggestions or None)
 
     def _choose(self, keys: Sequence[Key], max_age: float | None) -> Key:
         """Return the first key that memory or its exchange can answer now, or else the first."""

@@ -33,6 +33,8 @@ GatewayError
         |-- Overloaded                503 overloaded
         |-- TooManyStreams            503 too_many_streams
         |-- MarketsLoading            503 markets_loading
+        |-- Maintenance               503 maintenance
+        |-- MarketHalted              503 market_halted
         |-- NoExchangeAvailable       503 no_exchange_available
         `-- TooOld                    503 too_old
 
@@ -262,6 +264,19 @@ class TooManyStreams(Unavailable, title="Too many streams are watched"):
 
 class MarketsLoading(Unavailable, title="The market list is still loading"):
     """The market list is still loading, so the symbol cannot be checked."""
+
+
+class Maintenance(Unavailable, title="The exchange is in maintenance"):
+    """The exchange halted most of its markets. It is asked every minute whether they trade."""
+
+    cause = "maintenance"
+    default_retry_after = 60
+
+
+class MarketHalted(Unavailable, title="The market is halted"):
+    """The exchange halted trading in the market within the last day, so its prices are old."""
+
+    default_retry_after = 60
 
 
 class NoExchangeAvailable(Unavailable, title="No exchange could answer"):

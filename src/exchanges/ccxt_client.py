@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from inspect import getmembers, isclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
@@ -19,14 +18,14 @@ import aiohttp
 import orjson
 
 from src.exchanges.http_client import Answer, answer, open_session, tls_context
-from src.exchanges.profiles import PROFILES, Profile
+from src.exchanges.profiles import PROFILES, QUOTED, Profile, status_of
 
 if TYPE_CHECKING:
     from config import Settings
 
 CcxtClient = Any  # ccxt's clients are untyped and generated
 MARKETS_TIMEOUT_SECONDS = 20.0
-SNAPSHOT_FORMAT = 3  # 3: with ws_name
+SNAPSHOT_FORMAT = 4  # 4: with ws_name, status and state
 UNUSED_FIELDS = {"info", "limits", "precision", "marginModes", "tiers"}
 """Fields of a market that nothing here reads. `info` alone is more than half of a market."""
 
@@ -197,30 +196,41 @@ async def load_snapshot(options: ClientOptions, response: Answer, now: float) ->
     async with open_session(max_connections=4) as session:
         client = make_client(options, session)
         try:
-            await client.load_markets()
+            listed = await client.load_markets()
         finally:
             await client.close()
-    markets = [_slim(options.profile, market) for market in _first_of_each_symbol(client)]
-    document = {"format": SNAPSHOT_FORMAT, "loaded_at": now, "markets": markets}
+    # ccxt keeps the last market of each symbol, and all markets by id.
+    groups = getattr(client, "markets_by_id", None) or {"": listed.values()}
+    markets = [_slim(options.profile, market) for group in groups.values() for market in group]
+    document = {
+        "format": SNAPSHOT_FORMAT,
+        "loaded_at": now,
+        "markets": [*_unique(markets).values()],
+    }
     return zlib.compress(orjson.dumps(document), 1)
 
 
-def _first_of_each_symbol(client: CcxtClient) -> Iterable[dict[str, Any]]:
-    """Return the first trading market of each symbol.
-
-    ccxt's `markets` has the last one. Kraken's old REP was listed after REPV2, which ccxt calls
-    REP, and its dark pools XXBTZUSD.d after XXBTZUSD.
-    """
-    markets = list(chain.from_iterable(client.markets_by_id.values()))
-    markets.sort(key=lambda market: market["active"] is False)
-    return {market["symbol"]: market for market in reversed(markets)}.values()
-
-
 def _slim(profile: Profile, market: dict[str, Any]) -> dict[str, Any]:
-    """Return the used fields of ccxt's market, and `ws_name`, its name on the sockets."""
+    """Return the used fields of ccxt's market, and what the profile makes of the exchange's row."""
     used = {name: value for name, value in market.items() if name not in UNUSED_FIELDS}
     used["ws_name"] = profile.ws_name(market)
+    used["status"] = status_of(market)
+    used["state"] = profile.state_of(market)
     return {name: value for name, value in used.items() if value is not None}
+
+
+def _unique(markets: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return one market per symbol: of several ids with the same symbol, the first that trades.
+
+    Binance's futures have IDOL, which is pending, before IDOLUSDT. Kraken's old REP was listed
+    after REPV2, which ccxt calls REP, and its dark pools XXBTZUSD.d after XXBTZUSD.
+    """
+    unique: dict[str, dict[str, Any]] = {}
+    for market in markets:
+        known = unique.setdefault(market["symbol"], market)
+        if known["state"] != QUOTED and market["state"] == QUOTED:
+            unique[market["symbol"]] = market
+    return unique
 
 
 async def restore_markets(client: CcxtClient, snapshot: bytes) -> MarketList | None:
@@ -239,7 +249,7 @@ async def restore_markets(client: CcxtClient, snapshot: bytes) -> MarketList | N
         await asyncio.sleep(0)
     except (zlib.error, ValueError, KeyError, TypeError):
         return None
-    needed = ("id", "symbol", "base", "quote", "type")
+    needed = ("id", "symbol", "base", "quote", "type", "ws_name", "status", "state")
     is_complete = all(isinstance(market[key], str) for market in markets.values() for key in needed)
     return MarketList(markets, loaded_at, snapshot) if markets and is_complete else None
 

@@ -91,6 +91,9 @@ def market_id(market: Mapping[str, Any]) -> str:
     return str(market["id"])
 
 
+QUOTED, HALTED, ENDED = "quoted", "halted", "ended"  # the states of a market
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """One exchange."""
@@ -114,6 +117,11 @@ class Profile:
     """Response header with the remaining requests; `0` means that the budget is spent."""
     status_rules: tuple[StatusRule, ...] = STATUS_RULES
 
+    quoted_statuses: frozenset[str] = frozenset()
+    """Statuses of markets with a live order book. Empty: ccxt's `active` flag decides."""
+    ended_statuses: frozenset[str] = frozenset()
+    """Statuses of markets that have not begun to trade or never will again: they are not listed.
+    A market with any other status is halted: its prices are old."""
     ws_name: MarketName = market_id
     """Returns the name of a market on the sockets."""
     topics: Mapping[str, tuple[str, ...]]
@@ -139,6 +147,20 @@ class Profile:
         sizes = self.sizes[kind].swap if is_swap else self.sizes[kind].spot
         return next((size for size in sizes if size >= rows), sizes[-1])
 
+    def state_of(self, market: Mapping[str, Any]) -> str:
+        """Return the state of ccxt's market: quoted, halted or ended."""
+        status = status_of(market)
+        if not self.quoted_statuses or not status:
+            return ENDED if market["active"] is False else QUOTED
+        if status in self.quoted_statuses:
+            return QUOTED
+        return ENDED if status in self.ended_statuses else HALTED
+
+
+def status_of(market: Mapping[str, Any]) -> str:
+    """Return the exchange's own word for the status of ccxt's market. Empty if there is none."""
+    return str(market["info"].get("status") or "")
+
 
 def bybit_unsubscribe(_kind: str, topics: Sequence[str], number: int) -> dict[str, Any]:
     """Return Bybit's message."""
@@ -157,6 +179,9 @@ BYBIT = Profile(
     default_budget="600/5",
     # At most 60 trades of a spot market are documented.
     sizes=SIZES | {"trades": Sizes(spot=(60,), swap=(100, 1000))},
+    quoted_statuses=frozenset({"Trading"}),
+    # Before a launch, prices are those of an auction. "Delivering" is the end of dated futures.
+    ended_statuses=frozenset({"PreLaunch", "Delivering", "Closed"}),
     remaining_header="X-Bapi-Limit-Status",
     topics={
         "ticker": ("tickers.{id}", "orderbook.1.{id}"),
@@ -214,6 +239,10 @@ BINANCE = Profile(
     # More than 100 levels cost five times as much. Swaps accept 5, 10, 20, 50, 100, 500 and 1000.
     sizes=SIZES | {"orderbook": Sizes(spot=(50, 100, 200), swap=(50, 100, 500))},
     used_weight_header="X-MBX-USED-WEIGHT-1M",
+    quoted_statuses=frozenset({"TRADING"}),
+    # SETTLING perpetuals are delisted: recorded lists have 29 and 53 of them. HALT, BREAK and
+    # others keep their last prices. BREAK is used for maintenance and for delisted markets.
+    ended_statuses=frozenset({"PENDING_TRADING", "PRE_TRADING", "SETTLING", "CLOSE", "DELIVERED"}),
     topics={
         "ticker": ("{lowercaseId}@ticker", "{lowercaseId}@bookTicker"),
         "orderbook": ("{lowercaseId}@depth@100ms",),
@@ -274,6 +303,10 @@ KRAKEN = Profile(
     # cold batch without a higher mean.
     default_budget="5/5",
     week_offset_seconds=0,
+    # Orders rest in the book with each of these statuses, so bid and ask are live. In cancel_only,
+    # which is also that of maintenance, the book can only shrink.
+    quoted_statuses=frozenset({"online", "post_only", "limit_only", "reduce_only"}),
+    ended_statuses=frozenset({"delisted"}),
     ws_name=kraken_ws_name,
     topics=dict.fromkeys(KRAKEN_CHANNELS, ("{symbol}",)),
     socket_limits=dict.fromkeys(MARKET_TYPES, KRAKEN_SOCKET_LIMITS),

@@ -13,7 +13,13 @@ import orjson
 
 from src.core import metrics
 from src.core.background import repeat, report_error
-from src.core.errors import GatewayError, TooManyConnections, TooManyStreams, TooManySubscriptions
+from src.core.errors import (
+    GatewayError,
+    TooManyConnections,
+    TooManyStreams,
+    TooManySubscriptions,
+    UnknownExchange,
+)
 from src.gateway import ALL, Gateway
 from src.streams.bus import LISTEN_SECONDS
 from src.streams.exchange_socket import ExchangeSocket
@@ -107,6 +113,11 @@ class StreamHub:
             exchange = markets.check_exchange(exchange)
         levels = levels if CHANNELS[channel].has_levels else 0
         return Subscription(channel, markets.canonical(symbol), exchange, levels)
+
+    async def look_for_new_markets(self, symbols: Sequence[str], exchange: str) -> None:
+        """Refresh market lists that miss a symbol, before the symbol is resolved."""
+        with suppress(UnknownExchange):  # `resolve` raises it for each symbol
+            await self._gateway.look_for_new_markets(symbols, exchange.lower())
 
     def find_topics(self, subscription: Subscription) -> list[Topic]:
         """Return the topics of a subscription. Raises the same errors as REST."""

@@ -83,6 +83,10 @@ class Listing(Document):
     quote: str
     type: Literal["spot", "swap"]
     exchanges: list[str]
+    ids: Annotated[dict[str, str], Field(description="Exchange -> its own id of the market.")]
+    statuses: Annotated[
+        dict[str, str], Field(description="Exchange -> its own word for the status.")
+    ]
 
 
 class Listings(Document):

@@ -147,7 +147,9 @@ async def get_stream(
 
     Each stream starts with a snapshot, followed by updates.
     """
-    return EventStream(request, _split(symbol), channel, exchange or "", levels)
+    symbols = _split(symbol)
+    await request.state.streams.look_for_new_markets(symbols, exchange or "")
+    return EventStream(request, symbols, channel, exchange or "", levels)
 
 
 async def get_exchanges(request: Request) -> Response:
@@ -206,7 +208,8 @@ FETCH_ERRORS = [error for error in error_classes(errors.UpstreamError) if error 
 DATA_ERRORS: Errors = (*SYMBOL_ERRORS, errors.RequestRejected, *FETCH_ERRORS)
 PRICE_ERRORS: Errors = (*DATA_ERRORS, errors.NoPrice)
 TOO_MANY = (errors.TooManyStreams, errors.TooManySubscriptions, errors.TooManyConnections)
-STREAM_ERRORS = (*SYMBOL_ERRORS, errors.MarketsLoading, *TOO_MANY)
+NOT_QUOTED = (errors.MarketsLoading, errors.Maintenance, errors.MarketHalted)
+STREAM_ERRORS = (*SYMBOL_ERRORS, *NOT_QUOTED, *TOO_MANY)
 PAGE_ERRORS = (*GUARDED, errors.InvalidParameter)
 TICKERS = documents.TickerBatch | documents.TickerTable
 

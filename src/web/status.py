@@ -8,6 +8,7 @@ from typing import Any
 from config import EXCHANGES
 from src.core import metrics
 from src.core.circuit_breaker import STATES
+from src.core.errors import Maintenance
 from src.gateway import Gateway
 from src.streams.feed import TRANSPORTS
 from src.streams.hub import StreamHub
@@ -102,9 +103,15 @@ def _markets_part(gateway: Gateway) -> dict[str, str]:
     names = gateway.manager.names
     if not names:
         return _part("not loaded: no exchange is enabled", "unhealthy")
-    missing = [name for name in names if name not in gateway.markets.loaded_at]
-    fault = f"not loaded: {', '.join(missing)}" if missing else ""
-    return _part(fault, "unhealthy" if len(missing) == len(names) else "degraded")
+    loaded = gateway.markets.loaded_at
+    missing = [name for name in names if name not in loaded]
+    faults = [f"not loaded: {', '.join(missing)}"] if missing else []
+    faults += [
+        f"{name} is in maintenance" if code == Maintenance.code else f"old list of {name} ({code})"
+        for name, code in gateway.loader.errors.items()
+        if name in loaded
+    ]
+    return _part("; ".join(faults), "unhealthy" if len(missing) == len(names) else "degraded")
 
 
 def _redis_part(gateway: Gateway) -> dict[str, str]:

@@ -136,7 +136,7 @@ class WebSocketConnection(ClientConnection):
                 if message["type"] == "websocket.disconnect":
                     return
                 if not self._is_closing:
-                    self._answer(message.get("text") or message.get("bytes") or "")
+                    await self._answer(message.get("text") or message.get("bytes") or "")
         except TimeoutError:
             reason = f"idle for {IDLE_SECONDS:g} s: subscribe to something"
             self.close(status.WS_1000_NORMAL_CLOSURE, reason)
@@ -159,7 +159,7 @@ class WebSocketConnection(ClientConnection):
                 f" {MESSAGES_PER_SECOND} per second; reconnect and send fewer"
             )
 
-    def _answer(self, text: str | bytes) -> None:
+    async def _answer(self, text: str | bytes) -> None:
         if len(text) > MAX_MESSAGE_BYTES:
             self.close(status.WS_1009_MESSAGE_TOO_BIG, f"more than {MAX_MESSAGE_BYTES} bytes")
             return
@@ -169,7 +169,10 @@ class WebSocketConnection(ClientConnection):
             document = _parse_object(text)
             if isinstance(document.get("id"), str | int):
                 request_id = document["id"]
-            self.send_message(self._run_command(_parse_command(document)))
+            command = _parse_command(document)
+            if command.op == "subscribe":
+                await self._hub.look_for_new_markets(command.symbols, command.exchange)
+            self.send_message(self._run_command(command))
         except errors.GatewayError as error:
             self.send_message(_error_message(error, request_id))
             if isinstance(error, errors.TooManyRequests):

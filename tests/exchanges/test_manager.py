@@ -548,7 +548,8 @@ def packed(document: Any) -> bytes:
     return zlib.compress(orjson.dumps(document))
 
 
-MARKET = {"id": "XY", "symbol": "X/Y", "base": "X", "quote": "Y", "type": "spot", "active": True}
+MARKET = {"id": "XY", "symbol": "X/Y", "base": "X", "quote": "Y", "type": "spot"}
+MARKET |= {"ws_name": "XY", "status": "online", "state": "quoted"}
 SNAPSHOT = {"format": SNAPSHOT_FORMAT, "loaded_at": 1.0, "markets": [MARKET]}
 
 

@@ -17,7 +17,7 @@ from tests.conftest import Live, StartGateway
 
 SIZES = {"bybit": 1695, "binance": 1357, "kraken": 1320}  # markets, as the live exchanges list them
 QUOTES = ("USDT", "USDC", "USD", "EUR", "BTC", "ETH", "BNB", "TRY", "FDUSD", "GBP", "BRL", "DAI")
-MAX_OPCODES = 2000  # for the suggestions for one unknown symbol
+MAX_OPCODES = 2500  # for the suggestions for one unknown symbol
 # Per symbol of a request, with client, server and three problem documents.
 MAX_OPCODES_PER_SYMBOL = 8000
 
@@ -28,7 +28,7 @@ def full_lists(share: float = 1.0) -> dict[str, list[dict[str, Any]]]:
     letters = "ABCDEFGHIKLMNOPRSTUX"
     lengths = (3, 3, 4, 4, 5, 6)
     coins = {"".join(random.choices(letters, k=random.choice(lengths))) for _ in range(2000)}
-    names = ["BTC", "ETH", *coins]
+    names = ["BTC", "ETH", *sorted(coins)]  # the order of a set differs by process
     lists = {}
     for exchange, size in SIZES.items():
         pairs = {(base, quote) for base in names[:2] for quote in QUOTES}
@@ -40,7 +40,10 @@ def full_lists(share: float = 1.0) -> dict[str, list[dict[str, Any]]]:
                 "base": base,
                 "quote": quote,
                 "type": "spot",
-                "active": True,
+                "id": f"{base}{quote}",
+                "ws_name": f"{base}{quote}",
+                "status": "TRADING",
+                "state": "quoted",
             }
             for base, quote in sorted(pairs)
         ]

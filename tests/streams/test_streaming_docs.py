@@ -316,7 +316,8 @@ def test_every_error_is_documented() -> None:
         websocket,
         hub,
         Gateway.find_keys,
-        Gateway._unknown_symbol,
+        Markets.explain_missing,
+        Markets._halted_error,
         Markets.canonical,
         Markets.check_exchange,
     )

@@ -108,7 +108,18 @@ def test_any_text_is_a_symbol_or_refused(text: str) -> None:
     markets = Markets(EXCHANGES, ("spot",))
     markets.replace(
         "kraken",
-        [{"symbol": "BTC/USDT", "base": "BTC", "quote": "USDT", "type": "spot", "active": True}],
+        [
+            {
+                "symbol": "BTC/USDT",
+                "base": "BTC",
+                "quote": "USDT",
+                "type": "spot",
+                "id": "XBTUSDT",
+                "ws_name": "BTC/USDT",
+                "status": "online",
+                "state": "quoted",
+            }
+        ],
         0,
     )
     refusal, symbol = None, ""

@@ -311,6 +311,17 @@ async def ask_while_loading(answers: Answers, start: StartGateway, sandbox: Sand
         await answers.request(live, name)
 
 
+async def ask_while_halted(answers: Answers, start: StartGateway, clock: FakeClock) -> None:
+    """Send requests while one market is halted, and while all are."""
+    live = await start(**KRAKEN_ONLY)
+    rows = live.gateway.manager["kraken"].client.markets.values()
+    for code, text in (("market_halted", "BTC/USDT"), ("maintenance", "")):
+        halted = [row | {"state": "halted"} if text in row["symbol"] else row for row in rows]
+        live.gateway.markets.replace("kraken", halted, clock.time())
+        for name in (*MARKET_DATA, "getStream"):
+            assert await answers.request(live, name) == code, name
+
+
 async def test_operations_send_exactly_what_they_document(
     start: StartGateway, sandbox: Sandbox, clock: FakeClock
 ) -> None:
@@ -323,6 +334,7 @@ async def test_operations_send_exactly_what_they_document(
     await ask_while_kraken_fails(answers, start, sandbox, clock)
     await ask_while_all_fail(answers, live, sandbox, clock)
     await ask_while_loading(answers, start, sandbox)
+    await ask_while_halted(answers, start, clock)
     for name in DOCUMENTED:
         assert answers.codes[name] == documented_codes(name) - {("500", "internal_error")}, name
 
