@@ -3,6 +3,7 @@
     python maintenance.py daily          clear the cache and reset the breakers (needs ADMIN_TOKEN)
     python maintenance.py status         print the health of the gateway
     python maintenance.py check          check settings, exchanges and clocks
+    python maintenance.py check --deep   also compare an answer of every kind with known shapes
     python maintenance.py warm BTC-USDT  load the tickers of these symbols into the cache
 
 Exit codes: 0 success, 1 failure or unhealthy gateway, 2 wrong usage or settings, 3 degraded
@@ -12,9 +13,12 @@ metric `virtuoso_maintenance_last_success_timestamp_seconds`.
 
 import argparse
 import asyncio
+import json
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
+from operator import methodcaller
 from typing import Any
 from urllib.parse import quote
 
@@ -22,14 +26,29 @@ import aiohttp
 
 from config import ConfigError, Settings, load_settings
 from src.core.clock import SystemClock
-from src.core.errors import GatewayError
+from src.core.errors import BudgetSpent, GatewayError
 from src.core.metrics import TASKS
-from src.exchanges.manager import ExchangeManager
+from src.exchanges.ccxt_client import record_answers
+from src.exchanges.drift import Difference, compare
+from src.exchanges.http_client import MAX_MARKETS_BYTES, Answer
+from src.exchanges.manager import ExchangeCall, ExchangeManager, keep
+from src.kinds import fetch, shared_key
 from src.store.redis import RedisStore
 
 OK, FAILED, USAGE, DEGRADED = 0, 1, 2, 3  # exit codes
 MAX_SKEW_SECONDS = 2.0  # with a larger difference, ages and candles are wrong
 MAX_SYMBOLS = 100  # per request
+# Kinds of data that `check --deep` requests, with their parameters.
+DEEP_KINDS: dict[str, tuple[Any, ...]] = {
+    "ticker": (),
+    "orderbook": (50,),
+    "ohlcv": ("1h", 10, None),
+    "trades": (50,),
+}
+DEEP_SYMBOLS = {"BTC/USDT", "BTC/USDT:USDT"}  # if the exchange lists them
+MAX_ATTEMPTS = 10  # of one request; each waits until the budget admits the request
+
+Request = Callable[[], Awaitable[Any]]
 
 
 class GatewayRequestError(Exception):
@@ -43,10 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsers = parser.add_subparsers(dest="task", required=True)
     task_parsers = {name: parsers.add_parser(name) for name in tasks}
     task_parsers["warm"].add_argument("symbols", nargs="+", metavar="SYMBOL")
+    task_parsers["check"].add_argument("--deep", action="store_true")
     options = vars(parser.parse_args(arguments))
-    name = options.pop("task")
+    task = options.pop("task")
+    name = "deep_check" if options.get("deep") else task
     try:
-        return asyncio.run(_run(name, partial(tasks[name], **options)))
+        return asyncio.run(_run(name, partial(tasks[task], **options)))
     except (ConfigError, GatewayRequestError) as error:
         print(error, file=sys.stderr)
         return USAGE if isinstance(error, ConfigError) else FAILED
@@ -83,8 +104,11 @@ async def status(settings: Settings) -> int:
     return {"healthy": OK, "degraded": DEGRADED}.get(health["status"], FAILED)
 
 
-async def check(settings: Settings) -> int:
-    """Check that each exchange is reachable and that its clock agrees with this machine's."""
+async def check(settings: Settings, *, deep: bool) -> int:
+    """Check that each exchange is reachable and that its clock agrees with this machine's.
+
+    With `deep`, also check an answer of every kind.
+    """
     clock = SystemClock()
     # Redis has the budgets and bans that the gateway knows. They apply to this process, too.
     store = RedisStore(settings.redis_address, clock, settings.redis_timeout_seconds)
@@ -92,6 +116,8 @@ async def check(settings: Settings) -> int:
     await manager.start()
     try:
         results = [await _check_exchange(manager, name) for name in manager.names]
+        if deep:
+            results += [await _check_answers(manager, name) for name in manager.names]
     finally:
         await manager.close()
         await store.close()
@@ -109,6 +135,45 @@ async def _check_exchange(manager: ExchangeManager, name: str) -> int:
     advice = ": set the clock" if is_wrong else ""
     print(f"{name}: reachable, its clock differs by {skew:+.3f} s{advice}")
     return FAILED if is_wrong else OK
+
+
+async def _check_answers(manager: ExchangeManager, name: str) -> int:
+    """Request one of everything by REST. Print how the answers differ from `shapes.json`."""
+    client = manager[name].client
+    answers = record_answers(client)
+    response = Answer(max_bytes=MAX_MARKETS_BYTES)
+    load = ExchangeCall(name, "markets", methodcaller("load_markets"), keep, answer=response)
+    problems = [await _attempt(partial(manager.call, load))]
+    for symbol in DEEP_SYMBOLS & (client.markets or {}).keys():
+        keys = [shared_key(name, kind, symbol, params) for kind, params in DEEP_KINDS.items()]
+        requests: list[Request] = [partial(fetch, manager, key) for key in keys]
+        requests.append(partial(manager.tickers, name, [symbol]))
+        problems += [await _attempt(request) for request in requests]
+    differences: dict[Difference, None] = {}
+    for url, body in answers:
+        with suppress(ValueError):  # a body that is not JSON is a problem already
+            differences |= dict.fromkeys(compare(name, url, json.loads(body)))
+    problems += [difference.text for difference in differences if difference.is_breaking]
+    problems = [problem for problem in problems if problem]
+    unused = [difference.text for difference in differences if not difference.is_breaking]
+    print(*problems, sep="\n", end="\n" if problems else "", file=sys.stderr)
+    print(*(f"{text} (not used)" for text in unused), sep="\n", end="\n" if unused else "")
+    print(f"{name}: {len(answers)} answers, {len(problems)} problems")
+    return FAILED if problems else OK
+
+
+async def _attempt(request: Request) -> str:
+    """Make a request, and wait for the budget if needed. Return the problem, if there is one."""
+    for _ in range(MAX_ATTEMPTS):
+        try:
+            await request()
+        except BudgetSpent as error:
+            await asyncio.sleep(error.retry_after or 1)
+        except GatewayError as error:
+            return error.detail
+        else:
+            return ""
+    return "the budget is spent"
 
 
 async def warm(settings: Settings, symbols: Sequence[str]) -> int:

@@ -24,7 +24,7 @@ PACKAGES: dict[str, set[str]] = {
     "web": CORE | {"store", "exchanges", "cache", "gateway", "streams", "web"},
     "api": CORE | {"store", "exchanges", "cache", "gateway", "streams", "web", "api"},
     "sandbox": {"sandbox"},
-    "maintenance": CORE | {"store", "exchanges"},
+    "maintenance": CORE | {"store", "exchanges", "cache", "gateway"},
 }
 GATEWAY_MODULES = {"src.gateway", "src.kinds", "src.refresh_ahead"}
 STREAM_MODULES = {"src.web.websocket", "src.web.server_events"}  # counted with the streams package

@@ -31,7 +31,7 @@ CACHE_RESULTS = (
 EVICTIONS = ("size", "expired", "cleared")
 STREAM_CAUSES = ("closed", "junk", "lost", "refused", "silent", "timeout")
 REFRESHES = ("success", "error", "skipped")
-TASKS = ("daily", "check", "warm")
+TASKS = ("daily", "check", "deep_check", "warm")
 COMPONENTS = (
     "breaker_probe", "cache_clears", "dashboard", "delivery", "loads", "loop_lag", "markets",
     "redis", "refresh_ahead", "shutdown", "streams",

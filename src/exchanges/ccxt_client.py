@@ -165,6 +165,20 @@ def _replace_hosts(urls: Any, rest_url: str, ws_url: str) -> Any:
     return target + parts.path if target else urls
 
 
+def record_answers(client: CcxtClient) -> list[tuple[str, str]]:
+    """Return a list to which a client adds the URL and the body of each answer."""
+    answers: list[tuple[str, str]] = []
+    on_rest_response = client.on_rest_response
+
+    def record(code: int, reason: str, url: str, *more: Any) -> Any:
+        body = on_rest_response(code, reason, url, *more)
+        answers.append((url, body))
+        return body
+
+    client.on_rest_response = record
+    return answers
+
+
 def missing_internals(client: CcxtClient) -> dict[str, list[str]]:
     """Return the names from `INTERNALS` that the installed ccxt lacks, by the object."""
     try:

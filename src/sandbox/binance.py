@@ -32,6 +32,10 @@ WEIGHTS = {
 SWAP_DEPTHS = (5, 10, 20, 50, 100, 500, 1_000)
 BOOK_LEVELS = 100
 """Levels of a book that pushes keep up to date. The real exchange pushes all levels."""
+MAX_STREAMS = 1_024
+"""Streams of one socket."""
+PUBLIC_STREAMS = {"depth", "bookTicker", "trade"}
+"""Streams of swaps that are served at /public. All others are served at /market (ccxt 4.5.90)."""
 CHANNELS = {"ticker": "ticker", "miniTicker": "mini", "bookTicker": "top"}
 CHANNELS |= {"depth": "book", "trade": "trades"}
 INTERVALS = {"1s": 1, "1m": 60, "3m": 180, "5m": 300, "15m": 900, "30m": 1_800, "1h": 3_600}
@@ -137,6 +141,10 @@ Send status unknown; execution status unknown."}
         ('"volume"', '"baseVolume"'),
     )
     malformed = '{"id":null,"error":{"code":3,"msg":"Invalid json"}}'
+    # https://developers.binance.com/docs/binance-spot-api-docs/web-socket-streams: 300 connections
+    # in 5 minutes, and 5 messages per second; for swaps 10. Then the socket is closed.
+    connection_limit = (300, 300)
+    message_limits = (("/stream", 5), ("", 10))
     pushes_snapshots = False
     # As at the real exchange, only the ticker of a spot market has bid and ask.
     rest_records = SPOT_RECORDS.replace("$top", REST_TOP)
@@ -177,6 +185,10 @@ candles
  {"e":"kline","E":$push_ms,"s":"$id","k":{"t":$ms,"T":$end,"s":"$id","i":"$interval","f":-1,
  "L":-1,"o":"$open","c":"$close","h":"$high","l":"$low","v":"$volume","n":$count,
  "x":$is_closed,"q":"$turnover","V":"0","Q":"0","B":"0"}}
+
+trades.swap
+ {"e":"trade","E":$push_ms,"s":"$id","X":"$origin","t":$number,"p":"$price","q":"$amount",
+ "T":$ms,"m":$is_buyer_maker}
 
 trades
  {"e":"trade","E":$push_ms,"s":"$id","M":true,"t":$number,"p":"$price","q":"$amount","T":$ms,
@@ -246,14 +258,21 @@ trades
         except RefusalError:
             error = {"code": 2, "msg": "Invalid request: unknown stream"}
             return [{"error": error, "id": message["id"]}]
-        reply = {"result": None, "id": message["id"]}
-        self.change_topics(topics, message["method"].lower(), changed)
-        return [reply]
+        verb = message["method"].lower()
+        streams = topics.keys() | {topic.key for topic in changed}
+        if verb == "subscribe" and len(streams) > MAX_STREAMS:  # the real text is not documented
+            error = {"code": 2, "msg": f"Invalid request: more than {MAX_STREAMS} streams"}
+            return [{"error": error, "id": message["id"]}]
+        self.change_topics(topics, verb, changed)
+        return [{"result": None, "id": message["id"]}]
 
     def topic(self, name: str, path: str) -> Topic:
         symbol, _, stream = name.partition("@")
         pair = (self.spot if "/stream" in path else self.swaps).get(symbol.upper())
         stream = stream.partition("@")[0]
+        wrong_category = "/market/" if stream in PUBLIC_STREAMS else "/public/"
+        if wrong_category in path:
+            raise RefusalError(name)
         interval = stream.removeprefix("kline_")
         if pair and interval in INTERVALS and interval != stream:
             seconds = INTERVALS[interval]

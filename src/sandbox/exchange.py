@@ -215,6 +215,14 @@ class Exchange:
     """True if candles are pushed only when a trade changes them, and without a mark of the end."""
     candle_snapshot = 1
     """Candles that the first push of a subscription contains."""
+    pushes_swap_deltas = False
+    """True if pushes of a swap's ticker contain only the fields that changed."""
+    connection_limit = (0, 0)
+    """New sockets per address, and the seconds in which they are counted."""
+    message_limits: tuple[tuple[str, int], ...] = ()
+    """Messages per second and socket, by a part of its path."""
+    too_fast = ""
+    """Reply to a message above the limit. Without it, the socket is closed."""
     has_checksums = False
     """True if pushes of order books have a checksum."""
     greeting = ""
@@ -405,8 +413,9 @@ class Exchange:
         variant = "swap" if topic.pair.is_swap else fields.get("type")
         push_format = self.push_formats.get(f"{topic.channel}.{variant}")
         push_format = push_format or self.push_formats[topic.channel]
-        times = {"ms": ms, "iso": iso_time(ms)}
+        times: Fields = {"ms": ms, "iso": iso_time(ms)}
         fields = self.fields(topic.pair) | {"name": topic.name} | times | fields
+        fields = {"origin": "MARKET", "is_block": "false"} | fields
         if not push_format.text:  # each row is a message
             return [push_format.row % (fields | row) for row in lists["rows"]]
         return [push_format.fill(fields, lists)]

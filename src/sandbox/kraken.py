@@ -70,6 +70,9 @@ bad_interval 200
 bad_parameter 200
 {{"error":["EGeneral:Invalid arguments"]}}
 
+connection_limit 429
+<html><head><title>Error 1015</title></head><body>You are being rate limited</body></html>
+
 geo_block 403
 <html><head><title>Access denied</title></head><body>Error 1009</body></html>
 
@@ -108,6 +111,11 @@ timeout 200
     malformed = '{"error":"Malformed request","method":"","success":false}'
     # https://docs.kraken.com/exchange/api-reference/spot-websocket-v2/ohlc: "updates are generated
     # on trade events".
+    # Cloudflare allows about 150 connections in 10 minutes. The number of messages depends on the
+    # load: https://docs.kraken.com/exchange/guides/websockets/introduction
+    connection_limit = (150, 600)
+    message_limits = (("", 100),)
+    too_fast = '{"error":"Exceeded msg rate","method":"subscribe","success":false}'
     pushes_only_trades = True
     has_checksums = True
     candle_snapshot = SNAPSHOT_CANDLES

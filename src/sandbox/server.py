@@ -60,6 +60,8 @@ class Listener:
     """The last requests: path with query, and headers."""
     runner: web.AppRunner | None = None
     sockets: dict[Socket, web.Request] = field(default_factory=dict)
+    connections: list[float] = field(default_factory=list)
+    """Times of the last handshakes."""
 
     async def open(self) -> None:
         """Listen. Once the port is known, it stays the same."""
@@ -78,6 +80,7 @@ class Listener:
         """Replace the knobs, and reset the rate limit."""
         self.replace_knobs(knobs)
         self.exchange.reset_limits()
+        self.connections.clear()
         if knobs.drop:
             await self.drop_sockets(knobs)
         await (self.close() if knobs.refuse else self.open())
@@ -126,11 +129,21 @@ class Listener:
         is_socket = request.headers.get("Upgrade", "").lower() == "websocket"
         response = self.override(knobs, is_socket)
         if response is None and is_socket:
-            return await self.serve_socket(request)
+            if not self.has_too_many_connections():
+                return await self.serve_socket(request)
+            refusal = self.exchange.refusal("connection_limit", self.now())
+            response = respond(*refusal.args)
         response = response or self.answer(request, knobs)
         exchange_time = self.now() + knobs.clock_skew_ms / 1000
         response.headers.update({"Date": formatdate(exchange_time, usegmt=True), **knobs.headers})
         return await drip(request, response) if knobs.drip else response
+
+    def has_too_many_connections(self) -> bool:
+        """Count a handshake."""
+        count, seconds = self.exchange.connection_limit
+        now = self.now()
+        self.connections = [at for at in self.connections if at > now - seconds] + [now]
+        return len(self.connections) > count
 
     def override(self, knobs: Knobs, is_socket: bool) -> web.Response | None:
         """Return what the knobs answer in place of the exchange, if anything."""

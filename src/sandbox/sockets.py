@@ -5,11 +5,12 @@ A socket remembers what it pushed of each topic, so that the next push contains 
 
 import contextlib
 import itertools
+import time
 from collections import Counter
 from typing import Any
 
 import orjson
-from aiohttp import WSMsgType, web
+from aiohttp import WSCloseCode, WSMsgType, web
 
 from src.sandbox.exchange import Exchange, Topic
 from src.sandbox.market import TRADE_SECONDS, Book, Fields, Market, iso_time
@@ -18,6 +19,7 @@ MAX_STEPS = 30
 """Book steps that are pushed one by one after a pause. The first includes all earlier steps."""
 MAX_TRADES = 100
 """Trades of one push, after a pause."""
+TOO_FAST = b"Too many requests"
 CLOSE_SECONDS = 1.0
 """Time a client has to confirm that its socket is closed."""
 
@@ -35,6 +37,13 @@ class Socket:
         self.pushed: dict[str, Any] = {}
         """By topic: the last book (`Book`) or candle, the number of the last trade, or the event
         that caused the last ticker."""
+        self.message_times: list[float] = []
+        self.earlier: dict[str, list[str]] = {}
+        """The messages of the last push by topic, for the knob `odd: late`."""
+        self.lost: set[str] = set()
+        """Topics of which a delta was lost."""
+        self.updates: dict[str, int] = {}
+        """Numbers of the last updates of books, by topic."""
         self.now = 0.0
         self.is_clock_stopped = False
         """True if tests stopped the clock. Then tickers are pushed without an event, too."""
@@ -47,8 +56,22 @@ class Socket:
             if frame.type is not WSMsgType.TEXT:
                 continue
             self.calls[f"{self.path} asked"] += 1
+            if self.is_too_fast():
+                if not self.exchange.too_fast:
+                    await self.ws.close(code=WSCloseCode.POLICY_VIOLATION, message=TOO_FAST)
+                    return
+                await self.send(self.exchange.too_fast)
+                continue
             for reply in self.replies(frame.data):
                 await self.send(reply)
+
+    def is_too_fast(self) -> bool:
+        """Count a message. Return whether there are too many in a second of the system's clock."""
+        limits = self.exchange.message_limits
+        limit = next((limit for part, limit in limits if part in self.path), 0)
+        now = time.monotonic()
+        self.message_times = [at for at in self.message_times if at > now - 1] + [now]
+        return 0 < limit < len(self.message_times)
 
     def replies(self, text: str) -> list[str]:
         try:
@@ -56,6 +79,7 @@ class Socket:
         except (ValueError, KeyError, TypeError, AttributeError):
             return [self.exchange.malformed]
         self.pushed = {key: last for key, last in self.pushed.items() if key in self.topics}
+        self.earlier = {key: last for key, last in self.earlier.items() if key in self.topics}
         return [orjson.dumps(reply).decode() for reply in replies]
 
     def new_messages(self, market: Market, mute: str) -> list[str]:
@@ -66,14 +90,24 @@ class Socket:
         for key, topic in self.topics.items():
             if mute and mute in key:
                 continue
-            if topic.channel == "book":
-                messages += self.book_messages(key, topic, market)
-            elif topic.channel == "trades":
-                messages += self.trade_messages(key, topic, market)
-            elif topic.channel == "candles":
-                messages += self.candle_messages(key, topic, market)
-            else:
-                messages += self.ticker_messages(key, topic, market)
+            push = {
+                "book": self.book_messages,
+                "trades": self.trade_messages,
+                "candles": self.candle_messages,
+            }.get(topic.channel, self.ticker_messages)
+            messages += self.odd_messages(key, topic, market, push(key, topic, market))
+        return messages
+
+    def odd_messages(
+        self, key: str, topic: Topic, market: Market, messages: list[str]
+    ) -> list[str]:
+        """Return the messages, more than once or again after newer ones if the knob `odd` says."""
+        if market.is_odd(topic.pair, "duplicates"):
+            return [message for message in messages for _ in range(2)]
+        if messages and market.is_odd(topic.pair, "late") and topic.channel != "book":
+            earlier = self.earlier.get(key, [])
+            self.earlier[key] = messages
+            return messages + earlier
         return messages
 
     def ticker_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
@@ -87,7 +121,9 @@ class Socket:
             case "bbo":
                 event = (ticker["bid"], ticker["ask"])
             case _:
-                return self.exchange.push(topic, ms, ticker)
+                messages = self.exchange.push(topic, ms, ticker)
+                is_delta = self.exchange.pushes_swap_deltas and topic.pair.is_swap
+                return self.ticker_deltas(key, messages[0]) if is_delta else messages
         last = self.pushed.get(key)
         self.pushed[key] = event
         is_active = topic.pair not in market.last_trades
@@ -95,19 +131,34 @@ class Socket:
             return []
         return self.exchange.push(topic, ms, ticker | {"type": "update" if last else "snapshot"})
 
+    def ticker_deltas(self, key: str, text: str) -> list[str]:
+        """Return only the fields of a ticker that changed. A size comes with its price."""
+        message = orjson.loads(text)
+        data = message["data"]
+        last = self.pushed.get(key)
+        self.pushed[key] = data
+        if last is None or (data == last and self.is_clock_stopped):
+            return [text]
+        if data == last:
+            return []
+        names = {name for name in data if data[name] != last[name]} | {"symbol"}
+        names |= {name.replace("Size", "Price") for name in names}
+        names |= {name.replace("Price", "Size") for name in names if "1Price" in name}
+        changed = {name: value for name, value in data.items() if name in names}
+        return [orjson.dumps(message | {"type": "delta", "data": changed}).decode()]
+
     def trade_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
         last = int(market.traded(topic.pair).now / TRADE_SECONDS)
         first = max(self.pushed.get(key, last), last - MAX_TRADES) + 1
         self.pushed[key] = last
         rows = market.trades(topic.pair, range(first, last + 1))
+        if topic.pair.is_swap and market.is_odd(topic.pair, "odd_trades"):
+            rows = [row | special_trade(row) for row in rows]
         ms = int(market.now * 1000)
         return self.exchange.push(topic, ms, {"push_ms": ms}, rows=rows) if rows else []
 
     def candle_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
-        """Return the growing candle, after the last updates of candles that have closed.
-
-        The snapshot of kraken is one message. All other candles have a message of their own.
-        """
+        """Return the growing candle, after the last updates of candles that have closed."""
         ms = int(market.now * 1000)
         sent: Fields = self.pushed.get(key, {})
         count = MAX_STEPS if sent else self.exchange.candle_snapshot
@@ -126,6 +177,8 @@ class Socket:
         fields = {"push_ms": ms, "interval": topic.interval, "type": "update"}
         if not sent:
             return self.exchange.push(topic, ms, fields | {"type": "snapshot"}, rows=rows)
+        if not self.exchange.pushes_only_trades:  # recorded: bybit's message has both candles
+            return self.exchange.push(topic, ms, fields, rows=rows)
         pushes = [self.exchange.push(topic, ms, fields, rows=[row]) for row in rows]
         return list(itertools.chain.from_iterable(pushes))
 
@@ -142,13 +195,27 @@ class Socket:
         for step in range(max(book.step + 1, now - MAX_STEPS), now + 1):
             new = market.book(topic.pair, topic.depth, step)
             kind = "snapshot" if topic.depth == 1 else "delta"
-            messages += self.push_book(kind, topic, book, new)
+            update = self.push_book(kind, topic, book, new)
+            if not self.loses_delta(key, topic, market, book, new):
+                messages += update
             book = new
         self.pushed[key] = book
         return messages
 
+    def loses_delta(self, key: str, topic: Topic, market: Market, book: Book, new: Book) -> bool:
+        """Return whether to skip this delta: the first one that changes the prices of the book."""
+        if not market.is_odd(topic.pair, "lost_delta") or topic.depth == 1:
+            self.lost.discard(key)
+            return False
+        if key in self.lost or book.bids.keys() == new.bids.keys():
+            return False
+        self.lost.add(key)
+        return True
+
     def push_book(self, kind: str, topic: Topic, previous: Book, book: Book) -> list[str]:
         fields: Fields = {"type": kind, "kind": "snapshot" if kind == "snapshot" else "update"}
+        self.updates[topic.key] = self.updates.get(topic.key, 1) + 1
+        fields["update"] = self.updates[topic.key]
         fields |= {"previous_ms": previous.ms, "first_ms": previous.ms + 1}
         if self.exchange.has_checksums:
             fields["checksum"] = book.checksum
@@ -158,6 +225,17 @@ class Socket:
     async def send(self, message: str) -> None:
         with contextlib.suppress(ConnectionError):
             await self.ws.send_str(message)
+
+
+def special_trade(row: Fields) -> Fields:
+    """Return what makes one of ten trades of a swap one that was not made on the market.
+
+    Binance marks trades of its insurance fund (Lean.Binance issue 28), Bybit marks block trades.
+    """
+    if row["number"] % 10 != 3:
+        return {}
+    price = f"{float(row['price']) * 0.9:.8f}"
+    return {"price": price, "origin": "INSURANCE_FUND", "is_block": "true"}
 
 
 def candle_row(market: Market, topic: Topic, number: int) -> Fields:

@@ -66,7 +66,9 @@ async def reset_breakers(
 
 async def record_maintenance(
     request: Request,
-    task: Annotated[Literal["daily", "check", "warm"], path("The task that succeeded.", "daily")],
+    task: Annotated[
+        Literal["daily", "check", "deep_check", "warm"], path("The task that succeeded.", "daily")
+    ],
 ) -> Response:
     """Record that a maintenance task succeeded now."""
     await gateway_of(request).maintenance.record(task)

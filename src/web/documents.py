@@ -255,4 +255,4 @@ class ResetBreakers(Document):
 class RecordedTask(Document):
     """The maintenance task that was recorded."""
 
-    recorded: Literal["daily", "check", "warm"]
+    recorded: Literal["daily", "check", "deep_check", "warm"]

@@ -149,6 +149,41 @@ async def test_check_reports_unreachable_exchanges_and_wrong_clocks(
     assert output.err.startswith("bybit: ")
 
 
+async def test_deep_check_finds_no_difference_in_the_sandbox(
+    start: StartGateway,
+    lively: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The sandbox sends what the exchanges send, and nothing else. The success is recorded."""
+    live = await start(admin_token=TOKEN)
+    environment = lively.settings | {"REDIS_HOST": "", "MARKET_TYPES": "spot,swap"}
+    assert await run(monkeypatch, live, "check", "--deep", **environment) == maintenance.OK
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert "not used" not in output.out
+    assert output.out.count(" answers, 0 problems") == 3
+    assert lively.count("binance", "/fapi/v1/") == 6
+    assert live.gateway.maintenance.keys() == {"deep_check"}
+
+
+async def test_deep_check_describes_what_an_exchange_changed(
+    lively: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """New words, missing members and answers that the models refuse lead to the exit code 1."""
+    for name in lively.urls:
+        await lively.set(name, odd=["drift"], rate_limit=-1)
+    environment = lively.settings | {"REDIS_HOST": "", "MARKET_TYPES": "spot,swap"}
+    assert await run(monkeypatch, None, "check", "--deep", **environment) == maintenance.FAILED
+    output = capsys.readouterr()
+    assert "binance exchangeInfo: new status 'AUCTION'\n" in output.err
+    assert "kraken Ticker: member 'p' is missing\n" in output.err
+    assert "bybit tickers: new member 'baseVolume24h' (not used)\n" in output.out
+    await lively.set("kraken", body="[]", only="Depth", rate_limit=-1)
+    assert await run(monkeypatch, None, "check", "--deep", **environment) == maintenance.FAILED
+    assert "kraken Depth: a row is a list instead of an object\n" in capsys.readouterr().err
+
+
 async def test_warm_loads_symbols_into_the_cache(
     start: StartGateway,
     sandbox: Sandbox,

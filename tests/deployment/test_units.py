@@ -128,7 +128,7 @@ def test_maintenance_tasks_of_cron_and_systemd_exist(capsys: pytest.CaptureFixtu
 
 def test_crontab_lines_are_valid() -> None:
     """Five valid fields, a user, and a command without an unescaped percent sign."""
-    assert len(jobs()) == 5
+    assert len(jobs()) == 7
     bounds = [59, 23, 31, 12, 7]
     for fields, rest in jobs():
         for field, most in zip(fields, bounds, strict=True):

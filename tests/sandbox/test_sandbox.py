@@ -435,7 +435,7 @@ async def test_odd_data_is_sent_for_one_market(sandbox: Sandbox, client: Any) ->
 async def test_drift_changes_lists_and_tickers(sandbox: Sandbox, get: Get) -> None:
     """A status is new, and a list and a ticker miss a field."""
     lists = {
-        "bybit": "/v5/market/instruments-info?category=spot",
+        "bybit": "/v5/market/instruments-info?category=linear",
         "binance": "/api/v3/exchangeInfo",
         "kraken": "/0/public/AssetPairs",
     }

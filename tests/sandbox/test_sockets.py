@@ -5,6 +5,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from importlib import import_module
+from itertools import pairwise
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from zlib import crc32
@@ -14,6 +15,7 @@ import ccxt
 import orjson
 import pytest
 
+from src.sandbox.binance import Binance
 from src.sandbox.market import TRADE_SECONDS, iso_time
 from src.sandbox.server import Sandbox
 from tests.conftest import eventually
@@ -386,9 +388,11 @@ async def test_the_last_update_of_a_candle_is_final(
     await peer.request(candle_topic(name, {"binance": "kline_1m"}.get(name, "1")))
     await peer.push()
     clock.now = minute + 75
-    closed = []
-    while (row := candle_of(await peer.push()))[0] == minute * 1000:
-        closed.append(row)
+    closed: list[tuple[int, bool | None, str]] = []
+    while (rows := candles_of(await peer.push()))[-1][0] == minute * 1000:
+        closed += rows
+    *ended, row = rows
+    closed += ended
     marks = [mark for _, mark, _ in closed]
     assert marks[-1] is (None if name == "kraken" else True)
     assert True not in marks[:-1]
@@ -400,23 +404,24 @@ async def test_the_last_update_of_a_candle_is_final(
             "kraken": "/0/public/OHLC?pair=XBTUSDT&interval=1",
         }[name]
         async with session.get(sandbox.urls[name] + path) as answer:
-            rows = await answer.json()
+            fetched = await answer.json()
     volume = {
-        "bybit": lambda: rows["result"]["list"][1][5],
-        "binance": lambda: rows[0][5],
-        "kraken": lambda: rows["result"]["XBTUSDT"][-2][6],
+        "bybit": lambda: fetched["result"]["list"][1][5],
+        "binance": lambda: fetched[0][5],
+        "kraken": lambda: fetched["result"]["XBTUSDT"][-2][6],
     }[name]()
     assert float(closed[-1][2]) == float(volume)
 
 
-def candle_of(push: dict[str, Any]) -> tuple[int, bool | None, str]:
-    """Return start in milliseconds, the mark of the end, and volume of a pushed candle."""
+def candles_of(push: dict[str, Any]) -> list[tuple[int, bool | None, str]]:
+    """Return start in milliseconds, the mark of the end, and volume of pushed candles."""
     if "k" in push:
-        return push["k"]["t"], push["k"]["x"], push["k"]["v"]
-    row = push["data"][-1]
-    if "start" in row:
-        return row["start"], row["confirm"], row["volume"]
-    return ccxt.Exchange.parse8601(row["interval_begin"]) or 0, None, row["volume"]
+        return [(push["k"]["t"], push["k"]["x"], push["k"]["v"])]
+    rows = push["data"]
+    if "start" in rows[0]:
+        return [(row["start"], row["confirm"], row["volume"]) for row in rows]
+    start = ccxt.Exchange.parse8601
+    return [(start(row["interval_begin"]) or 0, None, row["volume"]) for row in rows]
 
 
 async def test_kraken_pushes_a_snapshot_of_candles(dial: Dial, clock: Clock) -> None:
@@ -634,6 +639,233 @@ async def test_kraken_refuses_unknown_depths(dial: Dial, depth: object) -> None:
     assert symbol_of(await peer.push()) == "ETHUSDT"
 
 
+async def messages_with(
+    sandbox: Sandbox, dial: Dial, name: str, wanted: str, odd: str, path: str = ""
+) -> list[dict[str, Any]]:
+    """Return forty pushes of a topic while the knob `odd` is set. Time passes with each."""
+    peer = await dial(name, path)
+    await sandbox.set(name, push_ms=5, odd=[odd])
+    async with fast_clock(peer.clock):
+        await peer.request(request(name, wanted))
+        return [*peer.pushed, *[await peer.push() for _ in range(40)]]
+
+
+async def test_pushes_can_come_twice(sandbox: Sandbox, dial: Dial, name: str) -> None:
+    """Each push is followed by a copy."""
+    pushes = await messages_with(sandbox, dial, name, topic(name, "BTC"), "duplicates")
+    assert pushes[0::2] == pushes[1::2]
+
+
+async def test_pushes_can_come_late(sandbox: Sandbox, dial: Dial, name: str) -> None:
+    """Each push is followed by the one before it."""
+    pushes = await messages_with(sandbox, dial, name, topic(name, "BTC"), "late")
+    assert pushes[2::2] == [pushes[0], *pushes[1::2]][: len(pushes[2::2])]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "path"),
+    [("orderbook.50.BTCUSDT", ""), ("orderbook.50.BTCUSDT", "/v5/public/linear")],
+)
+async def test_bybit_numbers_its_book_updates(
+    sandbox: Sandbox, dial: Dial, clock: Clock, wanted: str, path: str
+) -> None:
+    """Numbers are consecutive. With the knob `lost_delta`, one is missing."""
+    peer = await dial("bybit", path)
+    await peer.request(request("bybit", wanted))
+    async with fast_clock(clock):
+        numbers = [(await peer.push())["data"]["u"] for _ in range(20)]
+        assert numbers == list(range(numbers[0], numbers[0] + 20))
+        await sandbox.set("bybit", push_ms=5, odd=["lost_delta"])
+        while (number := (await peer.push())["data"]["u"]) == numbers[-1] + 1:
+            numbers.append(number)
+        assert number == numbers[-1] + 2
+        assert [(await peer.push())["data"]["u"] for _ in range(5)] == [
+            *range(number + 1, number + 6)
+        ]
+
+
+async def test_a_lost_delta_breaks_the_chain_of_binance(
+    sandbox: Sandbox, dial: Dial, clock: Clock
+) -> None:
+    """`pu` is the number of the update before, except once."""
+    peer = await dial("binance", "/public/ws/0")
+    await peer.request(request("binance", "btcusdt@depth"))
+    async with fast_clock(clock):
+        last = await peer.push()
+        await sandbox.set("binance", push_ms=5, odd=["lost_delta"])
+        while (push := await peer.push())["pu"] == last["u"]:
+            last = push
+        following = [push, *[await peer.push() for _ in range(5)]]
+    assert push["pu"] > last["u"]
+    assert all(later["pu"] == earlier["u"] for earlier, later in pairwise(following))
+
+
+async def test_a_lost_delta_breaks_the_checksum_of_kraken(
+    sandbox: Sandbox, dial: Dial, clock: Clock
+) -> None:
+    """The checksum differs as soon as a delta is missing, until a new snapshot."""
+    peer = await dial("kraken")
+    await peer.request(request("kraken", "book BTC/USDT", depth=25))
+    await sandbox.set("kraken", push_ms=5, odd=["lost_delta"])
+    book: dict[str, dict[str, str]] = {}
+    matches = []
+    async with fast_clock(clock):
+        for _ in range(60):
+            text = str((await within_limit(peer.ws.receive())).data)
+            message = orjson.loads(text)
+            matches.append(checksum_of(message, text, book) == message["data"][0]["checksum"])
+    assert matches[0] is True
+    assert False in matches
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "path"),
+    [
+        ("bybit", "publicTrade.BTCUSDT", "/v5/public/linear"),
+        ("binance", "btcusdt@trade", "/public/ws/0"),
+    ],
+)
+async def test_swaps_have_trades_that_were_not_made_on_the_market(
+    sandbox: Sandbox, dial: Dial, name: str, wanted: str, path: str
+) -> None:
+    """The exchanges mark them. Others have no amount, no price, or come twice."""
+    pushes = await messages_with(sandbox, dial, name, wanted, "odd_trades", path)
+    rows = [row for push in pushes for row in push.get("data", [push])]
+    special = [row for row in rows if row.get("X") == "INSURANCE_FUND" or row.get("BT") is True]
+    usual = [row for row in rows if row not in special]
+    prices = [float(row["p"]) for row in usual if float(row["p"])]
+    assert special
+    assert all(0.89 < float(row["p"]) / prices[0] < 0.91 for row in special)
+    assert 0.0 in {float(row["p"]) for row in rows}
+    assert 0.0 in {float(row.get("q") or row["v"]) for row in rows}
+    numbers = [row.get("t") or row["i"] for row in rows]
+    assert len(set(numbers)) < len(numbers)
+
+
+async def test_bybit_pushes_changed_fields_of_a_swap(dial: Dial, connect: Connect) -> None:
+    """ccxt merges them, so that its ticker equals that of REST."""
+    peer = await dial("bybit", "/v5/public/linear")
+    await peer.request(request("bybit", "tickers.BTCUSDT"))
+    first = await peer.push()
+    assert first["type"] == "snapshot"
+    peer.clock.step = 0.001
+    deltas = [await peer.push() for _ in range(20)]
+    changed = [delta for delta in deltas if delta["type"] == "delta"]
+    assert all(delta["data"].keys() < first["data"].keys() for delta in changed)
+    assert all(("bid1Price" in row["data"]) == ("bid1Size" in row["data"]) for row in changed)
+    client = await connect("bybit")
+    await within_limit(client.watch_tickers([SWAP]))
+    peer.clock.step = 0.0
+    peer.clock.now += 60
+    fetched = await client.fetch_ticker(SWAP)
+    figures = [*FIGURES, "bid", "ask"]
+    expected = [fetched[figure] for figure in figures]
+    await eventually(lambda: [client.tickers[SWAP][figure] for figure in figures] == expected)
+
+
+async def test_bybit_pushes_a_closed_candle_with_the_next_one(dial: Dial, clock: Clock) -> None:
+    """Recorded on 2026-08-09: one message has both rows."""
+    clock.now = int(NOON // 60) * 60 + 50
+    peer = await dial("bybit")
+    await peer.request(request("bybit", "kline.1.BTCUSDT"))
+    await peer.push()
+    clock.now += 20
+    while len(rows := (await peer.push())["data"]) == 1 and not rows[0]["confirm"]:
+        pass
+    assert [row["confirm"] for row in rows] == [True, False]
+
+
+async def test_bybit_limits_the_topics_of_a_message(dial: Dial) -> None:
+    """Spot accepts ten topics per message, and all topics of a socket have 21,000 characters."""
+    spot, linear = await dial("bybit"), await dial("bybit", "/v5/public/linear")
+    coins = ["BTC", "ETH", "SOL", "XRP", "ADA", "DOGE", "LTC", "LINK", "AVAX", "DOT", "BCH"]
+    topics = [f"tickers.{coin}USDT" for coin in coins]
+    answer = await spot.request({"op": "subscribe", "args": topics})
+    assert (answer["success"], answer["ret_msg"]) == (False, "args size >10")
+    assert (await spot.request({"op": "subscribe", "args": topics[:10]}))["success"] is True
+    channels = ("tickers", "publicTrade", "orderbook.50")
+    swaps = [f"{channel}.{coin}USDT" for channel in channels for coin in coins[:4]]
+    assert (await linear.request({"op": "subscribe", "args": swaps}))["success"] is True
+    many = ["tickers.BTCUSDT"] * 1_400
+    answer = await linear.request({"op": "unsubscribe", "args": many})
+    assert (answer["success"], answer["ret_msg"]) == (False, "args length >21000")
+
+
+async def test_bybit_refuses_a_message_with_a_known_topic(dial: Dial) -> None:
+    """No topic of the message is subscribed."""
+    peer = await dial("bybit")
+    await peer.request(request("bybit", "tickers.BTCUSDT"))
+    both = {"op": "subscribe", "args": ["tickers.ETHUSDT", "tickers.BTCUSDT"]}
+    answer = await peer.request(both)
+    refusal = "error:already subscribed,topic:tickers.BTCUSDT"
+    assert (answer["success"], answer["ret_msg"]) == (False, refusal)
+    assert {symbol_of(await peer.push()) for _ in range(4)} == {"BTCUSDT"}
+
+
+@pytest.mark.parametrize(("path", "limit"), [(PATHS["binance"], 5), ("/market/ws/0", 10)])
+async def test_binance_closes_a_socket_with_too_many_messages(
+    dial: Dial, path: str, limit: int
+) -> None:
+    """Spot sockets accept five messages per second, those of swaps ten."""
+    peer = await dial("binance", path)
+    for _ in range(limit):
+        await peer.request(request("binance", "btcusdt@ticker"))
+    await peer.ws.send_str("{}")
+    while (await within_limit(peer.ws.receive())).type is aiohttp.WSMsgType.TEXT:
+        pass
+    assert peer.ws.close_code == aiohttp.WSCloseCode.POLICY_VIOLATION
+
+
+async def test_binance_limits_the_streams_of_a_socket(dial: Dial) -> None:
+    """A socket has at most 1,024 streams."""
+    peer = await dial("binance")
+    speeds = [f"btcusdt@depth@{number}ms" for number in range(1_025)]
+    answer = await peer.request({"method": "SUBSCRIBE", "params": speeds, "id": 7})
+    assert answer["error"]["msg"] == "Invalid request: more than 1024 streams"
+    answer = await peer.request({"method": "SUBSCRIBE", "params": speeds[1:], "id": 7})
+    assert answer == accepted("binance")
+
+
+async def test_binance_serves_the_streams_of_swaps_by_category(dial: Dial) -> None:
+    """Books, best prices and trades are at /public, all others at /market."""
+    for path, known, unknown in (("/public", "depth", "ticker"), ("/market", "kline_1m", "trade")):
+        peer = await dial("binance", f"{path}/ws/0")
+        assert await peer.request(request("binance", f"btcusdt@{known}")) == accepted("binance")
+        assert "error" in await peer.request(request("binance", f"btcusdt@{unknown}"))
+
+
+async def test_kraken_refuses_too_many_messages(dial: Dial) -> None:
+    """The socket stays open."""
+    peer = await dial("kraken")
+    answers = [await peer.request(PING["kraken"]) for _ in range(101)]
+    assert answers[-1] == {
+        "error": "Exceeded msg rate",
+        "method": "subscribe",
+        "success": False,
+    }
+    await peer.ping()
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "seconds", "status"),
+    [("bybit", 500, 300, 403), ("binance", 300, 300, 429), ("kraken", 150, 600, 429)],
+)
+async def test_exchanges_limit_new_sockets(
+    sandbox: Sandbox, dial: Dial, clock: Clock, name: str, count: int, seconds: int, status: int
+) -> None:
+    """The limit is of a period, and a change of the knobs resets it."""
+    sandbox.listeners[name].connections = [clock.now] * (count - 1)
+    await dial(name)
+    with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+        await dial(name)
+    assert refused.value.status == status
+    clock.now += seconds
+    await dial(name)
+    sandbox.listeners[name].connections = [clock.now] * count
+    await sandbox.reset()
+    await dial(name)
+
+
 async def test_pings_are_answered(dial: Dial, name: str) -> None:
     """All exchanges answer ping frames. bybit and kraken also answer ping messages."""
     peer = await dial(name)
@@ -645,8 +877,11 @@ async def test_pings_are_answered(dial: Dial, name: str) -> None:
         assert await peer.request(PING[name]) == {"method": "pong", "req_id": 7}
 
 
-async def test_malformed_messages_change_nothing(dial: Dial, name: str) -> None:
+async def test_malformed_messages_change_nothing(
+    dial: Dial, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reply has the exchange's format. Binary messages are not answered."""
+    monkeypatch.setattr(Binance, "message_limits", ())
     peer, wanted = await dial(name), topic(name, "BTC")
     await peer.request(request(name, wanted))
     for junk in (
