@@ -228,9 +228,15 @@ def every_recording() -> tuple[Recording, ...]:
     return tuple(sorted(found, key=lambda recording: recording.name))
 
 
-def of_kind(*kinds: str) -> list[Any]:
-    """Return the recordings of these kinds as parameters of a test, which is skipped without."""
+def of_kind(*kinds: str, newest: bool = False) -> list[Any]:
+    """Return the recordings of these kinds as parameters of a test, which is skipped without.
+
+    With `newest`, return only the newest of each exchange, market type and kind.
+    """
     chosen = [recording for recording in every_recording() if recording.kind in kinds]
+    if newest:
+        chosen.sort(key=lambda each: (each.ms, each.name))
+        chosen = list({(each.exchange, each.type, each.kind): each for each in chosen}.values())
     if not chosen:
         reason = "there are no recordings of live exchanges (VIRTUOSO_RECORDINGS)"
         return [pytest.param(None, marks=pytest.mark.skip(reason))]

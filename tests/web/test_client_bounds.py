@@ -23,6 +23,13 @@ PATH = "/ticker/BTC/USDT"
 KEY, OTHER_KEY, TOKEN = "alices-key", "bobs-long-key", "open-sesame"
 LOGIN: dict[str, Any] = {"api_keys": f"alice:{KEY},bob:{OTHER_KEY}", "admin_token": TOKEN}
 
+# A WebSocket handshake and a masked text frame with a command.
+HANDSHAKE = (
+    b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+PING = b"\x81\x8d\0\0\0\0" + b'{"op":"ping"}'
+
 
 def socket_url(live: Live, query: str = "") -> str:
     return live.url.replace("http", "ws") + "/ws" + query
@@ -89,6 +96,33 @@ async def test_connections_per_address_are_limited(start: StartGateway) -> None:
         await eventually(lambda: len(streams(live).connections) == 2)
         async with idle(live, 1):
             pass
+
+
+async def test_two_thousand_sockets_of_one_address_leave_room_for_others(
+    start: StartGateway,
+) -> None:
+    """With default settings, most of the sockets are refused, and another address connects."""
+    live = await start()
+    limit = live.gateway.settings.stream_max_per_client
+    address = ("127.0.0.1", httpx.URL(live.url).port)
+    held = []
+    refused = 0
+    for _ in range(live.gateway.settings.stream_max_clients // limit):
+        attempts = [asyncio.open_connection(*address) for _ in range(limit)]
+        for reader, writer in await asyncio.gather(*attempts):
+            writer.write(HANDSHAKE)
+            assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
+            writer.write(PING)
+            if b"too_many_connections" in await reader.read(1024):
+                refused += 1
+                writer.close()
+            else:
+                held.append(writer)
+    assert (len(held), refused) == (limit, 2000 - limit)
+    async with idle(live, 1, local_addr=("127.0.0.2", 0)):
+        pass
+    for writer in held:
+        writer.close()
 
 
 async def test_both_transports_share_the_limit(start: StartGateway) -> None:
