@@ -63,7 +63,7 @@ SPOT_RECORDS = """
 
 /api/v3/klines candles
 [$rows]
- [$ms,"$open","$high","$low","$close","$volume",$end,"0",0,"0","0","0"]
+ [$ms,"$open","$high","$low","$close","$volume",$end,"$turnover",$count,"0","0","0"]
 
 /api/v3/depth book
 {"lastUpdateId":$ms,"bids":[$bids],"asks":[$asks]}

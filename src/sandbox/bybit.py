@@ -103,7 +103,7 @@ timeout 200
 
 /v5/market/kline candles
 {"category":"$category","symbol":"$id","list":[$rows]}
- ["$ms","$open","$high","$low","$close","$volume","0"]
+ ["$ms","$open","$high","$low","$close","$volume","$turnover"]
 
 /v5/market/orderbook book
 {"s":"$id","b":[$bids],"a":[$asks],"ts":$ms,"u":$ms,"seq":$ms}

@@ -99,11 +99,11 @@ class Request:
         number = self.number(*names)
         return None if number is None else number / 10 ** max(0, len(str(number)) - 10)
 
-    def periods(self, pair: Pair, seconds: float, most: int) -> range:
+    def periods(self, market: Market, seconds: float, most: int) -> range:
         """Return the numbers of the trades or candles that are requested."""
         start = self.seconds("start", "startTime", "since")
         end = self.seconds("end", "endTime")
-        return self.market.traded(pair).periods(seconds, self.limit(500, most), start, end)
+        return market.periods(seconds, self.limit(500, most), start, end)
 
 
 class Format(NamedTuple):
@@ -350,11 +350,11 @@ class Exchange:
                 return {"rows": [self.fields(pair) | market.ticker(pair) for pair in requested]}
             case "candles":
                 seconds = self.interval_seconds(request)
-                numbers = self.candle_numbers(request, requested[0], seconds)
+                numbers = self.candle_numbers(request, seconds)
                 return {"rows": [market.candle(requested[0], n, seconds) for n in numbers]}
             case "trades":
                 numbers = request.periods(
-                    requested[0], TRADE_SECONDS, self.most_rows(kind, request)
+                    market.traded(requested[0]), TRADE_SECONDS, self.most_rows(kind, request)
                 )
                 return {"rows": market.trades(requested[0], numbers)}
             case "book":
@@ -365,8 +365,8 @@ class Exchange:
     def most_rows(self, kind: str, _request: Request) -> int:
         return self.max_rows[kind]
 
-    def candle_numbers(self, request: Request, pair: Pair, seconds: int) -> range:
-        return request.periods(pair, seconds, self.most_rows("candles", request))
+    def candle_numbers(self, request: Request, seconds: int) -> range:
+        return request.periods(request.market, seconds, self.most_rows("candles", request))
 
     def listed_fields(self, pair: Pair, request: Request) -> Fields:
         """Return the fields of a market in a list."""

@@ -136,7 +136,7 @@ timeout 200
 
 /0/public/OHLC candles
 {"$id":[$rows],"last":$last_candle}
- [$second,"$open","$high","$low","$close","$close","$volume",0]
+ [$second,"$open","$high","$low","$close","$average","$volume",$count]
 
 /0/public/Depth book
 {"$id":{"bids":[$bids],"asks":[$asks]}}
@@ -161,7 +161,7 @@ book
 candles
 {"channel":"ohlc","type":"$type","timestamp":"$iso","data":[$rows]}
  {"symbol":"$name","open":$open,"high":$high,"low":$low,"close":$close,"trades":$count,
- "volume":$volume,"vwap":$vwap,"interval_begin":"$begin","interval":$interval,
+ "volume":$volume,"vwap":$average,"interval_begin":"$begin","interval":$interval,
  "timestamp":"$close_time"}
 
 trades
@@ -213,10 +213,11 @@ trades
             raise self.refusal("pair_limit")
         return {}
 
-    def candle_numbers(self, request: Request, pair: Pair, seconds: int) -> range:
+    def candle_numbers(self, request: Request, seconds: int) -> range:
         since = request.seconds("since") or 0
-        periods = request.market.traded(pair).periods(seconds, MAX_CANDLES)
-        return range(max(periods.start, int(since // seconds) + 1), periods.stop)
+        periods = request.market.periods(seconds, MAX_CANDLES)
+        first = max(periods.start, int(since // seconds) + 1)
+        return range(min(first, periods.stop - 1), periods.stop)  # the last is always sent
 
     def reply(self, message: Fields, path: str, topics: dict[str, Topic]) -> list[Fields]:
         verb = message["method"]

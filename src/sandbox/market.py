@@ -1,14 +1,22 @@
 """The market behind all simulated exchanges. Every figure is a function of the market and the time.
 
+Each day has open, high, low, close and volume. It is divided into hours, these into five minutes,
+these into minutes, and these into trades. One part reaches the high of the whole and one its low;
+the volumes of the parts add up to its volume. So any candle equals the sum of its trades, without
+counting them. `Bar` is the result on each level. Rounding to the digits of a market comes last. It
+never changes an order, so that highs and lows stay equal.
+
 Prices and amounts are texts with a fixed number of digits, because exchanges send them so.
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
+from random import Random
 from typing import Any, NamedTuple, Self
 from zlib import crc32
 
@@ -26,6 +34,12 @@ BOOK_STEPS_PER_SECOND = 10
 BOOK_STEP_MS = 1000 // BOOK_STEPS_PER_SECOND
 TRADE_SECONDS = 0.5
 """Time between two trades."""
+LEVELS = (86_400, 3_600, 300, 60)
+"""Lengths of bars in seconds. The last ones are divided into trades."""
+PARTS = (24, 12, 5, 120)
+"""How many parts each of them has."""
+UNITS = 10**8
+"""Amounts are whole multiples of 1e-8."""
 SIDES = ("bid", "ask")
 PRICE_LIST = """
 BTC 97000 ETH 3400 SOL 190 XRP 2.4 ADA 0.85 DOGE 0.33 LTC 105 LINK 21 AVAX 36 DOT 6.8 BCH 440
@@ -39,8 +53,12 @@ MAJORS = COINS[:8]
 SWAP_COINS = ("BTC", "ETH", "SOL", "XRP", "DOGE")
 VOLATILITY = {"EUR": 0.1, "USDC": 0.001, "USDT": 0.0, "USD": 0.0}
 """Relative to all other assets, which have 1."""
-# Each octave moves as a random walk does over its period, so that every timeframe looks realistic.
-OCTAVES = [(2 * 16**n, 1e-4 * math.sqrt(2 * 16**n)) for n in range(6)]
+# Days per step and size of the random walks, so that prices move slowly also over months.
+OCTAVES = ((2, 0.04), (32, 0.16))
+NOISE = 0.2
+"""How far prices leave the straight line from open to close, as a part of the range."""
+DAY_RANGE = 0.015
+"""How far the high and low of a day are at most from its open and close, as a part of them."""
 
 
 @lru_cache(maxsize=65_536)
@@ -52,7 +70,7 @@ def _noise(seed: int, index: int) -> float:
 
 @lru_cache(maxsize=8_192)
 def _seeds(name: str) -> list[int]:
-    return [crc32(f"{name}:{octave}".encode()) for octave in range(len(OCTAVES))]
+    return [crc32(f"{name}:{octave}".encode()) for octave in range(len(OCTAVES) + 2)]
 
 
 @lru_cache(maxsize=8_192)
@@ -61,18 +79,18 @@ def _base_price(asset: str) -> float:
 
 
 @lru_cache(maxsize=65_536)
-def _dollar_price(asset: str, at: float) -> float:
-    """Return the price of an asset in dollars at a time, in Unix seconds."""
+def _dollar_price(asset: str, day: int) -> float:
+    """Return the price of an asset in dollars at the start of a day, in days since the epoch."""
     volatility = VOLATILITY.get(asset, 1.0)
     if not volatility:
         return _base_price(asset)
     walk = 0.0
-    for seed, (period, amplitude) in zip(_seeds(asset), OCTAVES, strict=True):
-        index = int(at // period)
-        part = at / period - index
+    for seed, (period, size) in zip(_seeds(asset), OCTAVES, strict=False):
+        index, rest = divmod(day, period)
+        part = rest / period
         left = _noise(seed, index)
         right = _noise(seed, index + 1)
-        walk += amplitude * (left + (right - left) * part * part * (3 - 2 * part))
+        walk += size * (left + (right - left) * part * part * (3 - 2 * part))
     return _base_price(asset) * math.exp(volatility * walk)
 
 
@@ -82,8 +100,8 @@ def iso_time(ms: int) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _amount(value: float) -> str:
-    return f"{value:.8f}"
+def _amount(units: int) -> str:
+    return f"{units // UNITS}.{units % UNITS:08d}"
 
 
 @dataclass(frozen=True)
@@ -125,6 +143,107 @@ def pairs(bases: Iterable[str], quote: str, is_swap: bool = False) -> tuple[Pair
 COMMON_PAIRS = pairs(COINS, "USDT") + pairs(MAJORS, "USDC")
 COMMON_PAIRS += pairs(MAJORS[1:5], "BTC") + pairs(MAJORS[:4], "EUR")
 SWAPS = pairs(SWAP_COINS, "USDT", is_swap=True)
+
+
+class Bar(NamedTuple):
+    """The trades of a period, or one trade."""
+
+    open: float
+    high: float
+    low: float
+    close: float
+    volume: int
+    """In units of 1e-8."""
+
+    @classmethod
+    def of(cls, bars: Sequence[Self]) -> Self:
+        """Join the bars of consecutive periods."""
+        volume = sum([bar.volume for bar in bars])
+        high = max([bar.high for bar in bars])
+        return cls(bars[0].open, high, min([bar.low for bar in bars]), bars[-1].close, volume)
+
+
+@lru_cache(maxsize=8_192)
+def _habits(pair: Pair) -> tuple[float, float]:
+    """Return the largest range of a day, as a part of the price, and the average volume."""
+    span = DAY_RANGE * max(VOLATILITY.get(name, 1.0) for name in (pair.base, pair.quote))
+    dollars = 10 ** (7.5 + 1.5 * _noise(_seeds(pair.id)[-1], 0))
+    return span, dollars / _base_price(pair.base) * UNITS
+
+
+@lru_cache(maxsize=16_384)
+def _day(pair: Pair, number: int) -> Bar:
+    first = _dollar_price(pair.base, number) / _dollar_price(pair.quote, number)
+    last = _dollar_price(pair.base, number + 1) / _dollar_price(pair.quote, number + 1)
+    seed = _seeds(pair.id)[-1]
+    up = _noise(seed, number)
+    down = _noise(seed, -number)
+    volume = _noise(seed + 1, number)
+    span, units = _habits(pair)
+    return Bar(
+        first,
+        max(first, last) * (1 + span * (1.2 + up) / 2.2),
+        min(first, last) * (1 - span * (1.2 + down) / 2.2),
+        last,
+        int(units * (1 + 0.5 * volume)),
+    )
+
+
+@lru_cache(maxsize=4_096)
+def _parts(pair: Pair, level: int, number: int) -> list[Bar]:
+    """Divide a bar into bars of the next level, or a minute into trades."""
+    whole = _bar(pair, level, number)
+    random = Random(crc32(f"{pair.id}:{level}:{number}".encode())).random  # noqa: S311
+    count = PARTS[level]
+    is_minute = level == len(PARTS) - 1
+    steps = count - 1 if is_minute else count
+    points = [whole.open]
+    for step in range(1, steps):
+        point = whole.open + (whole.close - whole.open) * step / steps
+        point += (random() - 0.5) * (whole.high - whole.low) * NOISE
+        points.append(min(max(point, whole.low), whole.high))
+    points.append(whole.close)
+    shares = list(accumulate([int(1_000 * random()) + 200 for _ in range(count)], initial=0))
+    volumes = [whole.volume * share // shares[-1] for share in shares]
+    amounts = [end - start for start, end in pairwise(volumes)]
+    top = 1 + int(random() * (count - 3))
+    if is_minute:
+        points[top : top + 2] = [whole.high, whole.low]
+        return [
+            Bar(point, point, point, point, amount)
+            for point, amount in zip(points, amounts, strict=True)
+        ]
+    bars = []
+    for first, last, amount in zip(points, points[1:], amounts, strict=False):
+        above = (whole.high - max(first, last)) * random() * NOISE
+        below = (min(first, last) - whole.low) * random() * NOISE
+        high = min(whole.high, max(first, last) + above)
+        bars.append(Bar(first, high, max(whole.low, min(first, last) - below), last, amount))
+    bars[top] = bars[top]._replace(high=whole.high)
+    bottom = int(random() * count)
+    bars[bottom] = bars[bottom]._replace(low=whole.low)
+    return bars
+
+
+def _bar(pair: Pair, level: int, number: int) -> Bar:
+    """Return a bar of a level, or a trade. They are numbered from the epoch."""
+    if level == 0:
+        return _day(pair, number)
+    whole, part = divmod(number, PARTS[level - 1])
+    return _parts(pair, level - 1, whole)[part]
+
+
+@lru_cache(maxsize=16_384)
+def _whole_minutes(pair: Pair, start: int, end: int) -> list[Bar]:
+    """Return the bars from one minute to another, in seconds. They are as long as possible."""
+    bars = []
+    while start < end:
+        for level, seconds in enumerate(LEVELS):
+            if start % seconds == 0 and start + seconds <= end:
+                bars.append(_bar(pair, level, start // seconds))
+                start += seconds
+                break
+    return [Bar.of(bars)] if bars else []
 
 
 class Book(NamedTuple):
@@ -206,44 +325,65 @@ class Market:
         """Return the time of the current step, in Unix milliseconds."""
         return self.step * BOOK_STEP_MS
 
-    def price(self, pair: Pair, at: float) -> float:
-        """Return the price of the last trade until a time."""
-        shift = self.shift
-        if pair in self.last_trades:
-            at = min(at, self.last_trades[pair])
-            shift = 1.0
-        factor = self.factor * shift
-        return factor * _dollar_price(pair.base, at) / _dollar_price(pair.quote, at)
+    def factor_of(self, pair: Pair) -> float:
+        """Return the factor of the prices of trades."""
+        return self.factor if pair in self.last_trades else self.factor * self.shift
 
-    def volume(self, pair: Pair, minute: int) -> float:
-        """Return the average volume per second of a minute, in the base currency."""
-        seed = _seeds(pair.base)[0]
-        dollars = 10 ** (7.5 + 1.5 * _noise(seed, 0)) * (1 + 0.5 * _noise(seed, minute))
-        return dollars / DAY_SECONDS / _base_price(pair.base)
+    def last_trade(self, pair: Pair) -> int:
+        """Return the number of the last trade."""
+        return int(min(self.now, self.last_trades.get(pair, self.now)) / TRADE_SECONDS)
 
-    def figures(self, pair: Pair, start: float) -> Fields:
-        """Return the figures of the trades since a time."""
-        hours = range(int(start // 7_200 + 1) * 7_200, int(self.now) + 1, 7_200)
-        points = [self.price(pair, at) for at in (start, *hours, self.now)]
-        average = (points[-1] + points[0]) / 2
-        ratio = points[-1] / points[0] - 1
-        traded = self.traded(pair).now
-        volume = self.volume(pair, int(traded // 60)) * (traded - start)
-        if pair in self.halted:
-            volume = 0.0
-        row: Fields = {"open": pair.price(points[0]), "last": pair.price(points[-1])}
-        row |= {"high": pair.price(max(points)), "low": pair.price(min(points))}
-        row |= {"average": pair.price(average), "ratio": ratio, "percent": ratio * 100}
-        row |= {"volume": _amount(volume), "turnover": _amount(volume * average)}
-        row["count"] = max(0, int((traded - start) / TRADE_SECONDS))
-        row["change"] = pair.price(float(row["last"]) - float(row["open"]))
-        return row
+    def bar(self, pair: Pair, start: float, end: float) -> Bar | None:
+        """Return the trades from a time until before another, if there are any.
+
+        The times are whole minutes, or less than a minute and in one minute.
+        """
+        last = min(math.ceil(end / TRADE_SECONDS), self.last_trade(pair) + 1)
+        first = math.ceil(start / TRADE_SECONDS)
+        if last <= first:
+            return None
+        bars = []
+        minute, part = divmod(first, PARTS[-1])
+        if end - start >= LEVELS[-1]:
+            minute = last // PARTS[-1]
+            part = 0
+            bars = _whole_minutes(pair, int(start), minute * LEVELS[-1])
+        rest = last - minute * PARTS[-1]
+        trades = _parts(pair, len(LEVELS) - 1, minute)[part:rest] if rest else []
+        return Bar.of([*bars, *trades])
+
+    def figures(self, pair: Pair, start: float, end: float) -> Fields:
+        """Return the figures of the trades from one time until before another.
+
+        Without trades, all prices are that of the last trade.
+        """
+        bar = self.bar(pair, start, end)
+        last = self.last_trade(pair)
+        count = max(0, min(int(end / TRADE_SECONDS), last + 1) - int(start / TRADE_SECONDS))
+        if bar is None:
+            close = _bar(pair, len(LEVELS), last).close
+            bar = Bar(close, close, close, close, 0)
+        factor = self.factor_of(pair)
+        names = ("open", "high", "low", "close")
+        row: Fields = {name: pair.price(factor * getattr(bar, name)) for name in names}
+        average = factor * (bar.high + bar.low + bar.close) / 3
+        row |= {"average": pair.price(average), "count": count}
+        turnover = f"{average * bar.volume / UNITS:.8f}"
+        return row | {"volume": _amount(bar.volume), "turnover": turnover}
 
     def ticker(self, pair: Pair) -> Fields:
         """Return the current prices, and the figures of the last 24 hours and of today (UTC)."""
-        row = self.figures(pair, self.now - DAY_SECONDS)
-        today = self.figures(pair, self.now // DAY_SECONDS * DAY_SECONDS)
-        row |= {f"today_{name}": value for name, value in today.items()}
+        minute = self.now // 60 * 60
+        row = self.figures(pair, minute - DAY_SECONDS, self.now + TRADE_SECONDS)
+        today = self.now // DAY_SECONDS * DAY_SECONDS
+        row |= {
+            f"today_{name}": value
+            for name, value in self.figures(pair, today, self.now + TRADE_SECONDS).items()
+        }
+        row["last"] = row["close"]
+        change = float(row["last"]) - float(row["open"])
+        ratio = change / float(row["open"])
+        row |= {"change": pair.price(change), "ratio": ratio, "percent": ratio * 100}
         row["start"] = int(self.now * 1000) - DAY_SECONDS * 1000
         for side, levels in zip(SIDES, self.sides(pair, 1), strict=True):
             best = next(iter(levels.items()), (pair.price(0), _amount(0)))
@@ -265,25 +405,23 @@ class Market:
         return [self.levels(pair, "bid", count, first), asks]
 
     def levels(self, pair: Pair, side: str, count: int, first: int = 1) -> Levels:
-        """Return the best levels of one side, in whole ticks. Amounts change once per second.
+        """Return the best levels of one side, in whole ticks. Each amount changes once per second.
 
         The first level is `first` times the half spread away from the middle.
         """
         tick = float(pair.tick)
-        last = self.price(pair, self.now)
-        if pair in self.last_trades:
-            last *= self.shift
+        last = self.factor * self.shift * _bar(pair, len(LEVELS), self.last_trade(pair)).close
         distance = max(1, round(last * self.half_spread / tick)) * (1 if side == "ask" else -1)
-        middle = round(last / tick)
+        middle = round(float(pair.price(last)) / tick)
         seed = _seeds(pair.id + side)[0]
-        second = int(self.now)
-        lot = 5_000 / _base_price(pair.base)
+        lot = 5_000 * UNITS / _base_price(pair.base)
         levels = {}
         for level in range(count):
             ticks = middle + distance * (level + first)
             if ticks > 0:
-                amount = _amount(lot * (1.1 + _noise(seed, second + level)))
-                levels[pair.price(ticks * tick)] = amount
+                change = (self.step + 7 * level) // BOOK_STEPS_PER_SECOND
+                amount = int(lot * (1.1 + _noise(seed, change + level)))
+                levels[pair.price(ticks * tick)] = _amount(amount)
         return levels
 
     def book(self, pair: Pair, depth: int, step: int) -> Book:
@@ -319,21 +457,16 @@ class Market:
                 "is_buyer_maker": "true",
             }
         row["iso"] = iso_time(row["ms"])
-        row["price"] = pair.price(self.price(pair, number * TRADE_SECONDS))
-        row["amount"] = _amount(800 / _base_price(pair.base) * (1.01 + noise))
+        trade = _bar(pair, len(LEVELS), number)
+        row["price"] = pair.price(self.factor_of(pair) * trade.close)
+        row["amount"] = _amount(trade.volume)
         return row
 
     def candle(self, pair: Pair, number: int, seconds: int) -> Fields:
         """Return one candle. The current candle closes at the current price."""
         start = number * seconds + self.offset(seconds)
-        end = min(start + seconds, self.traded(pair).now)
-        times = [start, start + seconds / 3, start + seconds * 2 / 3]
-        points = [self.price(pair, at) for at in times if at <= end] + [self.price(pair, end)]
-        row: Fields = {"second": start, "ms": start * 1000, "end": (start + seconds) * 1000 - 1}
-        row |= {"open": pair.price(points[0]), "close": pair.price(points[-1])}
-        row |= {"high": pair.price(max(points)), "low": pair.price(min(points))}
-        row["volume"] = _amount(self.volume(pair, start // 60) * max(end - start, 0.001))
-        return row
+        row = self.figures(pair, start, start + seconds)
+        return row | {"second": start, "ms": start * 1000, "end": (start + seconds) * 1000 - 1}
 
     def offset(self, seconds: float) -> int:
         """Return the start of the first period of a length, in seconds since the epoch."""

@@ -241,8 +241,6 @@ def special_trade(row: Fields) -> Fields:
 def candle_row(market: Market, topic: Topic, number: int) -> Fields:
     """Return a candle as REST has it, and whether it has closed."""
     row = market.candle(topic.pair, number, topic.seconds)
-    defaults = {"turnover": "0", "vwap": row["close"], "count": 1}
-    row = defaults | row
     is_closed = row["end"] < market.now * 1000
     row["is_closed"] = "true" if is_closed else "false"
     return row | {

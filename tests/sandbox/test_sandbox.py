@@ -3,12 +3,10 @@
 import asyncio
 import json
 import re
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from itertools import pairwise
-from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,7 +14,6 @@ import aiohttp
 import ccxt.async_support as ccxt
 import pytest
 
-from src.sandbox.market import Market, Pair
 from src.sandbox.server import Sandbox
 
 NAMES = ["bybit", "binance", "kraken"]
@@ -189,6 +186,31 @@ async def test_trades_ascend_until_now(client: Any) -> None:
     assert all(
         trade["price"] == pytest.approx(last, rel=0.01) and trade["amount"] > 0 for trade in trades
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "symbol", "limit"),
+    [
+        ("bybit", "ETH/USDT", 60),
+        ("bybit", "ETH/USDT:USDT", 600),
+        ("binance", "ETH/USDT", 600),
+        ("binance", "ETH/USDT:USDT", 600),
+        ("kraken", "ETH/USDT", 600),
+    ],
+)
+@pytest.mark.parametrize("frame", ["1m", "5m"])
+async def test_candles_equal_the_trades(
+    connect: Connect, clock: Clock, name: str, symbol: str, limit: int, frame: str
+) -> None:
+    """The trades of a candle have exactly its prices and its volume."""
+    client = await connect(name)
+    clock.now = NOON // 300 * 300 + min(limit / 2, client.parse_timeframe(frame)) - 1
+    candle = (await client.fetch_ohlcv(symbol, frame))[-1]
+    trades = await client.fetch_trades(symbol, None, limit)
+    trades = [trade for trade in trades if trade["timestamp"] >= candle[0]]
+    prices = [trade["price"] for trade in trades]
+    assert candle[1:5] == [prices[0], max(prices), min(prices), prices[-1]]
+    assert candle[5] == pytest.approx(sum(trade["amount"] for trade in trades), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["bybit", "binance"])
@@ -403,6 +425,8 @@ async def test_books_of_still_markets_move_without_trades(
     assert after["bid"] == pytest.approx(before["bid"] * 1.02, rel=0.001)
     trades = await client.fetch_trades("ETH/USDT", None, 5)
     assert trades[-1]["timestamp"] / 1000 == pytest.approx(NOON, abs=1)
+    candle = (await client.fetch_ohlcv("ETH/USDT", "1m"))[-1]
+    assert candle[1:] == [*[before["last"]] * 4, 0]
 
 
 async def test_odd_data_is_sent_for_one_market(sandbox: Sandbox, client: Any) -> None:
@@ -723,23 +747,3 @@ async def test_control_replaces_and_shows_knobs(get: Get) -> None:
     state = json.loads((await get("control"))[1])["kraken"]
     assert state["knobs"]["status"] == 0
     assert state["calls"] == {TIME["kraken"]: 1}
-
-
-def test_candles_need_few_function_calls() -> None:
-    """Uncached candles take at most 60 function calls each."""
-    calls = 0
-
-    def count(_frame: FrameType, event: str, _argument: object) -> None:
-        nonlocal calls
-        calls += event == "call"
-
-    market = Market(NOON)
-    sys.setprofile(count)
-    try:
-        numbers = market.periods(3_600, 1_000)
-        pairs = [Pair(coin, "USDT") for coin in ("BTC", "ETH", "SOL")]
-        candles = [[market.candle(pair, number, 3_600) for number in numbers] for pair in pairs]
-    finally:
-        sys.setprofile(None)
-    assert [len(rows) for rows in candles] == [1_000] * 3
-    assert calls <= 3 * 1_000 * 60
