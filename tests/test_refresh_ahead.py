@@ -43,7 +43,7 @@ OFTEN = HOT_HITS + 1  # a miss, and hits enough to make it hot
 KEY = Key("bybit", "ticker", "BTC/USDT")
 PATH = "/ticker/BTC-USDT?exchange=bybit"
 CANARY = "/trades/BTC-USDT?exchange=bybit&limit=1"
-CANARY_KEY = Key("bybit", "trades", "BTC/USDT", (1,))
+CANARY_KEY = Key("bybit", "trades", "BTC/USDT", (60,))
 CANARY_TTL = 0.015625
 MISS, HIT = "fwd=miss; stored", "hit; detail=memory"
 
