@@ -102,12 +102,14 @@ class Socket:
         self, key: str, topic: Topic, market: Market, messages: list[str]
     ) -> list[str]:
         """Return the messages, more than once or again after newer ones if the knob `odd` says."""
+        if not messages:
+            return messages
+        earlier = self.earlier.get(key, [])
+        self.earlier[key] = messages
         if market.is_odd(topic.pair, "duplicates"):
-            return [message for message in messages for _ in range(2)]
-        if messages and market.is_odd(topic.pair, "late") and topic.channel != "book":
-            earlier = self.earlier.get(key, [])
-            self.earlier[key] = messages
-            return messages + earlier
+            messages = [message for message in messages for _ in range(2)]
+        if market.is_odd(topic.pair, "late") and topic.channel != "book":
+            messages = messages + earlier
         return messages
 
     def ticker_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
@@ -149,8 +151,9 @@ class Socket:
 
     def trade_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
         last = int(market.traded(topic.pair).now / TRADE_SECONDS)
-        first = max(self.pushed.get(key, last), last - MAX_TRADES) + 1
-        self.pushed[key] = last
+        pushed = self.pushed.get(key, last)
+        first = max(pushed, last - MAX_TRADES) + 1
+        self.pushed[key] = max(pushed, last)
         rows = market.trades(topic.pair, range(first, last + 1))
         if topic.pair.is_swap and market.is_odd(topic.pair, "odd_trades"):
             rows = [row | special_trade(row) for row in rows]

@@ -662,6 +662,23 @@ async def test_pushes_can_come_late(sandbox: Sandbox, dial: Dial, name: str) -> 
     assert pushes[2::2] == [pushes[0], *pushes[1::2]][: len(pushes[2::2])]
 
 
+async def test_trades_are_not_repeated_after_a_halt(
+    sandbox: Sandbox, dial: Dial, clock: Clock
+) -> None:
+    """The last trade of a halted market is three days old, but known trades do not come again."""
+    peer = await dial("bybit")
+    await peer.request(request("bybit", "publicTrade.BTCUSDT"))
+    changes: list[dict[str, Any]] = [{}, {"halted": ["BTCUSDT"]}, {}]
+    async with fast_clock(clock):
+        for knobs in changes:
+            await sandbox.set("bybit", push_ms=5, **knobs)
+            for _ in range(20):
+                await drain_pushes(peer)
+        pushes = [*peer.pushed, *[await peer.push() for _ in range(5)]]
+    numbers = [int(row["i"]) for push in pushes for row in push["data"]]
+    assert numbers == sorted(set(numbers))
+
+
 @pytest.mark.parametrize(
     ("wanted", "path"),
     [("orderbook.50.BTCUSDT", ""), ("orderbook.50.BTCUSDT", "/v5/public/linear")],
