@@ -16,9 +16,10 @@ from config import Settings
 from src.cache.entry import FINAL_TTL_SECONDS, Entry, Freshness, Key, Param
 from src.core.clock import Clock
 from src.core.errors import InvalidParameter
-from src.core.models import TIMEFRAMES, Candles, Grid, MarketData, OrderBook, Ticker, Trades
+from src.core.models import TIMEFRAMES, Candles, Grid, MarketData, OrderBook, Ticker
 from src.exchanges.manager import ExchangeCall, ExchangeManager, Fetched, is_swap, weight_of
 from src.exchanges.profiles import PROFILES, Profile
+from src.exchanges.trades import build_trades
 
 MAX_VIEWS = 8  # parts that an entry keeps: bots use few different limits
 MIN_SINCE_MS = 100_000_000_000  # in 1973, before any market: a smaller number is in seconds
@@ -127,7 +128,7 @@ KINDS = {
         params=("limit",),
         share=_share_rows("trades"),
         cut=_cut_trades,
-        build=Trades.from_ccxt,
+        build=build_trades,
     ),
 }
 DATA_ROUTES = ("/tickers", *(f"/{kind}/{{symbol}}" for kind in KINDS))

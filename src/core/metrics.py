@@ -217,7 +217,12 @@ stream_messages_received_total = _counter(
 stream_messages_sent_total = _counter("stream_messages_sent", "Messages to clients.", "channel")
 stream_conflated_total = _counter("stream_conflated", "Updates that slow clients skipped.")
 stream_dropped_total = _counter(
-    "stream_dropped", "Messages dropped.", reason=("slow_client", "implausible", "bus")
+    "stream_dropped",
+    "Messages dropped.",
+    reason=("slow_client", "implausible", "bus", "late", "repeated", "incomplete"),
+)
+trades_dropped_total = _counter(
+    "trades_dropped", "Rows left out of lists of trades.", "exchange", "reason"
 )
 stream_event_age_seconds = _histogram(
     "stream_event_age_seconds", "Time from receipt until publishing to a feed.", buckets=FAST

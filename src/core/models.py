@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from src.core import metrics
 from src.core.errors import BadUpstreamData, NoPrice
+from src.core.metrics import trades_dropped_total
 
 TIMEFRAMES = {  # seconds
     "1m": 60, "5m": 300, "15m": 900, "30m": 1800, "1h": 3600, "4h": 14400, "1d": 86400,
@@ -253,11 +254,11 @@ class Trade(Document):
 
     @classmethod
     def from_ccxt(cls, raw: Raw, exchange: str, symbol: str) -> Self:
-        """Convert a ccxt trade. Raises `BadUpstreamData` if a number is missing or implausible."""
-        price = _to_number(raw.get("price"))
-        amount = _to_number(raw.get("amount"))
+        """Convert a ccxt trade. Raises `BadUpstreamData` if a number is missing or not positive."""
+        price = _to_number(raw.get("price")) or 0.0
+        amount = _to_number(raw.get("amount")) or 0.0
         timestamp = _to_positive_integer(raw.get("timestamp"))
-        if price is None or price <= 0 or amount is None or timestamp is None:
+        if price <= 0 or amount <= 0 or timestamp is None:
             raise _bad_data(exchange, symbol, "sent an implausible trade")
         identity = None if raw.get("id") is None else str(raw["id"])
         side = raw["side"] if raw.get("side") in ("buy", "sell") else None
@@ -271,11 +272,30 @@ class Trades(MarketData):
 
     @classmethod
     def from_ccxt(cls, raw: Sequence[Raw], exchange: str, symbol: str, fetched_at: int) -> Self:
-        """Convert ccxt trades. Raises `NoPrice` without trades, `BadUpstreamData` if one is bad."""
+        """Convert ccxt trades, each id once. Implausible trades are left out and counted.
+
+        Raises `NoPrice` without trades, and `BadUpstreamData` if none is plausible.
+        """
         if not raw:
             raise _no_price(exchange, symbol, "has no trades")
-        trades = [Trade.from_ccxt(trade, exchange, symbol) for trade in raw]
-        return cls(symbol=symbol, exchange=exchange, fetched_at=fetched_at, trades=trades)
+        trades: list[Trade] = []
+        ids: set[str] = set()
+        for row in raw:
+            try:
+                trade = Trade.from_ccxt(row, exchange, symbol)
+            except BadUpstreamData:
+                trades_dropped_total.labels(exchange, "implausible").inc()
+                continue
+            if trade.id in ids:
+                trades_dropped_total.labels(exchange, "duplicate").inc()
+                continue
+            ids |= {trade.id} if trade.id is not None else set()
+            trades.append(trade)
+        if not trades:
+            raise _bad_data(exchange, symbol, "sent no plausible trade")
+        newest = max(trade.timestamp for trade in trades)
+        values: dict[str, Any] = {"symbol": symbol, "exchange": exchange, "fetched_at": fetched_at}
+        return cls(trades=trades, timestamp=newest, **values)
 
 
 def _bad_data(exchange: str, symbol: str, fault: str) -> BadUpstreamData:

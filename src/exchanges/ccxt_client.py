@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CcxtClient = Any  # ccxt's clients are untyped and generated
 MARKETS_TIMEOUT_SECONDS = 20.0
-SNAPSHOT_FORMAT = 4  # 4: with ws_name, status and state
+SNAPSHOT_FORMAT = 5  # 5: with ws_name, decimals, status and state
 UNUSED_FIELDS = {"info", "limits", "precision", "marginModes", "tiers"}
 """Fields of a market that nothing here reads. `info` alone is more than half of a market."""
 
@@ -228,6 +228,7 @@ def _slim(profile: Profile, market: dict[str, Any]) -> dict[str, Any]:
     """Return the used fields of ccxt's market, and what the profile makes of the exchange's row."""
     used = {name: value for name, value in market.items() if name not in UNUSED_FIELDS}
     used["ws_name"] = profile.ws_name(market)
+    used["decimals"] = profile.decimals(market)
     used["status"] = status_of(market)
     used["state"] = profile.state_of(market)
     return {name: value for name, value in used.items() if value is not None}

@@ -14,8 +14,10 @@ from typing import Any, Protocol
 from aiohttp import ClientSession, WSServerHandshakeError
 
 from config import Settings
+from src.core import metrics
 from src.core.errors import GatewayError
 from src.exchanges import ccxt_client
+from src.exchanges.book_guard import BookGuard, MissingUpdateError
 from src.exchanges.ccxt_client import CcxtClient, ccxt
 from src.exchanges.http_client import Answer
 from src.exchanges.profiles import PROFILES, Profile, Refusal
@@ -28,6 +30,9 @@ CCXT_CHANNELS = {"ticker": {"ticker", "bidask"}, "orderbook": {"orderbook"}, "tr
 CLOSE_TIMEOUT_SECONDS = 1.0
 # How much older than its bid and ask a ticker may be: a market may have no trade for this long.
 MAX_TICKER_LAG_MS = 600_000
+# How much older than the newest value a late one may be. An even older one means that the clock of
+# the exchange was corrected.
+MAX_LATE_MS = 60_000
 TOP_FIELDS = ("bid", "bidVolume", "ask", "askVolume")
 TIME_FIELDS = ("timestamp", "datetime")
 
@@ -44,8 +49,11 @@ class Listener(Protocol):
     def lost(self, cause: str, refusal: GatewayError | None) -> None:
         """Process a lost or failed connection. `refusal` is the error the exchange sent."""
 
-    def refused(self, symbol: str) -> None:
-        """Process the end of one subscription."""
+    def ended(self, symbol: str, *, is_refused: bool) -> None:
+        """Process a refused subscription, or data that misses an update.
+
+        Only a new subscription makes the data complete.
+        """
 
 
 class CcxtSockets:
@@ -64,9 +72,13 @@ class CcxtSockets:
         self._listener = listener
         self._tasks: set[asyncio.Future[Any]] = set()
         self._topics: dict[str, list[str]] = {}  # symbol -> the exchange's names of subscriptions
+        self._markets: dict[str, dict[str, Any]] = {}
+        self._names = _Names(self._profile)
         options = ccxt_client.ClientOptions.from_settings(exchange, settings)
         self._ccxt: CcxtClient = ccxt_client.make_client(options, session, has_sockets=True)
-        self._observer = _Observer(self._ccxt, self._profile, kind, listener)
+        self._observer = _Observer(
+            self._ccxt, self._profile, kind, _Translator(listener, self._names)
+        )
         missing = ccxt_client.missing_internals(self._ccxt)
         self._is_supported = not missing.keys() & {"sockets", "connection"}
         if self._is_supported:
@@ -75,8 +87,9 @@ class CcxtSockets:
 
     def use(self, markets: CcxtClient, snapshot: Callable[..., Awaitable[Any]]) -> None:
         """Use the REST client's markets, and this function to fetch order book snapshots."""
-        self._ccxt.markets = markets.markets
-        self._ccxt.markets_by_id = markets.markets_by_id
+        if markets.markets is not self._markets:  # replaced every hour
+            self._markets = markets.markets
+            self._names.adopt(self._ccxt, self._markets)
         self._ccxt.fetch_rest_order_book_safe = snapshot
 
     @property
@@ -98,20 +111,22 @@ class CcxtSockets:
             self._listener.lost("lost", None)
             return 0
         self._ccxt.ws_dial_backoff = {}  # the caller decides when to try again
-        self._forget(symbols)  # data that arrived after they were unsubscribed
-        for symbol in symbols:
-            market = self._ccxt.market(symbol)
+        names = [self._names.name_of(symbol) for symbol in symbols]
+        self._forget(names)  # data that arrived after they were unsubscribed
+        for name in names:
+            market = self._ccxt.market(name)
             topics = self._profile.topics[self._kind]
-            self._topics[symbol] = [topic.format_map(market) for topic in topics]
+            self._topics[name] = [topic.format_map(market) for topic in topics]
+        params = dict(self._profile.watch_params.get(self._kind, {}))
         if self._kind == "trades":
-            self._start(self._ccxt.watch_trades_for_symbols(symbols))
+            self._start(self._ccxt.watch_trades_for_symbols(names, params=params))
         elif self._kind == "orderbook":
             depth = self._profile.book_depth
-            self._start(self._ccxt.watch_order_book_for_symbols(symbols, depth))
+            self._start(self._ccxt.watch_order_book_for_symbols(names, depth, params))
         else:
-            self._start(self._ccxt.watch_tickers(symbols))
-            if self._observer.has_separate_top(symbols[0]):
-                self._start(self._ccxt.watch_bids_asks(symbols))
+            self._start(self._ccxt.watch_tickers(names, params))
+            if self._observer.has_separate_top(names[0]):
+                self._start(self._ccxt.watch_bids_asks(names))
                 return 2
         return 1
 
@@ -120,8 +135,8 @@ class CcxtSockets:
 
         ccxt's own methods are missing or incomplete on some exchanges.
         """
-        ended = sorted(set(symbols) & self._topics.keys())
-        topics = [topic for symbol in ended for topic in self._topics.pop(symbol)]
+        ended = sorted({self._names.name_of(symbol) for symbol in symbols} & self._topics.keys())
+        topics = [topic for name in ended for topic in self._topics.pop(name)]
         self._forget(ended)
         sent = 0
         for connection in self._connections():
@@ -162,13 +177,14 @@ class CcxtSockets:
     def _connections(self) -> list[Any]:
         return list((self._ccxt.clients or {}).values()) if self._is_supported else []
 
-    def _forget(self, symbols: Iterable[str]) -> None:
-        """Remove the data of symbols, which would look new after the next subscription."""
+    def _forget(self, names: Iterable[str]) -> None:
+        """Remove the data of markets, which would look new after the next subscription."""
         client = self._ccxt
         joined = self._observer.joined
-        for symbol in symbols:
+        for name in names:
             for data in (joined, client.tickers, client.bidsasks, client.orderbooks, client.trades):
-                data.pop(symbol, None)
+                data.pop(name, None)
+            self._observer.forget_book(name)
 
     def _close(self, connection: Any) -> None:
         self._start(connection.close())
@@ -188,6 +204,53 @@ class CcxtSockets:
         return connection
 
 
+class _Names:
+    """The names that markets have in ccxt's WebSocket client, which may differ from symbols."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+        self._names: dict[str, str] = {}  # by symbol
+        self._symbols: dict[str, str] = {}  # by name
+
+    def adopt(self, client: CcxtClient, markets: dict[str, dict[str, Any]]) -> None:
+        """Set the markets of ccxt's client, each under its name."""
+        if not self._profile.has_own_symbols:
+            ccxt_client.adopt_markets(client, markets)
+            return
+        self._names = {symbol: market["ws_name"] for symbol, market in markets.items()}
+        self._symbols = {name: symbol for symbol, name in self._names.items()}
+        named = {
+            name: {**markets[symbol], "symbol": name} for name, symbol in self._symbols.items()
+        }
+        ccxt_client.adopt_markets(client, named)
+
+    def name_of(self, symbol: str) -> str:
+        """Return the name of a symbol."""
+        return self._names.get(symbol, symbol)
+
+    def symbol_of(self, name: str) -> str:
+        """Return the symbol with a name."""
+        return self._symbols.get(name, name)
+
+
+class _Translator:
+    """Replaces ccxt's names by symbols for a listener."""
+
+    def __init__(self, listener: Listener, names: _Names) -> None:
+        self.lost = listener.lost
+        self._listener = listener
+        self._symbol_of = names.symbol_of
+
+    def received(self, name: str, value: Any, *, steady: bool) -> None:
+        symbol = self._symbol_of(name)
+        if isinstance(value, dict):
+            value = {**value, "symbol": symbol}
+        self._listener.received(symbol, value, steady=steady)
+
+    def ended(self, name: str, *, is_refused: bool) -> None:
+        self._listener.ended(self._symbol_of(name), is_refused=is_refused)
+
+
 class _Observer:
     """Forwards the messages and failures of ccxt's connections to a listener."""
 
@@ -196,11 +259,20 @@ class _Observer:
         self._profile = profile
         self._kind = kind
         self._listener = listener
-        self.joined: dict[str, Any] = {}  # symbol -> bid and ask that were last added to a ticker
+        self._guard = BookGuard(profile.find_book_update if kind == "orderbook" else None)
+        self.joined: dict[str, tuple[Any, Any]] = {}  # name -> newest ticker, bid and ask
 
     def has_separate_top(self, symbol: str) -> bool:
         """True if a market's ticker arrives without bid and ask."""
         return ("swap" if ":" in symbol else "spot") in self._profile.separate_top_types
+
+    def forget_book(self, name: str) -> None:
+        """Ignore the updates of an order book until its next snapshot."""
+        self._guard.forget(self._ws_name(name))
+
+    def _ws_name(self, name: str) -> str:
+        market = self._ccxt.markets.get(name, {})
+        return str(market.get("ws_name", name))
 
     def observe(self, connection: Any) -> None:
         """Wrap ccxt's functions that process messages, resolve futures and report failures."""
@@ -221,11 +293,27 @@ class _Observer:
             connection.on_error(ccxt.BadResponse("junk"))
 
     def _on_data(self, process: Callable[..., None], connection: Any, data: Any) -> None:
+        if isinstance(data, dict) and not self._is_usable(connection, data):
+            return
+        process(connection, data)
+
+    def _is_usable(self, connection: Any, data: dict[str, Any]) -> bool:
+        """Report refusals and missing updates. Return False for data that ccxt must not process."""
         find_refusal = self._profile.find_refusal
-        refusal = find_refusal(data) if find_refusal and isinstance(data, dict) else None
+        refusal = find_refusal(data) if find_refusal else None
         if refusal is not None:
             self._report_refusal(connection, refusal)
-        process(connection, data)
+        try:
+            return self._guard.is_next(data)
+        except MissingUpdateError as error:
+            market_type = "spot" if "spot" in connection.url else "swap"
+            market = self._ccxt.safe_market(error.args[0], None, None, market_type)
+            self._report_incomplete(market["symbol"])
+            return False
+
+    def _report_incomplete(self, name: str) -> None:
+        metrics.stream_dropped_total.labels("incomplete").inc()
+        self._listener.ended(name, is_refused=False)
 
     def _report_refusal(self, connection: Any, refusal: Refusal) -> None:
         symbols = {refusal.symbol}
@@ -236,8 +324,8 @@ class _Observer:
             )
             if match is not None and is_refused:
                 symbols.add(match["symbol"])
-        for symbol in symbols:
-            self._listener.refused(symbol)
+        for symbol in symbols - {""}:
+            self._listener.ended(symbol, is_refused=True)
 
     def _on_resolve(self, resolve: Callable[..., Any], result: Any, name: str) -> Any:
         match = SUBSCRIPTION.fullmatch(name)
@@ -248,7 +336,11 @@ class _Observer:
     def _on_reject(self, connection: Any, reject: Any, error: Any, name: str | None = None) -> Any:
         match = SUBSCRIPTION.fullmatch(name or "")
         if match is not None and not connection.error:
-            self._listener.refused(match["symbol"])
+            # Our own errors come from requests for snapshots.
+            if isinstance(error, ccxt.ChecksumError) or not isinstance(error, ccxt.BaseError):
+                self._report_incomplete(match["symbol"])
+            else:
+                self._listener.ended(match["symbol"], is_refused=True)
         return reject(error, name)
 
     def _on_error(self, on_error: Callable[..., None], connection: Any, error: Any) -> None:
@@ -278,31 +370,67 @@ class _Observer:
             self._forward_ticker(symbol)
             return
         if self._kind == "orderbook":
-            depth = self._profile.book_depth
-            value = {**result, "bids": result["bids"][:depth], "asks": result["asks"][:depth]}
-        else:
-            value = result[-result.getLimit(symbol, None) :]
+            self._forward_book(symbol, result)
+            return
+        value = result[-result.getLimit(symbol, None) :]
         self._listener.received(symbol, value, steady=True)
+
+    def _forward_book(self, name: str, book: dict[str, Any]) -> None:
+        ws_name = self._ws_name(name)
+        decimals = self._ccxt.markets[name].get("decimals")
+        if not self._guard.is_correct(ws_name, book, decimals):
+            self._report_incomplete(name)
+            return
+        depth = self._profile.book_depth
+        value = {**book, "bids": book["bids"][:depth], "asks": book["asks"][:depth]}
+        if time := self._guard.time_of(ws_name):
+            value["timestamp"] = self._ccxt.parse8601(time)
+        self._listener.received(name, value, steady=True)
 
     def _forward_ticker(self, symbol: str) -> None:
         """Forward a ticker, joined with bid and ask if they arrive separately."""
-        ticker = self._ccxt.tickers.get(symbol)
+        ticker = self._with_time(self._ccxt.tickers.get(symbol))
         top = self._ccxt.bidsasks.get(symbol)
         if ticker and not self.has_separate_top(symbol):
             self._listener.received(symbol, ticker, steady=True)
         elif ticker and top:
             self._forward_joined(symbol, ticker, top)
 
-    def _forward_joined(self, symbol: str, ticker: dict[str, Any], top: dict[str, Any]) -> None:
+    def _with_time(self, ticker: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Add the exchange's time to a ticker if ccxt ignores it."""
+        text = ticker["info"].get(self._profile.ticker_time) if ticker else None
+        if not ticker or not text:
+            return ticker
+        timestamp = self._ccxt.parse8601(text)
+        return ticker | {"timestamp": timestamp, "datetime": self._ccxt.iso8601(timestamp)}
+
+    def _forward_joined(self, name: str, ticker: dict[str, Any], top: dict[str, Any]) -> None:
+        last_ticker, last_top = self.joined.get(name, (None, None))
+        ticker = _newer(ticker, last_ticker)
+        top = _newer(top, last_top)
+        if ticker is last_ticker and top is last_top:
+            metrics.stream_dropped_total.labels("late").inc()
+            return
+        self.joined[name] = (ticker, top)
         lag_ms = (top["timestamp"] or 0) - (ticker["timestamp"] or 0)
         if lag_ms > MAX_TICKER_LAG_MS:
             return  # the last price stopped arriving: the silence leads to a new subscription
         newest = top if lag_ms > 0 else ticker
-        joined = ticker | {name: top[name] for name in TOP_FIELDS}
-        joined |= {name: newest[name] for name in TIME_FIELDS}
-        is_new_top = top is not self.joined.get(symbol)
-        self.joined[symbol] = top
-        self._listener.received(symbol, joined, steady=is_new_top)
+        joined = ticker | {field: top[field] for field in TOP_FIELDS}
+        joined |= {field: newest[field] for field in TIME_FIELDS}
+        self._listener.received(name, joined, steady=top is not last_top)
+
+
+def is_late(timestamp: int | None, newest: int | None) -> bool:
+    """Return True if a value is older than the newest one, by the exchange's time (UTC ms)."""
+    return bool(timestamp and newest and 0 < newest - timestamp <= MAX_LATE_MS)
+
+
+def _newer(ticker: dict[str, Any], last: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a ticker, or the last one if the ticker is late."""
+    if last is not None and is_late(ticker["timestamp"], last["timestamp"]):
+        return last
+    return ticker
 
 
 def _is_open(connection: Any) -> bool:

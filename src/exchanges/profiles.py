@@ -28,6 +28,24 @@ FindRefusal = Callable[[Mapping[str, Any]], Refusal | None]
 """Returns the refusal that a message of the exchange contains."""
 
 
+class BookUpdate(NamedTuple):
+    """What a message says about the order book that it changes."""
+
+    name: str
+    """Name of the market on the sockets."""
+    is_snapshot: bool
+    number: int | None = None
+    """Grows by one with each update."""
+    checksum: int | None = None
+    """Of the book after the update."""
+    time: str = ""
+    """Time of the update in ISO 8601, if ccxt ignores it."""
+
+
+FindBookUpdate = Callable[[Mapping[str, Any]], BookUpdate | None]
+"""Returns the order book update that a message of the exchange contains."""
+
+
 @dataclass(frozen=True, slots=True)
 class StatusRule:
     """Meaning of an HTTP status."""
@@ -86,6 +104,15 @@ def one_per_call(_operation: str, _size: int, _is_swap: bool) -> int:
     return 1
 
 
+def no_decimals(_market: Mapping[str, Any]) -> None:
+    """Return None: the exchange sends no checksums."""
+
+
+def any_trade(_row: Mapping[str, Any]) -> bool:
+    """Accept every trade."""
+    return True
+
+
 def market_id(market: Mapping[str, Any]) -> str:
     """Return the exchange's id of a market."""
     return str(market["id"])
@@ -124,6 +151,12 @@ class Profile:
     A market with any other status is halted: its prices are old."""
     ws_name: MarketName = market_id
     """Returns the name of a market on the sockets."""
+    has_own_symbols: bool = False
+    """True if ccxt passes on the names on the sockets as symbols."""
+    decimals: Callable[[Mapping[str, Any]], tuple[int, int] | None] = no_decimals
+    """Returns the decimals of a market's prices and amounts, of which checksums are made."""
+    is_market_trade: Callable[[Mapping[str, Any]], bool] = any_trade
+    """Returns False for rows in lists of trades that no order in the market caused."""
     topics: Mapping[str, tuple[str, ...]]
     """Kind of data -> topics of one market, formatted with the fields of ccxt's market."""
     socket_limits: dict[str, SocketLimits]
@@ -131,6 +164,12 @@ class Profile:
     book_depth: int
     """Levels of a streamed order book: the smallest depth from 50 levels on."""
     unsubscribe: Unsubscribe
+    watch_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Kind of data -> further parameters of the subscription."""
+    ticker_time: str = ""
+    """Field of a pushed ticker with the exchange's time, if ccxt ignores it."""
+    find_book_update: FindBookUpdate | None = None
+    """Finds numbers and checksums of order book updates that ccxt does not check."""
     find_refusal: FindRefusal | None = None
     """Finds refused subscriptions that ccxt does not report."""
     separate_top_types: frozenset[str] = frozenset()
@@ -167,6 +206,19 @@ def bybit_unsubscribe(_kind: str, topics: Sequence[str], number: int) -> dict[st
     return {"op": "unsubscribe", "req_id": number, "args": topics}
 
 
+def bybit_book_update(message: Mapping[str, Any]) -> BookUpdate | None:
+    """Read `u` of an order book message. Recorded on 2026-08-09: it grows by one."""
+    if not str(message.get("topic")).startswith("orderbook."):
+        return None
+    data = message["data"]
+    return BookUpdate(data["s"], message["type"] == "snapshot", number=data["u"])
+
+
+def bybit_is_market_trade(row: Mapping[str, Any]) -> bool:
+    """Reject block trades, which are negotiated outside of the order book."""
+    return not (row.get("BT") or row.get("isBlockTrade"))
+
+
 # https://bybit-exchange.github.io/docs/v5/ws/connect: ten args per message for spot, and 21,000
 # characters of args per connection. The longest, `"orderbook.50.1000000BABYDOGEUSDT",`, has 35. No
 # rate of messages is documented.
@@ -191,6 +243,8 @@ BYBIT = Profile(
     socket_limits={"spot": BYBIT_SPOT_LIMITS, "swap": BYBIT_SWAP_LIMITS},
     book_depth=50,
     unsubscribe=bybit_unsubscribe,
+    find_book_update=bybit_book_update,
+    is_market_trade=bybit_is_market_trade,
     separate_top_types=frozenset({"spot"}),
 )
 
@@ -225,6 +279,11 @@ def binance_refusal(message: Mapping[str, Any]) -> Refusal | None:
     return Refusal(number=str(message.get("id"))) if "error" in message else None
 
 
+def binance_is_market_trade(row: Mapping[str, Any]) -> bool:
+    """Reject trades of the insurance fund and auto-deleveraging, which swaps have."""
+    return bool(row.get("X", "MARKET") == "MARKET")
+
+
 # https://developers.binance.com/docs/binance-spot-api-docs/web-socket-streams: five messages per
 # second and connection, including pings and pongs, and 1,024 streams per connection. Three messages
 # per second leave room for a ping and a pong. Swaps have ten messages per second.
@@ -252,6 +311,7 @@ BINANCE = Profile(
     book_depth=100,
     unsubscribe=binance_unsubscribe,
     find_refusal=binance_refusal,
+    is_market_trade=binance_is_market_trade,
     separate_top_types=frozenset({"swap"}),
     numbers_per_socket=True,
     # The default ticker stream of ccxt has no bid and ask. By default ccxt spreads subscriptions
@@ -275,22 +335,44 @@ def kraken_ws_name(market: Mapping[str, Any]) -> str:
 
 
 KRAKEN_CHANNELS = {"ticker": "ticker", "orderbook": "book", "trades": "trade"}
-# An unsubscription names the same depth as the subscription.
 KRAKEN_BOOK_DEPTH = 100
+# By default Kraken pushes a ticker only after a trade. The documentation requires the same
+# parameters for the unsubscription.
+KRAKEN_WATCH_PARAMS: dict[str, dict[str, Any]] = {
+    "ticker": {"event_trigger": "bbo"},
+    "orderbook": {"depth": KRAKEN_BOOK_DEPTH},
+}
 
 
 def kraken_unsubscribe(kind: str, topics: Sequence[str], number: int) -> dict[str, Any]:
     """Return Kraken's message."""
     params: dict[str, Any] = {"channel": KRAKEN_CHANNELS[kind], "symbol": topics}
-    if kind == "orderbook":
-        params["depth"] = KRAKEN_BOOK_DEPTH
+    params |= KRAKEN_WATCH_PARAMS.get(kind, {})
     return {"method": "unsubscribe", "params": params, "req_id": number}
+
+
+def kraken_decimals(market: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the decimals of prices and amounts."""
+    info = market["info"]
+    if "pair_decimals" not in info or "lot_decimals" not in info:
+        return None
+    return int(info["pair_decimals"]), int(info["lot_decimals"])
+
+
+def kraken_book_update(message: Mapping[str, Any]) -> BookUpdate | None:
+    """Read the checksum of an order book message."""
+    if message.get("channel") != "book":
+        return None
+    book = message["data"][0]
+    is_snapshot = message["type"] == "snapshot"
+    checksum, time = book.get("checksum"), book.get("timestamp", "")
+    return BookUpdate(book["symbol"], is_snapshot, checksum=checksum, time=time)
 
 
 def kraken_refusal(message: Mapping[str, Any]) -> Refusal | None:
     """Find an error such as `{"error":"Currency pair not supported A/B","symbol":"A/B",...}`."""
     is_refused = message.get("method") == "subscribe" and message.get("success") is False
-    return Refusal(symbol=str(message.get("symbol"))) if is_refused else None
+    return Refusal(symbol=str(message.get("symbol", ""))) if is_refused else None
 
 
 # Kraken documents no limits of messages and symbols.
@@ -308,10 +390,15 @@ KRAKEN = Profile(
     quoted_statuses=frozenset({"online", "post_only", "limit_only", "reduce_only"}),
     ended_statuses=frozenset({"delisted"}),
     ws_name=kraken_ws_name,
+    has_own_symbols=True,
+    decimals=kraken_decimals,
     topics=dict.fromkeys(KRAKEN_CHANNELS, ("{symbol}",)),
     socket_limits=dict.fromkeys(MARKET_TYPES, KRAKEN_SOCKET_LIMITS),
+    watch_params=KRAKEN_WATCH_PARAMS,
+    ticker_time="timestamp",
     book_depth=KRAKEN_BOOK_DEPTH,
     unsubscribe=kraken_unsubscribe,
+    find_book_update=kraken_book_update,
     find_refusal=kraken_refusal,
 )
 

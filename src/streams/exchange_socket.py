@@ -202,8 +202,8 @@ class ExchangeSocket:
         if isinstance(refusal, GeoBlocked | ExchangeRateLimited):
             self._manager.hold(self.exchange, refusal)
 
-    def refused(self, symbol: str) -> None:
-        """Process an error of one subscription, or of a message with several."""
+    def ended(self, symbol: str, *, is_refused: bool) -> None:
+        """Subscribe again after a refusal of one or more symbols, or after a lost update."""
         if symbol in self.watched and self._is_open:
-            self.watched[symbol].refusals += 1
+            self.watched[symbol].refusals += is_refused
             self._subscriptions.repeat(symbol, self._clock.monotonic())

@@ -1,7 +1,8 @@
 """The watched topics: where each is watched, and the publication of their values."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -11,6 +12,8 @@ from src.core import metrics
 from src.core.background import repeat
 from src.core.clock import Clock
 from src.core.errors import BadUpstreamData, GatewayError, NoPrice
+from src.core.models import MarketData, Trade, Trades
+from src.exchanges.ccxt_sockets import is_late
 from src.exchanges.http_client import open_socket_session
 from src.gateway import Gateway
 from src.kinds import shared_key
@@ -21,6 +24,8 @@ from src.streams.liveness import Liveness
 from src.streams.topics import MarketDataEvent, SocketKey, Topic
 
 SPREAD_SECONDS = 1.0  # between two writes of a value to Redis, for replicas that do not listen
+
+SEEN_TRADES = 1000  # ids of each topic; exchanges repeat up to 50 trades after a reconnect
 
 Spawn = Callable[[Coroutine[Any, Any, None]], None]  # start a background task
 
@@ -42,6 +47,7 @@ class TopicState:
         self.liveness = Liveness(now)
         self.event: MarketDataEvent | None = None
         self.has_gap = False  # the newest event did not reach every subscriber
+        self._seen_trades: dict[str, None] = {}  # ids, oldest first
 
     @property
     def is_wanted(self) -> bool:
@@ -52,6 +58,24 @@ class TopicState:
     def has_current_value(self) -> bool:
         """Return True if new subscribers need no value from REST."""
         return self.event is not None and (self.live is True or self.topic.channel.is_incremental)
+
+    def is_late(self, exchange_time: int | None) -> bool:
+        """Return True if a value is older than the newest one by the exchange's time."""
+        newest = None if self.event is None else self.event.exchange_time
+        return is_late(exchange_time, newest)
+
+    def find_new_trades(self, trades: Iterable[Trade]) -> list[Trade]:
+        """Return the trades that were not received before, and remember their ids."""
+        new = [trade for trade in trades if trade.id not in self._seen_trades]
+        self.remember_trades(trade.id for trade in new)
+        return new
+
+    def remember_trades(self, ids: Iterable[str | None]) -> None:
+        """Remember the ids of received trades, the newest `SEEN_TRADES`."""
+        self._seen_trades |= {identity: None for identity in ids if identity is not None}
+        excess = len(self._seen_trades) - SEEN_TRADES
+        for identity in list(islice(self._seen_trades, max(0, excess))):
+            del self._seen_trades[identity]
 
     def subscribers(self) -> set[ClientConnection]:
         """Return the subscribers of all feeds."""
@@ -191,6 +215,8 @@ class TopicRegistry:
         except (BadUpstreamData, NoPrice):
             metrics.stream_dropped_total.labels("implausible").inc()
             return False
+        if not self._is_new(state, data):
+            return True
         data.source = "stream"
         if channel.is_incremental and state.liveness.is_resubscribed:
             state.sequence += 1  # data before the new subscription is missing
@@ -203,12 +229,28 @@ class TopicRegistry:
         self._publish(state, event, is_pushed=True)
         return True
 
+    @staticmethod
+    def _is_new(state: TopicState, data: MarketData) -> bool:
+        """Return False for late values. Remove repeated trades; False if no trade is new."""
+        if isinstance(data, Trades):
+            new = state.find_new_trades(data.trades)
+            repeated = len(data.trades) - len(new)
+            metrics.trades_dropped_total.labels(data.exchange, "duplicate").inc(repeated)
+            data.trades = new
+            return bool(new)
+        if state.is_late(data.timestamp):
+            metrics.stream_dropped_total.labels("late").inc()
+            return False
+        return True
+
     def receive_event(self, event: MarketDataEvent) -> None:
         """Publish an event of another replica."""
         state = self.topics[event.topic]
         now = self._clock.monotonic()
         born = now - max(0.0, self._clock.time() - event.receive_time / 1000)
         newest_time = 0 if state.event is None else state.event.receive_time
+        if event.topic.channel.is_incremental:
+            state.remember_trades(row["id"] for row in orjson.loads(event.data)["trades"])
         # The event may be delayed, and older than a value from REST.
         if event.receive_time >= newest_time or event.topic.channel.is_incremental:
             self._publish(state, event._replace(born=born), is_pushed=True)
@@ -220,10 +262,14 @@ class TopicRegistry:
         document = orjson.loads(body)
         fetched_at = document["fetched_at"]
         newest = state.event
+        timestamp = document.get("timestamp")
+        if state.topic.channel.is_incremental:
+            state.remember_trades(row["id"] for row in document["trades"])
         if newest is not None and (newest.receive_time == fetched_at or born <= newest.born):
             return
+        if state.is_late(timestamp):
+            return
         sequence = state.sequence + 1
-        timestamp = document.get("timestamp")
         event = MarketDataEvent(state.topic, sequence, timestamp, fetched_at, body, False, born)
         self._publish(state, event, is_pushed=False)
 

@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple, Self
 
 import orjson
 
-from src.core.models import MarketData, OrderBook, Ticker, Trades
+from src.core.models import MarketData, OrderBook, Ticker
 from src.exchanges.manager import is_swap
+from src.exchanges.trades import build_trades
 from src.store.redis import PREFIX
 
 MAX_LEVELS = 50  # of each watched order book; subscribers may request fewer
@@ -48,7 +49,7 @@ _parse_book = partial(OrderBook.from_ccxt, limit=MAX_LEVELS)
 _ROWS = (
     Channel("ticker", "ticker", Ticker.from_ccxt, has_bulk_call=True),
     Channel("book", "orderbook", _parse_book, rest_params=(MAX_LEVELS,), has_levels=True),
-    Channel("trades", "trades", Trades.from_ccxt, rest_params=(50,), is_incremental=True),
+    Channel("trades", "trades", build_trades, rest_params=(50,), is_incremental=True),
 )
 CHANNELS: dict[str, Channel] = {channel.name: channel for channel in _ROWS}
 CHANNEL_BY_KIND = {channel.kind: channel for channel in _ROWS}

@@ -232,13 +232,17 @@ def test_weeks_start_on_the_day_of_the_exchange() -> None:
 
 def test_trades_are_checked() -> None:
     """No trades is `NoPrice`, a trade without numbers is bad data, an unknown side is null."""
-    good = {"id": 7, "timestamp": NOW, "side": "buy", "price": 1.5, "amount": 0.0, "info": {}}
+    good = {"id": 7, "timestamp": NOW, "side": "buy", "price": 1.5, "amount": 2.0, "info": {}}
     result = Trades.from_ccxt(
         [good, good | {"side": "?", "id": None}], "kraken", "BTC/USDT", NOW
     ).trades
     assert (result[0].id, result[0].side, result[1].id, result[1].side) == ("7", "buy", None, None)
     with pytest.raises(NoPrice):
         Trades.from_ccxt([], "kraken", "BTC/USDT", NOW)
-    for bad in ({"price": None}, {"price": 0}, {"amount": math.nan}, {"timestamp": None}):
+    zero: list[dict[str, Any]] = [{"price": 0}, {"amount": 0}]
+    for bad in (*zero, {"price": None}, {"amount": math.nan}, {"timestamp": None}):
         with pytest.raises(BadUpstreamData):
             Trades.from_ccxt([good | bad], "kraken", "BTC/USDT", NOW)
+        rows = [good, good | bad | {"id": 8}, good]
+        trades = Trades.from_ccxt(rows, "kraken", "BTC/USDT", NOW).trades
+        assert [trade.id for trade in trades] == ["7"]

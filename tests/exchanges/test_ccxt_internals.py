@@ -95,7 +95,7 @@ class Losses:
     def lost(self, cause: str, refusal: object) -> None:
         self.causes.append(cause)
 
-    def refused(self, symbol: str) -> None:
+    def ended(self, symbol: str, *, is_refused: bool) -> None:
         pytest.fail("nothing can be refused")
 
 
