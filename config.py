@@ -167,9 +167,7 @@ ApiKeys = Annotated[dict[str, SecretStr], BeforeValidator(_parse_api_keys)]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)]
 LogFormat = Annotated[Literal["text", "json"], BeforeValidator(str.lower)]
 NO_SECRET = SecretStr("")
-DEFAULT_EXCHANGES: Any = {
-    name: {"budget": profile.default_budget} for name, profile in PROFILES.items()
-}
+DEFAULT_EXCHANGES: Any = {name: profile.budgets for name, profile in PROFILES.items()}
 
 
 class _Frozen(BaseModel):
@@ -193,6 +191,8 @@ class ExchangeSettings(_Frozen):
     """Replaces scheme, host and port of the exchange's WebSocket URLs, in the same way."""
     budget: Budget
     """Request weight per number of seconds (`weight/seconds`), shared by all replicas."""
+    futures_budget: Budget | None = None
+    """The same for swaps, which this exchange counts apart."""
 
 
 class Settings(_Frozen):
@@ -380,8 +380,9 @@ def setting_names() -> dict[str, tuple[FieldInfo, object]]:
     names: dict[str, tuple[FieldInfo, object]] = {}
     for exchange, profile in PROFILES.items():
         for name, field in ExchangeSettings.model_fields.items():
-            default = profile.default_budget if name == "budget" else field.default
-            names[f"{exchange}_{name}".upper()] = (field, default)
+            if name in profile.budgets or name != "futures_budget":
+                default = profile.budgets.get(name, field.default)
+                names[f"{exchange}_{name}".upper()] = (field, default)
     for name, field in Settings.model_fields.items():
         if name != "exchanges":
             names[name.upper()] = (field, field.default)

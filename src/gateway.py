@@ -19,7 +19,7 @@ from src.core.errors import CallerError, GatewayError, MarketsLoading, NoPrice, 
 from src.core.models import MarketData
 from src.exchanges.manager import ExchangeManager, Fetched, is_swap
 from src.exchanges.market_loader import MarketLoader
-from src.kinds import KINDS, fetch, freshness_of, shared_key, ttl_of, view, weight_of_key
+from src.kinds import KINDS, fetch, freshness_of, is_available, shared_key, ttl_of, view
 from src.store.redis import PREFIX, RedisStore, RedisUnavailable
 
 ALL = "all"
@@ -72,6 +72,7 @@ class Gateway:
         self.store = RedisStore(settings.redis_address, clock, settings.redis_timeout_seconds)
         self.manager = ExchangeManager(settings, self.store, clock)
         self.loader = MarketLoader(self.manager, self.store, snapshots or {})
+        self.manager.pauses.on_unknown_symbol = self.loader.request_refresh
         self.cache = Cache(
             settings, self.store, clock, ttl_of=partial(ttl_of, settings), load=self._load
         )
@@ -165,7 +166,7 @@ class Gateway:
             entry = self.cache.memory.find_fresh(key)
             if entry is not None:
                 return entry
-            if self.manager.is_available(key.exchange, weight_of_key(key)):
+            if is_available(self.manager, key):
                 return None
         return None
 
@@ -327,9 +328,7 @@ class Gateway:
     def _choose(self, keys: Sequence[Key], max_age: float | None) -> Key:
         """Return the first key that memory or its exchange can answer now, or else the first."""
         for key in keys:
-            if self.cache.has_fresh(key, max_age) or self.manager.is_available(
-                key.exchange, weight_of_key(key)
-            ):
+            if self.cache.has_fresh(key, max_age) or is_available(self.manager, key):
                 return key
         return keys[0]
 

@@ -172,6 +172,11 @@ def weight_of_key(key: Key) -> int:
     return weight_of(key.exchange, key.kind, _size_of(key), key.symbol)
 
 
+def is_available(manager: ExchangeManager, key: Key) -> bool:
+    """True if a call for a key would be made now, as far as this process knows."""
+    return manager.is_available(key.exchange, weight_of_key(key), key.kind, key.symbol)
+
+
 def _size_of(key: Key) -> int:
     """Return the number on which the request weight of a key depends."""
     return int(key.params[0] or 1) if KINDS[key.kind].has_levels else 1

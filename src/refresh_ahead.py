@@ -108,7 +108,7 @@ class RefreshAhead:
         exchange = keys[0].exchange
         refreshed = 0
         try:
-            if not await self._can_spend(exchange, weight):
+            if not await self._can_spend(exchange, keys[0].symbol, weight):
                 metrics.cache_refreshes_total.labels("skipped").inc(len(keys))
                 return
             self._pending[exchange] += weight
@@ -121,10 +121,11 @@ class RefreshAhead:
         metrics.cache_refreshes_total.labels("success").inc(refreshed)
         metrics.cache_refreshes_total.labels("error").inc(len(keys) - refreshed)
 
-    async def _can_spend(self, exchange: str, weight: int) -> bool:
+    async def _can_spend(self, exchange: str, symbol: str, weight: int) -> bool:
         """Return True if the exchange accepts a call and half of the shared budget is left."""
         manager = self._gateway.manager
-        await manager.limiter.refresh(exchange)
-        pending = self._pending[exchange] / self._gateway.settings.exchange(exchange).budget[0]
-        used = manager.limiter.used_ratio(exchange) + pending
-        return used <= MAX_BUDGET_RATIO and manager.is_available(exchange, weight)
+        pool = manager.pool_of(exchange, symbol)
+        await manager.limiter.refresh(pool)
+        pending = self._pending[exchange] / manager.limiter.budgets[pool][0]
+        used = manager.limiter.used_ratio(pool) + pending
+        return used <= MAX_BUDGET_RATIO and manager.is_available(exchange, weight, symbol=symbol)

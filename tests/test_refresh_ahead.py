@@ -464,7 +464,7 @@ TWELVE_TICKERS = [f"/ticker/{coin}-USDT" for coin in COINS[:12]]
     [
         (BOOK, 50, FIVE_BOOKS, {"success": 1}),
         (BOOK, 48, TWELVE_TICKERS, {"skipped": 1}),
-        (SWAPS, 101, TWELVE_TICKERS[:1], {"skipped": 2}),
+        (SWAPS, 40, ["/ticker/SOL-USDT:USDT"], {"skipped": 2}),
         (SWAP, 101, TWELVE_TICKERS[:1], {"success": 1}),
     ],
     ids=["a book that fits", "a book that does not", "swaps that do not", "a swap that does"],
@@ -482,6 +482,7 @@ async def test_a_refresh_over_the_budget_is_skipped(
     more = {
         "market_types": "spot,swap",
         "binance_budget": f"{budget}/10",
+        "binance_futures_budget": f"{budget}/10",
         "orderbook_ttl_seconds": TTL,
     }
     live = await watched(("binance",), **more)
@@ -503,7 +504,8 @@ async def test_no_refresh_while_the_breaker_is_open(
     live = await watched(cb_threshold=1, cb_reset_seconds=600, cb_max_open_seconds=600)
     await ask(live, PATH)
     await sandbox.set("bybit", status=500, rate_limit=-1)
-    assert (await live.get("/ticker/ETH-USDT?exchange=bybit")).status_code == 502
+    for coin in ("ETH", "SOL"):
+        assert (await live.get(f"/ticker/{coin}-USDT?exchange=bybit")).status_code == 502
     await sandbox.set("bybit", rate_limit=-1)
     sandbox.clear_counts()
     clock.elapsed = DUE

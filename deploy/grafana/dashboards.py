@@ -435,8 +435,9 @@ def exchanges() -> Parts:
             "Share of the allowed request weight in use, highest value of all replicas. At 100 %"
             " no calls are made.",
             {
-                "{{exchange}}":
-                'max by (exchange) (virtuoso_exchange_budget_used_ratio{exchange=~"$exchange"})',
+                "{{exchange}} {{pool}}":
+                "max by (exchange, pool)"
+                ' (virtuoso_exchange_budget_used_ratio{exchange=~"$exchange"})',
             },
             steps={None: "green", 0.5: "yellow", 0.9: "red"},
         ).decimals(0),
@@ -465,8 +466,9 @@ def exchanges() -> Parts:
             "Share of the allowed request weight in use. Above 50 % refresh-ahead pauses, at 100 %"
             " no calls are made. An alert fires above the line.",
             {
-                "{{exchange}}":
-                'max by (exchange) (virtuoso_exchange_budget_used_ratio{exchange=~"$exchange"})',
+                "{{exchange}} {{pool}}":
+                "max by (exchange, pool)"
+                ' (virtuoso_exchange_budget_used_ratio{exchange=~"$exchange"})',
             },
             steps={None: "green", 0.9: "red"},
         ).axis_soft_max(1),

@@ -4,6 +4,9 @@ Closed, the breaker admits every call. After `threshold` failures in a row it op
 every call. When the open time is over it is half-open and admits one call, the probe, whose outcome
 closes or opens the breaker.
 
+If all failures that opened the breaker were about one subject (a market), a call about another one
+is admitted as a second opinion. Its success closes the breaker; its failure keeps it open.
+
 A call ends in success, failure or no verdict (cancelled, or an error that says nothing about the
 other side). A change of state begins a new generation. The outcome of a call from an older
 generation is ignored. The rules are those of resilience4j, Polly and gobreaker where these agree.
@@ -50,7 +53,7 @@ class Policy:
     max_open_seconds: float = 600
     """Longest open time. If it is shorter than `reset_seconds`, that is the longest."""
     neutral: tuple[type[Exception], ...] = ()
-    """Errors without a verdict."""
+    """Errors without a verdict, besides those whose `scope` is not the exchange."""
 
     def __post_init__(self) -> None:
         durations = (self.window_seconds, self.reset_seconds, self.max_open_seconds)
@@ -59,12 +62,14 @@ class Policy:
 
     def is_failure(self, error: BaseException) -> bool:
         """True if an error counts as a failure. A cancellation has no verdict."""
-        return isinstance(error, Exception) and not isinstance(error, self.neutral)
+        is_about_exchange = getattr(error, "scope", "exchange") == "exchange"
+        is_neutral = isinstance(error, self.neutral) or not is_about_exchange
+        return isinstance(error, Exception) and not is_neutral
 
-    def is_exceeded(self, failures: deque[float]) -> bool:
+    def is_exceeded(self, failures: deque[tuple[float, str]]) -> bool:
         """True if the last `threshold` failures in a row are within the window."""
         is_row = len(failures) == self.threshold
-        return is_row and failures[-1] - failures[0] < self.window_seconds
+        return is_row and failures[-1][0] - failures[0][0] < self.window_seconds
 
     def open_seconds(self, trips: int) -> float:
         """Return the open time after a number of trips in a row."""
@@ -91,11 +96,14 @@ class CircuitBreaker:
         self.opened_at: float | None = None
         self.open_until = 0.0
         self.trips = 0  # in a row
+        self.suspect = ""
+        """The only subject whose calls failed. Empty if there is none, or if others failed, too."""
         self._clock = clock
         self._policy = policy
         self.on_change = on_change
         self._generation = _Generation()
-        self._failures: deque[float] = deque(maxlen=policy.threshold)  # times of the last ones
+        # Times and subjects of the last ones.
+        self._failures: deque[tuple[float, str]] = deque(maxlen=policy.threshold)
 
     @property
     def state(self) -> str:
@@ -106,26 +114,36 @@ class CircuitBreaker:
 
     @property
     def is_admitting(self) -> bool:
-        """True if a call would be admitted now."""
-        return self.state != OPEN and not self._generation.is_probing
+        """True if a call without a subject would be admitted now."""
+        return self.admits("")
+
+    def admits(self, subject: str) -> bool:
+        """True if a call about a subject would be admitted now."""
+        is_other = "" not in (subject, self.suspect) and subject != self.suspect
+        return (self.state != OPEN or is_other) and not self._generation.is_probing
 
     @property
     def retry_after(self) -> float:
         """Seconds until a call may be admitted. 0 if the breaker is not open."""
         return self.open_until - self._clock.monotonic() if self.state == OPEN else 0.0
 
-    async def call(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
-        """Call the function and record the outcome. Raises `CircuitOpen` if it is not admitted."""
-        if not self.is_admitting:
+    async def call(
+        self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, subject: str = ""
+    ) -> T:
+        """Call the function and record the outcome. Raises `CircuitOpen` if it is not admitted.
+
+        `subject` is what the call is about, if it is about one of several.
+        """
+        if not self.admits(subject):
             raise _rejection(self)
         generation = self._generation
-        generation.is_probing = generation.state == HALF_OPEN
+        generation.is_probing = generation.state != CLOSED
         try:
             result = await function(*args)
         except BaseException as error:
             generation.is_probing = False
             if generation is self._generation and self._policy.is_failure(error):
-                self._record_failure(str(getattr(error, "cause", "error")))
+                self._record_failure(str(getattr(error, "cause", "error")), subject)
             raise
         if generation is self._generation:
             self.reset()
@@ -133,6 +151,7 @@ class CircuitBreaker:
 
     def trip(self, until: float, cause: str) -> None:
         """Open until the monotonic time `until`, from any state."""
+        self.suspect = ""
         self.open_until = until
         self.cause = cause
         if self._generation.state != OPEN:
@@ -147,14 +166,20 @@ class CircuitBreaker:
         self.opened_at = None
         if self._generation.state != CLOSED:
             self._change(CLOSED)
+        self.suspect = ""
 
-    def _record_failure(self, cause: str) -> None:
+    def _record_failure(self, cause: str, subject: str) -> None:
+        if self._generation.state == OPEN:  # a second opinion
+            self.suspect = ""
+            return
         now = self._clock.monotonic()
-        self._failures.append(now)
+        self._failures.append((now, subject))
         if self._generation.state == HALF_OPEN or self._policy.is_exceeded(self._failures):
             until = now + self._policy.open_seconds(self.trips)
             self.trips += 1
             self.trip(until, cause)
+            is_alone = len({failed for _, failed in self._failures}) == 1
+            self.suspect = subject if is_alone else ""
 
     def _change(self, new: str) -> None:
         old = self._generation.state
@@ -167,6 +192,7 @@ def hold(breaker: CircuitBreaker, until: float, cause: str) -> None:
 
     A hold never shortens the open time. When it ends the breaker is half-open.
     """
+    breaker.suspect = ""  # a hold is about all markets
     if breaker.state != OPEN or until > breaker.open_until:
         breaker.trip(until, cause)
 

@@ -38,6 +38,14 @@ GatewayError
         |-- NoExchangeAvailable       503 no_exchange_available
         `-- TooOld                    503 too_old
 
+Each error of an exchange has a scope, which says what it is about:
+
+- `call`: only this request, or our own limits. Nothing follows.
+- `market`: one market at one endpoint, which pauses. When several markets have the same trouble,
+  the scope becomes `exchange`.
+- `endpoint`: one endpoint, which pauses.
+- `exchange`: counts as a failure for the circuit breaker, or holds it open.
+
 An unexpected exception is answered as `InternalError` (500 internal_error). Code raises
 `InternalError` itself only if a process that reads market lists dies.
 """
@@ -64,6 +72,8 @@ class GatewayError(Exception):
     code: ClassVar[str] = "internal_error"
     title: ClassVar[str] = "The gateway failed"
     default_retry_after: ClassVar[float | None] = None
+    scope: str = "call"
+    """What the error is about. An instance may differ from its class."""
 
     def __init_subclass__(cls, status: int | None = None, title: str | None = None) -> None:
         cls.status = status or cls.status
@@ -191,18 +201,21 @@ class UpstreamError(GatewayError, status=502, title="The exchange failed"):
     default_retry_after = 1
     cause: ClassVar[str] = "error"
     """Why a circuit breaker opened: a fixed word, which is shown and logged."""
+    scope = "exchange"
 
 
 class BadUpstreamData(UpstreamError, title="The exchange sent implausible data"):
     """The exchange sent data that is empty, incomplete, crossed or not numeric."""
 
     cause = "bad_data"
+    scope = "market"
 
 
 class NoPrice(UpstreamError, title="The market has no price"):
     """The market is listed but has never traded. This is not a failure of the exchange."""
 
     default_retry_after = 60
+    scope = "call"
 
 
 class ExchangeUnavailable(UpstreamError, title="The exchange is unavailable"):
@@ -253,6 +266,8 @@ class CircuitOpen(Unavailable, title="The circuit breaker is open"):
 class BudgetSpent(Unavailable, title="The request budget of the exchange is spent"):
     """The call would exceed the request budget of the exchange."""
 
+    scope = "call"
+
 
 class Overloaded(Unavailable, title="Too many loads in flight"):
     """The maximum number of concurrent loads is reached."""
@@ -277,6 +292,7 @@ class MarketHalted(Unavailable, title="The market is halted"):
     """The exchange halted trading in the market within the last day, so its prices are old."""
 
     default_retry_after = 60
+    scope = "market"
 
 
 class NoExchangeAvailable(Unavailable, title="No exchange could answer"):

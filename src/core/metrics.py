@@ -170,7 +170,9 @@ exchange_last_success_timestamp_seconds = _gauge(
     "exchange_last_success_timestamp_seconds", "Time of the last successful call.", "exchange"
 )
 exchange_budget_used_ratio = _gauge(
-    "exchange_budget_used_ratio", "Used share of the request budget in its window.", "exchange"
+    "exchange_budget_used_ratio",
+    "Used share of a request budget in its window.",
+    *("exchange", "pool"),
 )
 exchange_markets = _gauge("exchange_markets", "Markets listed by an exchange.", "exchange")
 circuit_state = _gauge("circuit_state", "1 for a breaker's state, else 0.", "exchange", "state")

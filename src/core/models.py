@@ -143,13 +143,12 @@ class OrderBook(MarketData):
     def from_ccxt(cls, raw: Raw, exchange: str, symbol: str, fetched_at: int, limit: int) -> Self:
         """Convert the best `limit` levels of a ccxt order book.
 
-        Raises `BadUpstreamData` if the book is empty, crossed or not numeric.
+        Raises `BadUpstreamData` if the book is crossed or not numeric. A halted market has an empty
+        book, and in an auction the best bid may equal the best ask.
         """
         bids = _to_rows(raw.get("bids"), 2, exchange, symbol)[:limit]
         asks = _to_rows(raw.get("asks"), 2, exchange, symbol)[:limit]
-        if not (bids or asks):
-            raise _bad_data(exchange, symbol, "sent an empty order book")
-        if bids and asks and bids[0][0] >= asks[0][0]:
+        if bids and asks and bids[0][0] > asks[0][0]:
             raise _bad_data(exchange, symbol, "sent a crossed order book")
         numbers = {name: _to_positive_integer(raw.get(name)) for name in ("timestamp", "nonce")}
         values: dict[str, Any] = {name: number for name, number in numbers.items() if number}
@@ -274,10 +273,8 @@ class Trades(MarketData):
     def from_ccxt(cls, raw: Sequence[Raw], exchange: str, symbol: str, fetched_at: int) -> Self:
         """Convert ccxt trades, each id once. Implausible trades are left out and counted.
 
-        Raises `NoPrice` without trades, and `BadUpstreamData` if none is plausible.
+        There may be no trades. Raises `BadUpstreamData` if none is plausible.
         """
-        if not raw:
-            raise _no_price(exchange, symbol, "has no trades")
         trades: list[Trade] = []
         ids: set[str] = set()
         for row in raw:
@@ -291,11 +288,12 @@ class Trades(MarketData):
                 continue
             ids |= {trade.id} if trade.id is not None else set()
             trades.append(trade)
-        if not trades:
+        if raw and not trades:
             raise _bad_data(exchange, symbol, "sent no plausible trade")
-        newest = max(trade.timestamp for trade in trades)
         values: dict[str, Any] = {"symbol": symbol, "exchange": exchange, "fetched_at": fetched_at}
-        return cls(trades=trades, timestamp=newest, **values)
+        if trades:
+            values["timestamp"] = max(trade.timestamp for trade in trades)
+        return cls(trades=trades, **values)
 
 
 def _bad_data(exchange: str, symbol: str, fault: str) -> BadUpstreamData:
@@ -329,10 +327,12 @@ def _to_candle(row: Sequence[Any], end: int) -> list[int | float] | None:
 def _to_rows(raw: object, width: int, exchange: str, symbol: str) -> list[list[float]]:
     """Return the first `width` numbers of each row.
 
-    Raises `BadUpstreamData` if one of them is not a number or negative.
+    Raises `BadUpstreamData` if there is no list, or if one of them is not a number or negative.
     """
+    if not isinstance(raw, list):
+        raise _bad_data(exchange, symbol, "sent no rows")
     rows = []
-    for row in raw if isinstance(raw, list) else ():
+    for row in raw:
         numbers = [_to_number(value) for value in row[:width]]
         if len(numbers) < width or any(number is None or number < 0 for number in numbers):
             raise _bad_data(exchange, symbol, "sent rows that are not numbers")

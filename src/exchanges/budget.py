@@ -8,11 +8,14 @@ hold (a ban, a Retry-After), so that one replica's ban stops all replicas.
 import contextlib
 import math
 from collections.abc import Mapping
+from operator import methodcaller
 
 from src.core.clock import Clock
 from src.core.errors import RETRY_ADVICE, BudgetSpent, ExchangeBanned, ExchangeRateLimited
 from src.store.redis import PREFIX, RedisStore, RedisUnavailable
 from src.store.window import SharedWindow, Window
+
+FUTURES = "-futures"  # after the name of the exchange: the pool of its swaps
 
 # Sets the end and the cause of a hold (ms of Redis' clock), unless a longer one exists.
 HOLD = """
@@ -27,69 +30,93 @@ redis.call('PEXPIRE', KEYS[1], math.max(tonumber(ARGV[1]), redis.call('PTTL', KE
 
 
 class RateLimiter:
-    """Admits calls within the budgets of exchanges."""
+    """Admits calls within the budgets of exchanges.
+
+    A pool is what an exchange counts together. The first pool of an exchange has its name; see
+    `pool_of`.
+    """
 
     def __init__(
         self, budgets: Mapping[str, tuple[int, int]], store: RedisStore, clock: Clock
     ) -> None:
-        """Create a window per exchange; `budgets` maps an exchange to (weight, seconds)."""
+        """Create a window per pool; `budgets` maps a pool to (weight, seconds)."""
         self._store = store
-        self._budgets = budgets
+        self.budgets = budgets
         self._windows = {
-            exchange: SharedWindow(_key(exchange), Window(weight, seconds, clock), store, "budget")
-            for exchange, (weight, seconds) in budgets.items()
+            pool: SharedWindow(_key(pool), Window(weight, seconds, clock), store, "budget")
+            for pool, (weight, seconds) in budgets.items()
         }
 
-    def used_ratio(self, exchange: str) -> float:
+    def pool_of(self, exchange: str, *, is_swap: bool) -> str:
+        """Return the pool that the calls for spot markets or swaps use."""
+        pool = exchange + FUTURES
+        return pool if is_swap and pool in self.budgets else exchange
+
+    def pools(self, exchange: str) -> list[str]:
+        """Return all pools of an exchange."""
+        return [pool for pool in self.budgets if _exchange_of(pool) == exchange]
+
+    def used_ratio(self, pool: str) -> float:
         """Return the used share of the budget, as far as this process knows.
 
         It exceeds 1 if the exchange's own count does.
         """
-        window = self._windows[exchange].window
+        window = self._windows[pool].window
         return window.used() / window.limit
 
-    async def refresh(self, exchange: str) -> None:
+    def used_ratios(self, exchange: str) -> dict[str, float]:
+        """Return the used share of each budget: `main` and, if it is separate, `futures`."""
+        pools = {"main": exchange, "futures": exchange + FUTURES}
+        return {name: self.used_ratio(pool) for name, pool in pools.items() if pool in self.budgets}
+
+    async def refresh(self, pool: str) -> None:
         """Learn from Redis what other replicas have used."""
-        await self._windows[exchange].update()
+        await self._windows[pool].update()
 
-    def is_spent(self, exchange: str, weight: int) -> bool:
+    def is_spent(self, pool: str, weight: int) -> bool:
         """True if `weight` would be refused now, as far as this process knows."""
-        return self._windows[exchange].window.wait_for(weight) > 0
+        return self._windows[pool].window.wait_for(weight) > 0
 
-    async def acquire(self, exchange: str, weight: int) -> None:
+    async def acquire(self, pool: str, weight: int) -> None:
         """Use `weight` of the budget.
 
         Raises `BudgetSpent`, or the error of a hold that another replica has set, with the seconds
         to wait.
         """
-        reply = await self._windows[exchange].spend(weight)
+        exchange = _exchange_of(pool)
+        reply = await self._windows[pool].spend(weight)
         if reply.hold_seconds:
             kind = ExchangeBanned if reply.cause == ExchangeBanned.cause else ExchangeRateLimited
             detail = f"{exchange} asked another replica to pause ({reply.cause}); {RETRY_ADVICE}"
             raise kind(detail, exchange=exchange, retry_after=reply.hold_seconds)
         if not reply.admitted:
-            limit, seconds = self._budgets[exchange]
-            budget = f"the request budget of {exchange} ({limit} per {seconds} s)"
+            limit, seconds = self.budgets[pool]
+            budget = f"the request budget of {pool} ({limit} per {seconds} s)"
             detail = f"{budget} is spent; {RETRY_ADVICE}"
             raise BudgetSpent(detail, exchange=exchange, retry_after=reply.wait_seconds)
 
-    async def correct(self, exchange: str, used: int) -> None:
+    async def correct(self, pool: str, used: int) -> None:
         """Use the exchange's own count of what this address has used, if it is higher than ours."""
-        await self._windows[exchange].raise_to(used)
+        await self._windows[pool].raise_to(used)
 
     async def hold(self, exchange: str, seconds: float, cause: str) -> None:
         """Stop the calls of all replicas for `seconds`."""
         milliseconds = math.ceil(seconds * 1000)
-        with contextlib.suppress(RedisUnavailable):
-            await self._store.run(
-                "hold", lambda redis: redis.eval(HOLD, 1, _key(exchange), milliseconds, cause)
-            )
+        for pool in self.pools(exchange):
+            with contextlib.suppress(RedisUnavailable):
+                command = methodcaller("eval", HOLD, 1, _key(pool), milliseconds, cause)
+                await self._store.run("hold", command)
 
     async def release(self, exchange: str) -> None:
         """Remove a hold."""
-        with contextlib.suppress(RedisUnavailable):
-            await self._store.run("hold", lambda redis: redis.hdel(_key(exchange), "hold"))
+        for pool in self.pools(exchange):
+            with contextlib.suppress(RedisUnavailable):
+                await self._store.run("hold", methodcaller("hdel", _key(pool), "hold"))
 
 
-def _key(exchange: str) -> str:
-    return f"{PREFIX}budget:{{{exchange}}}"
+def _exchange_of(pool: str) -> str:
+    return pool.removesuffix(FUTURES)
+
+
+def _key(pool: str) -> str:
+    return f"{PREFIX}budget:{{{pool}}}"

@@ -142,11 +142,25 @@ def make_client(
         client.options |= options.profile.socket_options
         if options.ws_url and options.profile.spot_socket_path:
             client.urls["api"]["ws"]["spot"] = options.ws_url + options.profile.spot_socket_path
+    if options.profile.has_partial_errors:
+        _accept_partial_errors(client)
     if not options.rest_url.startswith("http://"):
         client.aiohttp_proxy = options.https_proxy or None
     if not options.ws_url.startswith("ws://"):
         client.wss_proxy = options.https_proxy or None
     return client
+
+
+def _accept_partial_errors(client: CcxtClient) -> None:
+    """Keep the rows of an answer that has an error beside them, which ccxt would discard."""
+    handle_errors = client.handle_errors
+
+    def handle(*arguments: Any) -> Any:
+        response = arguments[6]  # the parsed body
+        has_rows = isinstance(response, dict) and response.get("result")
+        return None if has_rows else handle_errors(*arguments)
+
+    client.handle_errors = handle
 
 
 def _client_class(name: str, has_sockets: bool) -> Any:

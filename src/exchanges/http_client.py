@@ -17,8 +17,8 @@ import certifi
 MAX_DATA_BYTES = 4 * 1024 * 1024  # a list of 419 tickers has 0.12 MB
 MAX_MARKETS_BYTES = 64 * 1024 * 1024  # a list of 1,695 markets has 1.9 MB, and descriptions grow
 MAX_SOCKETS = 100
-BODY_START_BYTES = 1000
 MAX_DIFFERENCE_SECONDS = 3600.0  # a Date further from our clock is wrong: a cache may have sent it
+BODY_START_BYTES = 4000  # Cloudflare's page has its code after 1,500 bytes
 
 
 @dataclass(slots=True)

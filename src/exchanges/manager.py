@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import methodcaller
 from typing import Any, Generic, TypeVar
@@ -16,13 +16,15 @@ from src.core import errors, metrics
 from src.core.background import report_error
 from src.core.circuit_breaker import CLOSED, HALF_OPEN, OPEN, CircuitBreaker, Policy, hold
 from src.core.clock import Clock
+from src.core.errors import RETRY_ADVICE
 from src.core.models import Ticker
 from src.exchanges import ccxt_client
-from src.exchanges.budget import RateLimiter
+from src.exchanges.budget import FUTURES, RateLimiter
 from src.exchanges.http_client import Answer, answer, clock_difference, open_session
 from src.exchanges.markets import Markets
-from src.exchanges.profiles import PROFILES
-from src.exchanges.translation import check_answer, describe, translate
+from src.exchanges.pauses import Pauses, Target
+from src.exchanges.profiles import EXCHANGE, MARKET, PROFILES
+from src.exchanges.translation import check_answer, check_empty, describe, translate
 from src.store.redis import RedisStore
 
 log = logging.getLogger(__name__)
@@ -79,6 +81,16 @@ class ExchangeCall(Generic[T]):
     """Replaces EXCHANGE_TIMEOUT_SECONDS for calls that no request waits for."""
     answer: Answer = field(default_factory=Answer)
 
+    @property
+    def target(self) -> Target:
+        """What the call is about. Without a symbol if it is about several markets."""
+        return Target(self.exchange, self.operation, self.symbol if self.is_single else "")
+
+    @property
+    def is_single(self) -> bool:
+        """True unless the call is for a list of tickers."""
+        return self.operation != "tickers"
+
 
 class ExchangeManager:
     """Calls the enabled exchanges. Methods that call one raise `UpstreamError` or `CallerError`."""
@@ -86,8 +98,8 @@ class ExchangeManager:
     def __init__(self, settings: Settings, store: RedisStore, clock: Clock) -> None:
         self.names = settings.enabled_exchanges
         self.markets = Markets(self.names, settings.market_types)
-        budgets = {name: settings.exchange(name).budget for name in self.names}
-        self.limiter = RateLimiter(budgets, store, clock)
+        self.limiter = RateLimiter(_budgets(settings), store, clock)
+        self.pauses = Pauses(clock, settings)
         self.settings = settings
         self.clock = clock
         self._exchanges: dict[str, Exchange] = {}
@@ -103,7 +115,6 @@ class ExchangeManager:
             reset_seconds=self.settings.cb_reset_seconds,
             window_seconds=self.settings.cb_window_seconds,
             max_open_seconds=self.settings.cb_max_open_seconds,
-            neutral=(errors.CallerError, errors.NoPrice, errors.BudgetSpent, errors.InternalError),
         )
         for name in self.names:
             options = ccxt_client.ClientOptions.from_settings(name, self.settings)
@@ -125,10 +136,21 @@ class ExchangeManager:
     def __getitem__(self, name: str) -> Exchange:
         return self._exchanges[name]
 
-    def is_available(self, name: str, weight: int = 1) -> bool:
-        """True if breaker and budget would admit a call now, as far as this process knows."""
-        is_spent = self.limiter.is_spent(name, weight)
-        return self._exchanges[name].breaker.is_admitting and not is_spent
+    def is_available(
+        self, name: str, weight: int = 1, operation: str = "", symbol: str = ""
+    ) -> bool:
+        """True if breaker and budget would admit a call now, as far as this process knows.
+
+        With `operation` and `symbol`, also if neither the endpoint nor the market is paused.
+        """
+        is_spent = self.limiter.is_spent(self.pool_of(name, symbol), weight)
+        is_paused = self.pauses.find(Target(name, operation, symbol)) is not None
+        is_admitted = self._exchanges[name].breaker.admits(symbol if operation else "")
+        return is_admitted and not is_spent and not is_paused
+
+    def pool_of(self, name: str, symbol: str) -> str:
+        """Return the pool of request weight that a symbol uses."""
+        return self.limiter.pool_of(name, is_swap=is_swap(symbol))
 
     def is_refused(self, name: str) -> bool:
         """True while the exchange has asked for a pause or refuses this location."""
@@ -140,12 +162,30 @@ class ExchangeManager:
     ) -> Fetched[dict[str, Ticker | errors.GatewayError]]:
         """Fetch several tickers of one market type with one call.
 
-        Where one ticker is unusable, its value is the error.
+        Where one ticker is unusable, its value is the error. Paused markets are not requested.
         """
-        build = partial(_build_tickers, exchange=name, symbols=symbols)
-        fetch = methodcaller("fetch_tickers", list(symbols))
-        call = ExchangeCall(name, "tickers", fetch, build, symbols[0], len(symbols))
-        return await self.call(call)
+        values: dict[str, Ticker | errors.GatewayError] = {}
+        for symbol in symbols:
+            if (paused := self.pauses.find(Target(name, "tickers", symbol))) is not None:
+                values[symbol] = paused
+        requested = [symbol for symbol in symbols if symbol not in values]
+        started = self.clock.monotonic()
+        if not requested:
+            return Fetched(values, started, started)
+        build = partial(_build_plausible_tickers, exchange=name, symbols=requested)
+        fetch = methodcaller("fetch_tickers", requested)
+        call = ExchangeCall(name, "tickers", fetch, build, requested[0], len(requested))
+        try:
+            fetched = await self.call(call)
+        except errors.UnknownSymbol:
+            if not PROFILES[name].has_partial_errors or call.answer.status is None:
+                raise  # `None`: ccxt's own market list has no such symbol
+            unknown = _build_tickers({}, name, requested)  # an error without any rows
+            fetched = Fetched(unknown, started, self.clock.monotonic())
+        for symbol, ticker in fetched.value.items():
+            if isinstance(ticker, errors.UnknownSymbol):
+                self.pauses.add_unknown(Target(name, "tickers", symbol), ticker)
+        return replace(fetched, value=values | fetched.value)
 
     async def raw_order_book(self, name: str, symbol: str, limit: int) -> dict[str, Any]:
         """Fetch ccxt's order book, to which streamed updates are applied."""
@@ -188,35 +228,46 @@ class ExchangeManager:
             if exchange.breaker.state != CLOSED:
                 changed.append(name)
             exchange.breaker.reset()
+            self.pauses.release(name)
             if not keep_holds:  # the hold may be another replica's
                 await self.limiter.release(name)
         return changed
 
     async def call(self, call: ExchangeCall[T]) -> Fetched[T]:
-        """Call an exchange through its breaker. Rate limits, bans and geo-blocks hold it open."""
+        """Call an exchange through its breaker. Rate limits, bans and geo-blocks hold it open.
+
+        A market or endpoint that is paused is not called: that is no verdict about the exchange.
+        """
         name = call.exchange
+        paused = self.pauses.find(call.target)
+        if paused is not None:
+            raise paused
         breaker = self._exchanges[name].breaker
         try:
-            return await breaker.call(self._execute, call)
+            return await breaker.call(self._execute, call, subject=call.target.symbol)
         except errors.CircuitOpen as error:
             metrics.circuit_rejected_total.labels(name).inc()
             if breaker.cause != errors.GeoBlocked.cause:
                 raise
             detail = f"{name} refuses this location; use another exchange"
             raise errors.GeoBlocked(detail, exchange=name, retry_after=error.retry_after) from None
-        except (errors.GeoBlocked, errors.ExchangeRateLimited) as error:
-            self.hold(name, error)
+        except errors.UpstreamError as error:
+            is_refusal = isinstance(error, errors.GeoBlocked | errors.ExchangeRateLimited)
+            if is_refusal and error.scope == EXCHANGE:
+                self.hold(name, error)
+            # The breaker may stay open for longer than this error says.
+            error.retry_after = max(error.retry_after or 0.0, breaker.retry_after)
             raise
 
     def hold(self, name: str, error: errors.UpstreamError) -> None:
         """Keep the breaker open for as long as an exchange's refusal asks."""
-        until = self.clock.monotonic() + self._pause_seconds(error)
+        until = self.clock.monotonic() + self.pauses.length_of(error)
         hold(self._exchanges[name].breaker, until, error.cause)
 
     async def _execute(self, call: ExchangeCall[T]) -> Fetched[T]:
         """Call an exchange within its budget and the deadline."""
         weight = weight_of(call.exchange, call.operation, call.size, call.symbol)
-        await self.limiter.acquire(call.exchange, weight)
+        await self.limiter.acquire(self.pool_of(call.exchange, call.symbol), weight)
         exchange = self._exchanges[call.exchange]
         started = self.clock.monotonic()
         outcome = "error"
@@ -227,12 +278,15 @@ class ExchangeManager:
             value = await self._fetch(call, exchange)
             outcome = "success"
             exchange.last_success = self.clock.time()
+            self.pauses.succeeded(call.target)
             return self._fetched(call, value, started)
         except Exception as raised:  # noqa: BLE001 - translated and raised again
-            error = translate(call.exchange, raised, call.answer)
+            error = translate(call.exchange, raised, call.answer, self.clock.time())
             outcome = _outcome_of(error)
             reason = describe(raised, call.answer) or type(raised).__name__
-            await self._share_pause(call.exchange, error)
+            self.pauses.record(call.target, error)
+            if isinstance(error, errors.ExchangeRateLimited) and error.scope == EXCHANGE:
+                await self.limiter.hold(call.exchange, self.pauses.length_of(error), error.cause)
             raise error from None
         finally:
             exchange.in_flight -= 1
@@ -252,6 +306,9 @@ class ExchangeManager:
         async with asyncio.timeout(call.timeout_seconds or self.settings.exchange_timeout_seconds):
             raw = await call.fetch(exchange.client)
         check_answer(call.exchange, call.answer)
+        if call.symbol and call.operation in PROFILES[call.exchange].proofs and not has_rows(raw):
+            market_id = exchange.client.markets[call.symbol]["id"]
+            check_empty(call.exchange, call.operation, market_id, call.answer)
         try:
             return call.build(raw, fetched_at=int(self.clock.time() * 1000))
         except errors.GatewayError:
@@ -260,34 +317,54 @@ class ExchangeManager:
             report_error("loads", error)
             raise
 
-    async def _share_pause(self, name: str, error: errors.GatewayError) -> None:
-        """Set the pause of a refusal. Share a requested pause with other replicas."""
-        if isinstance(error, errors.ExchangeRateLimited | errors.GeoBlocked):
-            error.retry_after = self._pause_seconds(error)
-        if isinstance(error, errors.ExchangeRateLimited):
-            await self.limiter.hold(name, self._pause_seconds(error), error.cause)
-
     async def _correct_budget(self, call: ExchangeCall[Any]) -> None:
         """Use the exchange's own count if its response has one."""
         name = call.exchange
+        if call.operation == "markets" and len(self.limiter.pools(name)) > 1:
+            return  # several calls to different pools; the headers are those of the last one
+        pool = self.pool_of(name, call.symbol)
         profile = PROFILES[name]
         used = call.answer.headers.get(profile.used_weight_header, "")
         if used.isascii() and used.isdigit():
-            await self.limiter.correct(name, int(used[:9]))
+            await self.limiter.correct(pool, int(used[:9]))
         if call.answer.headers.get(profile.remaining_header) == "0":
-            await self.limiter.correct(name, self.settings.exchange(name).budget[0])
+            await self.limiter.correct(pool, self.limiter.budgets[pool][0])
 
-    def _pause_seconds(self, error: errors.UpstreamError) -> float:
-        if isinstance(error, errors.GeoBlocked):
-            return self.settings.geo_block_seconds
-        return error.retry_after or self.settings.cb_reset_seconds
+    def _pause_suspect(self, name: str, new: str) -> None:
+        """When another market closes a breaker, pause the only one that failed in its place."""
+        breaker = self._exchanges[name].breaker
+        seconds = breaker.open_until - self.clock.monotonic()
+        if new == CLOSED and breaker.suspect and seconds > 0:
+            detail = f"{name} fails for {breaker.suspect} and works for others; {RETRY_ADVICE}"
+            error = errors.CircuitOpen(detail, retry_after=seconds)
+            error.scope = MARKET
+            self.pauses.add(Target(name, "", breaker.suspect), error, seconds)
 
     def _log_change(self, name: str, old: str, new: str, cause: str | None) -> None:
+        self._pause_suspect(name, new)
         metrics.circuit_transitions_total.labels(name, new).inc()
         seconds = round(self._exchanges[name].breaker.retry_after, 1) or None
         fields = {"exchange": name, "from": old, "to": new, "cause": cause, "retry_in": seconds}
         level = logging.WARNING if new == OPEN else logging.INFO
         log.log(level, "circuit breaker changed", extra=fields)
+
+
+def _budgets(settings: Settings) -> dict[str, tuple[int, int]]:
+    """Return the budget of each pool of the enabled exchanges."""
+    budgets = {}
+    for name in settings.enabled_exchanges:
+        exchange = settings.exchange(name)
+        budgets[name] = exchange.budget
+        if exchange.futures_budget is not None and "swap" in settings.market_types:
+            budgets[name + FUTURES] = exchange.futures_budget
+    return budgets
+
+
+def has_rows(raw: object) -> bool:
+    """True if ccxt's candles, trades or order book have any row."""
+    if isinstance(raw, dict):
+        return bool(raw.get("bids") or raw.get("asks"))
+    return bool(raw)
 
 
 def is_swap(symbol: str) -> bool:
@@ -316,7 +393,7 @@ def _observe(call: ExchangeCall[Any], outcome: str, reason: str, seconds: float)
 
 
 def _outcome_of(error: errors.GatewayError) -> str:
-    if isinstance(error, errors.CallerError | errors.NoPrice):
+    if isinstance(error, errors.CallerError | errors.NoPrice | errors.MarketHalted):
         return "rejected"
     return str(getattr(error, "cause", "error"))
 
@@ -333,16 +410,27 @@ def _build_time(raw: object, fetched_at: int) -> float:
 
 
 def _build_tickers(
+    raw: dict[str, Any], exchange: str, symbols: Sequence[str], fetched_at: int = 0
+) -> dict[str, Ticker | errors.GatewayError]:
+    """Convert a list of tickers. A symbol that is missing is no longer known to the exchange."""
+    built: dict[str, Ticker | errors.GatewayError] = {}
+    for symbol in symbols:
+        if symbol not in raw:
+            detail = f"{exchange} no longer lists {symbol}; see /markets"
+            built[symbol] = errors.UnknownSymbol(detail, exchange=exchange, symbol=symbol)
+            continue
+        try:
+            built[symbol] = Ticker.from_ccxt(raw[symbol], exchange, symbol, fetched_at)
+        except (errors.BadUpstreamData, errors.NoPrice) as error:
+            built[symbol] = error
+    return built
+
+
+def _build_plausible_tickers(
     raw: dict[str, Any], exchange: str, symbols: Sequence[str], fetched_at: int
 ) -> dict[str, Ticker | errors.GatewayError]:
     """Convert a list of tickers. Raises `BadUpstreamData` if none of them is plausible."""
-    built: dict[str, Ticker | errors.GatewayError] = {}
-    for symbol in symbols:
-        row = raw.get(symbol) or {"symbol": symbol}
-        try:
-            built[symbol] = Ticker.from_ccxt(row, exchange, symbol, fetched_at)
-        except (errors.BadUpstreamData, errors.NoPrice) as error:
-            built[symbol] = error
-    if all(isinstance(ticker, errors.BadUpstreamData) for ticker in built.values()):
+    built = _build_tickers(raw, exchange, symbols, fetched_at)
+    if not any(isinstance(ticker, Ticker | errors.NoPrice) for ticker in built.values()):
         raise errors.BadUpstreamData(f"{exchange} sent no plausible ticker", exchange=exchange)
     return built

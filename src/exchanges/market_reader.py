@@ -77,8 +77,10 @@ class MarketReader:
         response.status, headers, response.is_json, error, snapshot = result
         response.headers = CIMultiDict(headers)
         if error:
-            kind, detail, retry_after = error
-            raise getattr(errors, kind)(detail, exchange=exchange, retry_after=retry_after)
+            kind, detail, retry_after, scope = error
+            failure = getattr(errors, kind)(detail, exchange=exchange, retry_after=retry_after)
+            failure.scope = scope
+            raise failure
         return b64decode(snapshot)
 
     async def _send(self, request: bytes) -> None:
@@ -145,8 +147,8 @@ async def _answer(number: int, options: ClientOptions, max_bytes: int, now: floa
     try:
         snapshot = await load_snapshot(options, response, now)
     except Exception as raised:  # noqa: BLE001 - raised again in the gateway
-        error = translate(options.profile.name, raised, response)
-    reason = error and (type(error).__name__, error.detail, error.retry_after)
+        error = translate(options.profile.name, raised, response, now)
+    reason = error and (type(error).__name__, error.detail, error.retry_after, error.scope)
     encoded = b64encode(snapshot).decode()
     outcome = (number, response.status, dict(response.headers), response.is_json, reason, encoded)
     print(json.dumps(outcome), flush=True)  # noqa: T201 - the protocol

@@ -27,6 +27,11 @@ class Refusal(NamedTuple):
 FindRefusal = Callable[[Mapping[str, Any]], Refusal | None]
 """Returns the refusal that a message of the exchange contains."""
 
+CALL = "call"
+MARKET = "market"
+ENDPOINT = "endpoint"
+EXCHANGE = "exchange"
+
 
 class BookUpdate(NamedTuple):
     """What a message says about the order book that it changes."""
@@ -47,26 +52,29 @@ FindBookUpdate = Callable[[Mapping[str, Any]], BookUpdate | None]
 
 
 @dataclass(frozen=True, slots=True)
-class StatusRule:
-    """Meaning of an HTTP status."""
+class ErrorRule:
+    """Meaning of an exchange's error answers. `src/core/errors.py` describes the scopes."""
 
-    status: int
-    cause: str
-    """Cause of the error that the status stands for: `banned`, `rate_limited` or `geo_blocked`."""
+    code: str
+    """Code of the gateway's error that the answer stands for."""
     text: bytes = b""
-    """Lower-case text that the beginning of the body has to contain."""
+    """Regular expression that has to match in the beginning of the body, in lower case.
+
+    Its group, if it has one and it matches, is the end of the pause in Unix seconds or
+    milliseconds."""
+    status: int | None = None
+    """HTTP status that the answer has to have."""
+    scope: str = EXCHANGE
     pause_seconds: float | None = None
-    """Pause when the response has no Retry-After."""
+    """Pause if the answer has no time. None: the default of the gateway's error."""
 
 
-# Applied to every exchange; the first match decides. Bybit documents 10 minutes for "access too
-# frequent", which it sends as a 403 without Retry-After. Binance documents 418 for a ban.
-STATUS_RULES = (
-    StatusRule(418, "banned"),
-    StatusRule(403, "rate_limited", text=b"too frequent", pause_seconds=600),
-    StatusRule(403, "geo_blocked"),
-    StatusRule(451, "geo_blocked"),
-    StatusRule(429, "rate_limited"),
+# Applied to every exchange after its own rules; the first match decides.
+COMMON_RULES = (
+    ErrorRule("exchange_banned", status=418),
+    ErrorRule("exchange_rate_limited", status=429),
+    ErrorRule("geo_blocked", status=403),
+    ErrorRule("geo_blocked", status=451),
 )
 
 
@@ -131,6 +139,8 @@ class Profile:
     """Name of the ccxt class and its module."""
     default_budget: str
     """Request weight per seconds, as `weight/seconds`, per egress address."""
+    default_futures_budget: str = ""
+    """The same for the calls for swaps, if the exchange counts them apart."""
     weight: Weight = one_per_call
     batch_size: int = 100
     """Tickers in one call. Kraken's list of pairs is part of the URL."""
@@ -142,7 +152,16 @@ class Profile:
     """Response header with the weight that this address has used."""
     remaining_header: str = ""
     """Response header with the remaining requests; `0` means that the budget is spent."""
-    status_rules: tuple[StatusRule, ...] = STATUS_RULES
+    reset_header: str = ""
+    """Response header with the end of a rate limit in Unix milliseconds."""
+    error_rules: tuple[ErrorRule, ...] = ()
+    """Checked before `COMMON_RULES`."""
+    has_partial_errors: bool = False
+    """True if an answer has the rows of known symbols and an error for unknown ones."""
+    proofs: Mapping[str, bytes] = field(default_factory=dict)
+    """Kind of data -> text that shows that an answer without rows is about the market.
+
+    `%s` stands for the market's id. The text is in lower case and without blanks."""
 
     quoted_statuses: frozenset[str] = frozenset()
     """Statuses of markets with a live order book. Empty: ccxt's `active` flag decides."""
@@ -186,6 +205,12 @@ class Profile:
         sizes = self.sizes[kind].swap if is_swap else self.sizes[kind].spot
         return next((size for size in sizes if size >= rows), sizes[-1])
 
+    @property
+    def budgets(self) -> dict[str, str]:
+        """The settings of the budgets, and their defaults."""
+        budgets = {"budget": self.default_budget, "futures_budget": self.default_futures_budget}
+        return {setting: budget for setting, budget in budgets.items() if budget}
+
     def state_of(self, market: Mapping[str, Any]) -> str:
         """Return the state of ccxt's market: quoted, halted or ended."""
         status = status_of(market)
@@ -225,6 +250,20 @@ def bybit_is_market_trade(row: Mapping[str, Any]) -> bool:
 BYBIT_SPOT_LIMITS = SocketLimits(frame_topics=10, frame_seconds=0.05, socket_topics=600)
 BYBIT_SWAP_LIMITS = SocketLimits(frame_seconds=0.05, socket_topics=600)
 
+# https://bybit-exchange.github.io/docs/v5/error: all but 403 arrive with HTTP status 200. 403 means
+# that the address exceeded its limit, for 10 minutes, or that its country is blocked.
+BYBIT_RULES = (
+    ErrorRule("unknown_symbol", rb'"retcode":10001,"retmsg":"[^"]*symbol', scope=MARKET),
+    ErrorRule("request_rejected", rb'"retcode":10001\b', scope=CALL),
+    ErrorRule("exchange_rate_limited", rb'"retcode":10006\b', scope=ENDPOINT, pause_seconds=5),
+    ErrorRule("exchange_rate_limited", rb'"retcode":10018\b|too frequent', pause_seconds=600),
+    ErrorRule("exchange_banned", rb'"retcode":10009\b', pause_seconds=600),
+    ErrorRule("exchange_timeout", rb'"retcode":(?:10000|5004)\b'),
+    ErrorRule("exchange_unavailable", rb'"retcode":10016\b'),
+    ErrorRule("geo_blocked", rb"from your country", status=403),
+    ErrorRule("exchange_rate_limited", rb"<html", status=403, pause_seconds=600),
+)
+
 BYBIT = Profile(
     name="bybit",
     ccxt_class="bybit",
@@ -235,6 +274,9 @@ BYBIT = Profile(
     # Before a launch, prices are those of an auction. "Delivering" is the end of dated futures.
     ended_statuses=frozenset({"PreLaunch", "Delivering", "Closed"}),
     remaining_header="X-Bapi-Limit-Status",
+    reset_header="X-Bapi-Limit-Reset-Timestamp",
+    error_rules=BYBIT_RULES,
+    proofs={"orderbook": b'"s":"%s"', "ohlcv": b'"symbol":"%s"', "trades": b'"list":[]'},
     topics={
         "ticker": ("tickers.{id}", "orderbook.1.{id}"),
         "orderbook": ("orderbook.50.{id}",),
@@ -254,19 +296,39 @@ BINANCE_SIZED_WEIGHTS = {
     "tickers": ((20, 2), (100, 40)),
     "orderbook": ((100, 5), (500, 25), (1000, 50), (5000, 250)),
 }
-# Swaps have a pool of their own, 2,400 a minute, in which these cost 1, 40, 20, 10 and 20. They are
-# charged 2.5 times that to the one budget of 6,000, which therefore never exceeds the pool.
-BINANCE_SWAP_WEIGHTS = {"ticker": 3, "tickers": 100, "orderbook": 50, "ohlcv": 25, "trades": 50}
+# Swaps have a pool of their own. A list of tickers is that of all swaps. Candles weigh 1 to 10.
+BINANCE_SWAP_WEIGHTS = {"ticker": 1, "tickers": 40, "ohlcv": 10, "trades": 20}
+BINANCE_SWAP_SIZED_WEIGHTS = {"orderbook": ((50, 2), (100, 5), (500, 10), (1000, 20))}
 
 
 def binance_weight(operation: str, size: int, is_swap: bool) -> int:
     """Return the documented request weight."""
-    if is_swap:
-        return BINANCE_SWAP_WEIGHTS[operation]
-    steps = BINANCE_SIZED_WEIGHTS.get(operation)
+    weights = BINANCE_SWAP_WEIGHTS if is_swap else BINANCE_WEIGHTS
+    sized_weights = BINANCE_SWAP_SIZED_WEIGHTS if is_swap else BINANCE_SIZED_WEIGHTS
+    steps = sized_weights.get(operation)
     if steps is None:
-        return BINANCE_WEIGHTS[operation]
+        return weights[operation]
     return next((weight for limit, weight in steps if size <= limit), steps[-1][1])
+
+
+# https://developers.binance.com/docs/binance-spot-api-docs/errors. A text may have the end of a
+# ban:
+# "IP(1.2.3.4) banned until 1700000600000". 403 is the firewall, whose limit lasts five minutes
+# (freqtrade #7865); a blocked country gets 451, or its text with another status.
+BINANCE_RULES = (
+    ErrorRule("geo_blocked", rb"restricted location"),
+    ErrorRule("exchange_banned", rb"\buntil (\d{10,13})\b", status=418),
+    ErrorRule("exchange_banned", rb"\bbanned until (\d{10,13})\b"),
+    ErrorRule("exchange_rate_limited", rb"\buntil (\d{10,13})\b", status=429),
+    ErrorRule("exchange_banned", status=418),
+    ErrorRule("exchange_rate_limited", rb'"code":-1003\b'),
+    ErrorRule("unknown_symbol", rb'"code":-1121\b', scope=MARKET),
+    ErrorRule("market_halted", rb'"code":-1122\b', scope=MARKET),
+    ErrorRule("exchange_timeout", rb'"code":-1007\b'),
+    ErrorRule("exchange_unavailable", rb'"code":-(?:1001|1008)\b'),
+    ErrorRule("request_rejected", rb'"code":-11\d\d\b', scope=CALL),
+    ErrorRule("exchange_rate_limited", status=403, pause_seconds=300),
+)
 
 
 def binance_unsubscribe(_kind: str, topics: Sequence[str], number: int) -> dict[str, Any]:
@@ -293,6 +355,7 @@ BINANCE = Profile(
     name="binance",
     ccxt_class="binance",
     default_budget="6000/60",
+    default_futures_budget="2400/60",
     weight=binance_weight,
     batch_size=20,  # a longer list costs twenty times as much
     # More than 100 levels cost five times as much. Swaps accept 5, 10, 20, 50, 100, 500 and 1000.
@@ -302,6 +365,8 @@ BINANCE = Profile(
     # SETTLING perpetuals are delisted: recorded lists have 29 and 53 of them. HALT, BREAK and
     # others keep their last prices. BREAK is used for maintenance and for delisted markets.
     ended_statuses=frozenset({"PENDING_TRADING", "PRE_TRADING", "SETTLING", "CLOSE", "DELIVERED"}),
+    error_rules=BINANCE_RULES,
+    proofs={"orderbook": b'"lastupdateid":', "ohlcv": b"[]", "trades": b"[]"},
     topics={
         "ticker": ("{lowercaseId}@ticker", "{lowercaseId}@bookTicker"),
         "orderbook": ("{lowercaseId}@depth@100ms",),
@@ -378,6 +443,30 @@ def kraken_refusal(message: Mapping[str, Any]) -> Refusal | None:
 # Kraken documents no limits of messages and symbols.
 KRAKEN_SOCKET_LIMITS = SocketLimits()
 
+# https://docs.kraken.com/api/docs/guides/spot-errors. These arrive with HTTP status 200. OHLC and
+# Trades are limited by address and pair (ccxt #20648); a lockout lasts 15 minutes. Cloudflare's
+# pages, in front of the exchange: 1015 is its rate limit, 1020 and challenges are its firewall.
+KRAKEN_RULES = (
+    ErrorRule("exchange_rate_limited", rb"eapi:rate limit exceeded", pause_seconds=15),
+    ErrorRule(
+        "exchange_rate_limited", rb"egeneral:too many requests", scope=MARKET, pause_seconds=5
+    ),
+    ErrorRule("exchange_rate_limited", rb"eservice: ?throttled(?:: ?(\d{10,13})\b)?"),
+    ErrorRule("exchange_banned", rb"egeneral:temporary lockout", pause_seconds=900),
+    ErrorRule("unknown_symbol", rb"equery:(?:unknown|invalid) asset", scope=MARKET),
+    ErrorRule("market_halted", rb"eservice: ?market", scope=MARKET, pause_seconds=60),
+    ErrorRule("exchange_timeout", rb"eservice: ?timeout"),
+    ErrorRule("exchange_unavailable", rb"eservice: ?(?:unavailable|busy)"),
+    ErrorRule("request_rejected", rb"egeneral:invalid arguments", scope=CALL),
+    ErrorRule("exchange_rate_limited", rb"error code:? ?(?:<span>)?1015", pause_seconds=60),
+    ErrorRule(
+        "exchange_rate_limited",
+        rb"error code:? ?(?:<span>)?1020|just a moment|attention required",
+        status=403,
+        pause_seconds=300,
+    ),
+)
+
 KRAKEN = Profile(
     name="kraken",
     ccxt_class="kraken",
@@ -389,6 +478,9 @@ KRAKEN = Profile(
     # which is also that of maintenance, the book can only shrink.
     quoted_statuses=frozenset({"online", "post_only", "limit_only", "reduce_only"}),
     ended_statuses=frozenset({"delisted"}),
+    error_rules=KRAKEN_RULES,
+    has_partial_errors=True,
+    proofs=dict.fromkeys(("orderbook", "ohlcv", "trades"), b'"%s":'),
     ws_name=kraken_ws_name,
     has_own_symbols=True,
     decimals=kraken_decimals,

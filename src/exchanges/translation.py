@@ -1,6 +1,7 @@
-"""Translation of errors: from ccxt, aiohttp and HTTP statuses to the errors of the gateway."""
+"""Translation of errors: from ccxt, aiohttp and the exchanges to the errors of the gateway."""
 
-from datetime import UTC, datetime
+import re
+import time
 from email.utils import parsedate_to_datetime
 
 import aiohttp
@@ -9,9 +10,11 @@ from src.core import errors
 from src.core.errors import RETRY_ADVICE
 from src.exchanges.ccxt_client import ccxt
 from src.exchanges.http_client import Answer, AnswerRefused
-from src.exchanges.profiles import PROFILES, StatusRule
+from src.exchanges.profiles import COMMON_RULES, PROFILES, ErrorRule
 
 MAX_RETRY_AFTER_SECONDS = 3 * 86400.0  # Binance's longest ban
+FIRST_MILLISECONDS = 10**11  # a larger Unix time is in milliseconds; in seconds it is year 5138
+MAX_TIME_DIGITS = 15
 
 # The nearest class in an error's ancestry decides. A bare ExchangeError is a failure: Bybit and
 # Kraken send it for server timeouts. A test walks through every error class of ccxt.
@@ -33,9 +36,19 @@ TRANSLATION: dict[type[Exception], type[errors.GatewayError]] = {
     Exception: errors.BadUpstreamData,  # raised by ccxt's parsers for unexpected data
 }
 
+# The errors that a rule of a profile can stand for, by code.
 ERRORS: dict[str, type[errors.GatewayError]] = {
-    kind.cause: kind
-    for kind in (errors.ExchangeBanned, errors.ExchangeRateLimited, errors.GeoBlocked)
+    kind.code: kind
+    for kind in (
+        errors.UnknownSymbol,
+        errors.RequestRejected,
+        errors.MarketHalted,
+        errors.ExchangeBanned,
+        errors.ExchangeRateLimited,
+        errors.GeoBlocked,
+        errors.ExchangeUnavailable,
+        errors.ExchangeTimeout,
+    )
 }
 
 # The first match decides.
@@ -52,26 +65,34 @@ REASONS: dict[type[BaseException], str] = {
 }
 
 
-def translate(exchange: str, error: Exception, answer: Answer) -> errors.GatewayError:
-    """Return the gateway's error for an error and the response it came with.
+def translate(
+    exchange: str, error: Exception, answer: Answer, now: float | None = None
+) -> errors.GatewayError:
+    """Return the gateway's error for an error and the response it came with, at `now` (UTC s).
 
     The text of the original error is never used: it may contain addresses. A `GatewayError` is
     returned unchanged.
     """
     if isinstance(error, errors.GatewayError):
         return error
+    now = time.time() if now is None else now
     kind = next(TRANSLATION[parent] for parent in type(error).__mro__ if parent in TRANSLATION)
-    retry_after = _retry_after(answer)
-    rule = _matching_rule(exchange, answer)
+    retry_after = _retry_after(answer, now)
+    scope = kind.scope
+    rule, end = _find_rule(exchange, answer) if isinstance(error, ccxt.BaseError) else (None, None)
     if rule is not None:
-        kind = ERRORS[rule.cause]
-        retry_after = retry_after or rule.pause_seconds
+        kind = ERRORS[rule.code]
+        scope = rule.scope
+        promised = _seconds_until(end or _header(exchange, answer), now)
+        retry_after = promised or retry_after or rule.pause_seconds
     reason = describe(error, answer)
     advice = RETRY_ADVICE
     if issubclass(kind, errors.UnknownSymbol | errors.RequestRejected):
         advice = "check the symbol and the parameters"
     summary = f"{kind.title.lower()} ({reason})" if reason else kind.title.lower()
-    return kind(f"{exchange}: {summary}; {advice}", exchange=exchange, retry_after=retry_after)
+    result = kind(f"{exchange}: {summary}; {advice}", exchange=exchange, retry_after=retry_after)
+    result.scope = scope
+    return result
 
 
 def describe(error: BaseException, answer: Answer) -> str:
@@ -92,25 +113,57 @@ def describe(error: BaseException, answer: Answer) -> str:
 def check_answer(exchange: str, answer: Answer) -> None:
     """Raise for responses that ccxt accepts: unexpected statuses, and bodies that are not JSON."""
     if answer.status is not None and answer.status >= 400:
-        detail = f"{exchange} responded with status {answer.status}; {RETRY_ADVICE}"
-        raise errors.ExchangeUnavailable(detail, exchange=exchange)
+        raise ccxt.ExchangeNotAvailable
     if not answer.is_json:
         detail = f"{exchange} sent an empty or foreign body; {RETRY_ADVICE}"
         raise errors.BadUpstreamData(detail, exchange=exchange)
 
 
-def _matching_rule(exchange: str, answer: Answer) -> StatusRule | None:
-    rules = (rule for rule in PROFILES[exchange].status_rules if rule.status == answer.status)
-    return next((rule for rule in rules if rule.text in answer.body_start), None)
+def check_empty(exchange: str, operation: str, market_id: str, answer: Answer) -> None:
+    """Raise for an answer without rows that does not show that it is about the market.
+
+    ccxt turns any unrelated JSON into an empty result.
+    """
+    proof = PROFILES[exchange].proofs[operation].replace(b"%s", market_id.lower().encode())
+    if proof not in b"".join(answer.body_start.split()):
+        detail = f"{exchange} sent no data, and nothing that names the market; {RETRY_ADVICE}"
+        raise errors.BadUpstreamData(detail, exchange=exchange)
 
 
-def _retry_after(answer: Answer) -> float | None:
+def _find_rule(exchange: str, answer: Answer) -> tuple[ErrorRule | None, bytes | None]:
+    """Return the rule that an error answer matches, and the time in its text."""
+    for rule in (*PROFILES[exchange].error_rules, *COMMON_RULES):
+        if rule.status in (None, answer.status):
+            match = re.search(rule.text, answer.body_start)
+            if match is not None:
+                return rule, match[1] if match.re.groups else None
+    return None, None
+
+
+def _seconds_until(digits: bytes | None, now: float) -> float | None:
+    """Return the seconds until a Unix time in s or ms. None if that is no possible end of a pause.
+
+    Exchanges send such times in texts and in headers of their own.
+    """
+    if not digits or not digits.isdigit():
+        return None
+    number = int(digits[:MAX_TIME_DIGITS])
+    seconds = (number / 1000 if number >= FIRST_MILLISECONDS else number) - now
+    return seconds if 0 < seconds <= MAX_RETRY_AFTER_SECONDS else None
+
+
+def _header(exchange: str, answer: Answer) -> bytes:
+    """Return the exchange's own header with the end of a limit."""
+    return answer.headers.get(PROFILES[exchange].reset_header, "").encode()
+
+
+def _retry_after(answer: Answer, now: float) -> float | None:
     """Return `Retry-After`, in either form of RFC 9110, as seconds from now."""
     value = answer.headers.get("Retry-After", "")
     if value.isascii() and value.isdigit():
         return min(float(value[:9]), MAX_RETRY_AFTER_SECONDS)
     try:
-        seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        seconds = parsedate_to_datetime(value).timestamp() - now
     except (TypeError, ValueError):
         return None
     return min(max(seconds, 1.0), MAX_RETRY_AFTER_SECONDS)

@@ -116,9 +116,11 @@ class TopicMonitor:
     def _has_budget(self, key: SocketKey, states: list[TopicState]) -> bool:
         manager = self._gateway.manager
         is_bulk = states[0].topic.channel.has_bulk_call and len(states) > 1
-        weight = weight_of(key.exchange, "tickers" if is_bulk else key.kind, len(states))
-        is_busy = manager.limiter.used_ratio(key.exchange) > POLL_BUDGET_RATIO
-        return not is_busy and manager.is_available(key.exchange, weight)
+        symbol = states[0].topic.symbol
+        weight = weight_of(key.exchange, "tickers" if is_bulk else key.kind, len(states), symbol)
+        pool = manager.pool_of(key.exchange, symbol)
+        is_busy = manager.limiter.used_ratio(pool) > POLL_BUDGET_RATIO
+        return not is_busy and manager.is_available(key.exchange, weight, symbol=symbol)
 
     async def _refresh(self, states: list[TopicState]) -> None:
         channel = states[0].topic.channel

@@ -131,6 +131,8 @@ class EnabledExchange(Document):
     last_success: Milliseconds | None
     budget_used_ratio: float
     """1 means that the whole budget is used."""
+    futures_budget_used_ratio: float | None = None
+    """The same for swaps. Absent if they share the budget."""
     in_flight: int
     markets: LoadedMarkets
     streams: StreamStatus | None = None

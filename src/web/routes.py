@@ -226,7 +226,7 @@ def add_routes(app: DescribedApp, settings: Settings) -> None:
     add("/tickers", get_tickers, TICKERS, LIST_ERRORS, has_etag=True)
     add("/orderbook/{symbol:path}", get_order_book, models.OrderBook, DATA_ERRORS, has_etag=True)
     add("/ohlcv/{symbol:path}", get_ohlcv, models.Candles, DATA_ERRORS, has_etag=True)
-    add("/trades/{symbol:path}", get_trades, models.Trades, PRICE_ERRORS, has_etag=True)
+    add("/trades/{symbol:path}", get_trades, models.Trades, DATA_ERRORS, has_etag=True)
     add("/markets", get_markets, Listings, (*LIST_ERRORS, errors.MarketsLoading))
     if settings.streaming:
         add = partial(add, tags=["streams"])

@@ -29,6 +29,7 @@ def _exchange(gateway: Gateway, streams: StreamHub | None, name: str) -> dict[st
     breaker = exchange.breaker
     wait = breaker.retry_after
     retry_at = gateway.clock.time() + wait if 0 < wait < math.inf else None
+    ratios = gateway.manager.limiter.used_ratios(name)
     document = {
         "enabled": True,
         "breaker": {
@@ -38,7 +39,7 @@ def _exchange(gateway: Gateway, streams: StreamHub | None, name: str) -> dict[st
             "retry_at": _milliseconds(retry_at),
         },
         "last_success": _milliseconds(exchange.last_success),
-        "budget_used_ratio": round(gateway.manager.limiter.used_ratio(name), 4),
+        "budget_used_ratio": round(ratios["main"], 4),
         "in_flight": exchange.in_flight,
         "markets": {
             "count": gateway.markets.count(name),
@@ -46,6 +47,8 @@ def _exchange(gateway: Gateway, streams: StreamHub | None, name: str) -> dict[st
             "error": gateway.loader.errors.get(name),
         },
     }
+    if "futures" in ratios:
+        document["futures_budget_used_ratio"] = round(ratios["futures"], 4)
     return document if streams is None else document | {"streams": _streams(streams, name)}
 
 
@@ -150,14 +153,18 @@ def update_gauges(gateway: Gateway, streams: StreamHub | None) -> None:
             metrics.maintenance_last_success_timestamp_seconds.labels(task).set(succeeded_at)
     for name in gateway.manager.names:
         exchange = gateway.manager[name]
-        used_ratio = gateway.manager.limiter.used_ratio(name)
         metrics.exchange_in_flight.labels(name).set(exchange.in_flight)
-        metrics.exchange_budget_used_ratio.labels(name).set(used_ratio)
+        _update_budget_gauges(gateway, name)
         metrics.exchange_markets.labels(name).set(gateway.markets.count(name))
         for state in STATES:
             metrics.circuit_state.labels(name, state).set(state == exchange.breaker.state)
         if exchange.last_success is not None:
             metrics.exchange_last_success_timestamp_seconds.labels(name).set(exchange.last_success)
+
+
+def _update_budget_gauges(gateway: Gateway, name: str) -> None:
+    for pool, ratio in gateway.manager.limiter.used_ratios(name).items():
+        metrics.exchange_budget_used_ratio.labels(name, pool).set(ratio)
 
 
 def _update_stream_gauges(streams: StreamHub, names: Sequence[str]) -> None:

@@ -26,6 +26,9 @@ LONGEST = 600.0
 MOMENT = 0.001
 CLIENT_LEFT = asyncio.CancelledError()
 NEUTRAL = [CLIENT_LEFT, CallerError("malformed"), UnknownSymbol("not listed")]
+NEUTRAL.append(BadUpstreamData("a crossed book of one market"))
+WIDESPREAD = BadUpstreamData("crossed books of several markets")
+WIDESPREAD.scope = "exchange"
 
 
 class Bench:
@@ -84,10 +87,10 @@ class Bench:
 class RunningCall:
     """A running call, which the test ends with a result or an error."""
 
-    def __init__(self, breaker: CircuitBreaker) -> None:
+    def __init__(self, breaker: CircuitBreaker, subject: str = "") -> None:
         self.has_started = False
         self._outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(breaker.call(self._run))
+        self._task = asyncio.create_task(breaker.call(self._run, subject=subject))
 
     async def _run(self) -> None:
         self.has_started = True
@@ -252,7 +255,7 @@ async def test_failed_probe_opens_again(clock: FakeClock) -> None:
     bench = Bench(clock, max_open_seconds=RESET)
     await bench.bring_to(HALF_OPEN)
     clock.advance(7)
-    await bench.fail(BadUpstreamData("a crossed book"))
+    await bench.fail(WIDESPREAD)
     assert (bench.breaker.state, bench.breaker.retry_after, bench.breaker.cause) == (
         OPEN,
         RESET,
@@ -384,7 +387,7 @@ async def test_implausible_result_is_a_failure(bench: Bench, state: str) -> None
     async def ask_and_check() -> float:
         bid, ask = 2.0, 1.0
         if bid > ask:
-            raise BadUpstreamData("a crossed book")
+            raise WIDESPREAD
         return ask
 
     await bench.bring_to(state)
@@ -455,6 +458,55 @@ async def test_open_time_doubles_up_to_the_maximum(bench: Bench) -> None:
     for other in (bench, Bench(bench.clock, max_open_seconds=1)):
         await other.bring_to(OPEN)
         assert other.breaker.retry_after == RESET, "the maximum is at least the reset time"
+
+
+async def fail_for(bench: Bench, *subjects: str) -> None:
+    """Make a failing call about each of the subjects."""
+    for subject in subjects:
+        with pytest.raises(ExchangeUnavailable):
+            await bench.breaker.call(give, ExchangeUnavailable("it is down"), subject=subject)
+
+
+async def test_success_of_another_subject_closes_a_breaker_that_one_opened(bench: Bench) -> None:
+    """If one market opened the breaker, one call about another one is admitted."""
+    await fail_for(bench, *["DOT"] * THRESHOLD)
+    assert (bench.breaker.state, bench.breaker.suspect) == (OPEN, "DOT")
+    for subject in ("", "DOT"):
+        assert not bench.breaker.admits(subject)
+        with pytest.raises(CircuitOpen):
+            await bench.breaker.call(never, subject=subject)
+    assert await bench.breaker.call(give, 42, subject="BTC") == 42
+    assert (bench.breaker.state, bench.breaker.suspect) == (CLOSED, "")
+
+
+async def test_failure_of_another_subject_keeps_the_breaker_open(bench: Bench) -> None:
+    """A second opinion is asked for once, and does not change the open time."""
+    await fail_for(bench, *["DOT"] * THRESHOLD)
+    bench.clock.advance(1)
+    second = RunningCall(bench.breaker, subject="BTC")
+    await asyncio.sleep(0)
+    assert not bench.breaker.admits("ETH")
+    await second.end(ExchangeTimeout("it did not answer"))
+    assert not bench.breaker.admits("ETH")
+    assert (bench.breaker.state, bench.breaker.retry_after) == (OPEN, RESET - 1)
+    assert len(bench.events) == 1
+
+
+@pytest.mark.parametrize("subjects", [["DOT"] * 4 + ["BTC"], ["BTC"] + ["DOT"] * 4, [""] * 5])
+async def test_breaker_that_several_subjects_opened_admits_none(
+    bench: Bench, subjects: list[str]
+) -> None:
+    """No second opinion is needed after failures of two markets, or of calls without a market."""
+    await fail_for(bench, *subjects)
+    assert bench.breaker.state == OPEN
+    assert not bench.breaker.admits("ETH")
+
+
+async def test_held_breaker_admits_no_second_opinion(bench: Bench) -> None:
+    """A ban applies to all markets, even if it is shorter than the open time."""
+    await fail_for(bench, *["DOT"] * THRESHOLD)
+    hold(bench.breaker, bench.clock.monotonic() + 5, "banned")
+    assert not bench.breaker.admits("BTC")
 
 
 async def test_breakers_are_independent(clock: FakeClock) -> None:

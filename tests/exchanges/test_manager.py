@@ -102,7 +102,6 @@ def test_nearest_ancestor_of_an_error_decides() -> None:
         ({"status": 418, "body": "{}"}, 503, "exchange_banned"),
         ({"geo_block": True}, 451, "geo_blocked"),
         ({"status": 451}, 451, "geo_blocked"),
-        ({"status": 403, "body": '{"error":["denied"]}'}, 451, "geo_blocked"),
         ({"hang": True}, 504, "exchange_timeout"),
         ({"drip": True}, 504, "exchange_timeout"),
         ({"body": ""}, 502, "bad_upstream_data"),
@@ -126,7 +125,7 @@ async def test_each_fault_has_its_status_and_code(
     assert answer.headers["cache-control"] == "no-store"
     assert "127.0.0.1" not in answer.text
     await sandbox.reset()
-    live.gateway.manager[name].breaker.reset()
+    await live.gateway.manager.reset_breakers()
     assert (await live.get(f"/ticker/BTC/USDT?exchange={name}")).status_code == 200
 
 
@@ -263,7 +262,7 @@ def test_request_weights_match_the_documentation() -> None:
     assert tickers == [2, 2, 40, 40]
     assert books == [5, 5, 25, 25]
     assert kinds == [2, 2, 4, 20]
-    assert swaps == [3, 100]  # 2.5 times 1 and 40
+    assert swaps == [1, 40]
     assert weight_of("bybit", "tickers", 100) == weight_of("kraken", "orderbook", 200) == 1
 
 
@@ -278,6 +277,55 @@ async def test_exchange_count_corrects_the_budget(start: StartGateway, sandbox: 
     await sandbox.set("bybit", rate_limit=-1, headers={"X-Bapi-Limit-Status": "0"})
     await live.get("/ticker/BTC/USDT?exchange=bybit")
     assert (await live.get("/exchanges")).json()["bybit"]["budget_used_ratio"] == 1
+
+
+async def test_swaps_on_binance_have_a_budget_of_their_own(
+    start: StartGateway, sandbox: Sandbox
+) -> None:
+    """A count from the futures' pool corrects only its budget, and a spent one stops only swaps."""
+    live = await start(market_types="spot,swap", binance_futures_budget="2400/60")
+    await sandbox.set("binance", rate_limit=-1, headers={"X-MBX-USED-WEIGHT-1M": "2400"})
+    await live.get("/ticker/BTC/USDT:USDT?exchange=binance")
+    shown = (await live.get("/exchanges")).json()
+    assert (shown["binance"]["budget_used_ratio"], shown["kraken"].get("futures_budget")) == (
+        0,
+        None,
+    )
+    assert shown["binance"]["futures_budget_used_ratio"] == 1
+    assert "futures_budget_used_ratio" not in shown["bybit"]
+    await live.get("/metrics")
+    for pool, ratio in (("main", 0), ("futures", 1)):
+        assert sample("exchange_budget_used_ratio", exchange="binance", pool=pool) == ratio
+    swap = await live.get("/ticker/ETH/USDT:USDT?exchange=binance")
+    assert (swap.status_code, swap.json()["code"]) == (503, "budget_spent")
+    assert "binance-futures (2400 per 60 s)" in swap.json()["detail"]
+    assert (await live.get("/ticker/ETH/USDT:USDT")).json()["exchange"] == "bybit"
+    assert (await live.get("/ticker/ETH/USDT?exchange=binance")).status_code == 200
+
+
+async def test_market_lists_of_two_pools_correct_neither(
+    start: StartGateway, sandbox: Sandbox
+) -> None:
+    """The last of several answers may be from either pool, so its count is not used."""
+    await sandbox.set("binance", rate_limit=-1, headers={"X-MBX-USED-WEIGHT-1M": "2302"})
+    live = await start(market_types="spot,swap", load_markets=True)
+    shown = (await live.get("/exchanges")).json()["binance"]
+    assert (shown["budget_used_ratio"], shown["futures_budget_used_ratio"]) == (0.0033, 0)
+
+
+async def test_ban_stops_both_pools_of_all_replicas(
+    start: StartGateway, sandbox: Sandbox, redis: Any
+) -> None:
+    """A ban applies to the address: another replica calls neither spot markets nor swaps."""
+    settings = {"redis_url": redis.url, "market_types": "spot,swap"}
+    banned = await start(**settings)
+    other = await start(**settings)
+    await sandbox.set("binance", status=418, headers={"Retry-After": "300"})
+    await banned.get("/ticker/BTC/USDT?exchange=binance")
+    sandbox.clear_counts()
+    problem = (await other.get("/ticker/BTC/USDT:USDT?exchange=binance")).json()
+    assert (problem["code"], problem["retry_after"]) == ("exchange_banned", 300)
+    assert sandbox.count("binance") == 0
 
 
 async def test_spent_budget_falls_back_or_returns_the_wait(
@@ -369,7 +417,8 @@ async def tripped(
     """Start a gateway. Open its breaker of Kraken with one request."""
     live = await start(cb_threshold=1, **settings)
     await sandbox.set("kraken", **({"rate_limit": -1} | knobs))
-    assert not (await live.get("/ticker/BTC/USDT?exchange=kraken")).is_success
+    for symbol in ("BTC/USDT", "ETH/USDT"):  # bad data of one market opens no breaker
+        assert not (await live.get(f"/ticker/{symbol}?exchange=kraken")).is_success
     assert live.gateway.manager["kraken"].breaker.state == "open"
     sandbox.clear_counts()
     return live
@@ -956,17 +1005,48 @@ async def test_invalid_header_values_are_ignored(start: StartGateway, sandbox: S
     assert (await live.get("/ticker/ETH/USDT?exchange=binance")).json()["retry_after"] == 60
 
 
-async def test_delisted_symbol_does_not_fail_a_batch(start: StartGateway, sandbox: Sandbox) -> None:
-    """A rejected batch is split until only the delisted symbol fails."""
+async def with_delisted(start: StartGateway, sandbox: Sandbox, name: str) -> tuple[Live, list[str]]:
+    """Start a gateway whose list has SOL/USDT, which the exchange no longer knows.
+
+    Returns also the exchanges whose market list was requested again.
+    """
     live = await start()
-    # The market list has the symbol, but the exchange does not, as after a delisting.
-    live.gateway.manager["binance"].client.markets["SOL/USDT"]["id"] = "GONEUSDT"
-    symbols = "BTC/USDT,ETH/USDT,SOL/USDT,XRP/USDT"
-    batch = (await live.get(f"/tickers?symbols={symbols}&exchange=binance")).json()
-    assert sorted(batch["tickers"]) == ["BTC/USDT", "ETH/USDT", "XRP/USDT"]
-    assert {symbol: problem["code"] for symbol, problem in batch["errors"].items()} == {
-        "SOL/USDT": "unknown_symbol"
-    }
+    refreshed: list[str] = []
+    live.gateway.manager.pauses.on_unknown_symbol = refreshed.append
+    await sandbox.set(name, rate_limit=-1, delisted=["SOLUSDT"])
+    return live, refreshed
+
+
+@pytest.mark.parametrize(("name", "calls"), [("kraken", 1), ("bybit", 1), ("binance", 7)])
+async def test_delisted_symbol_does_not_fail_a_batch(
+    start: StartGateway, sandbox: Sandbox, name: str, calls: int
+) -> None:
+    """The other tickers come from the same answer. The delisted one is unknown, and remembered."""
+    live, refreshed = await with_delisted(start, sandbox, name)
+    bases = ["BTC", "ETH", "XRP", "ADA", "DOGE", "LTC", "LINK"]
+    others = [f"{base}/USDT" for base in bases]
+    path = f"/tickers?exchange={name}&symbols={','.join(others)},SOL/USDT"
+    for expected in (calls, calls + 1):  # then only the other symbols are requested
+        batch = (await live.get(path + "&max_age=0")).json()
+        assert sorted(batch["tickers"]) == sorted(others)
+        problems = {symbol: problem["code"] for symbol, problem in batch["errors"].items()}
+        assert problems == {"SOL/USDT": "unknown_symbol"}
+        assert sandbox.count(name) == expected
+    assert set(refreshed) == {name}
+    assert live.gateway.manager[name].breaker.state == "closed"
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+async def test_delisted_symbols_alone_are_unknown(
+    start: StartGateway, sandbox: Sandbox, name: str
+) -> None:
+    """A single request is a 404 that costs one call until NEGATIVE_TTL_SECONDS have passed."""
+    live, refreshed = await with_delisted(start, sandbox, name)
+    for _ in range(6):
+        answer = await live.get(f"/ticker/SOL/USDT?exchange={name}&max_age=0")
+        assert (answer.status_code, answer.json()["code"]) == (404, "unknown_symbol")
+    assert (sandbox.count(name), refreshed) == (1, [name])
+    assert (await live.get("/ticker/BTC/USDT?exchange=" + name)).status_code == 200
 
 
 async def test_ban_of_one_replica_stops_all_replicas(

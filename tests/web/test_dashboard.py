@@ -403,9 +403,10 @@ async def test_errors_are_grouped(start: StartGateway, sandbox: Sandbox, clock: 
         await live.get("/ticker/FOO-BAR")
     await sandbox.set("kraken", body="{}")
     await live.get("/ticker/BTC-USDT?exchange=kraken")
+    clock.advance(1)  # the pause of the market
     await sandbox.set("kraken", refuse=True)
     await live.get("/ticker/BTC-USDT?exchange=kraken")
-    clock.advance(30)
+    clock.advance(29)
     document = (await data(live))["recent_errors"]
     assert document["answers"] == {"404": 2, "502": 2}
     assert document["exchanges"] == {

@@ -259,7 +259,6 @@ async def ask_while_all_fail(
     )
     await sandbox.set("bybit", rate_limit=-1, body='{"retCode":0,"result":{"list":[]}}')
     assert await answers.request(live, "getTicker", query="exchange=binance") == "no_price"
-    assert await answers.request(live, "getTrades", query="exchange=bybit") == "no_price"
     for exchange in sandbox.urls:
         await sandbox.set(exchange, rate_limit=-1, status=500)
     clock.advance(3600)
