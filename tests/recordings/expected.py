@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tests.recordings.book import Book, apply_bybit
 from tests.recordings.recording import Recording
-from tests.recordings.replay import BASE_AND_QUOTE, ONLINE, SETTLE
+from tests.recordings.replay import BASE_AND_QUOTE, SETTLE
 
 MAX_SHOWN = 20  # faults in a failure
 ROUNDING = 1e-9  # relative; of computed values
@@ -32,6 +32,12 @@ RENAMED = {
         "REPV2": "REP",
         "REP": "REPV1",
     },
+}
+# Statuses of markets whose bid and ask are live.
+LIVE_STATUSES = {
+    "binance": {"TRADING"},
+    "bybit": {"Trading"},
+    "kraken": {"online", "post_only", "limit_only", "reduce_only"},
 }
 # Members of tickers by the exchange's own names.
 BINANCE_TICKER = {
@@ -113,7 +119,7 @@ def listed_symbols(
     exchange: str, market_type: str, markets: Iterable[Mapping[str, Any]]
 ) -> set[str]:
     """Return the symbols that the gateway lists, given the rows of a market list."""
-    trading = [market for market in markets if market["status"] == ONLINE[exchange]]
+    trading = [market for market in markets if market["status"] in LIVE_STATUSES[exchange]]
     if market_type == "swap":
         trading = [row for row in trading if row["contractType"].upper().endswith("PERPETUAL")]
     if exchange == "kraken":  # dark pools had no `wsname`
