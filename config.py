@@ -240,6 +240,10 @@ class Settings(_Frozen):
     """Largest random reduction of a TTL, as a ratio of the TTL. It spreads expiries."""
     stale_seconds: float = Field(60, ge=0, le=86400)
     """How long after its TTL a value may replace an answer that failed, marked as stale."""
+    stale_wait_seconds: float = Field(0.5, gt=0, le=60)
+    """Longest wait for an exchange if a stale value can be served. The load continues."""
+    fallback_max_deviation: float = Field(0.2, ge=0, le=100)
+    """Largest price difference of a fallback to a preferred exchange, as a ratio. 0 is off."""
     revalidate_seconds: float = Field(0, ge=0, le=3600)
     """How long after its TTL a value is served, marked as stale, during its refresh. 0 is off."""
     refresh_ahead: bool = True

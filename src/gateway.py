@@ -20,6 +20,7 @@ from src.core.models import MarketData
 from src.exchanges.manager import ExchangeManager, Fetched, is_swap
 from src.exchanges.market_loader import MarketLoader
 from src.kinds import KINDS, fetch, freshness_of, is_available, shared_key, ttl_of, view
+from src.last_prices import LastPrices
 from src.store.redis import PREFIX, RedisStore, RedisUnavailable
 
 ALL = "all"
@@ -77,6 +78,7 @@ class Gateway:
             settings, self.store, clock, ttl_of=partial(ttl_of, settings), load=self._load
         )
         self.markets = self.manager.markets
+        self.last_prices = LastPrices(settings.fallback_max_deviation, clock)
         self.started_at = clock.time()
         self.maintenance = MaintenanceLog(self.store, clock)
 
@@ -139,14 +141,17 @@ class Gateway:
             chosen = {name: self._choose(keys, max_age) for name, keys in left.items() if keys}
             if not chosen:
                 break
-            # Each exchange gets its share of the time left, so that one that hangs leaves some.
             now = self.clock.monotonic()
+            # Each exchange gets its share of the time left, so that one that hangs leaves some.
             share = (deadline - now) / max(len(keys) for keys in left.values())
-            outcomes = await self._get(set(chosen.values()), now + share, max_age)
+            longest = self._longest_wait([candidates[name] for name in chosen], max_age)
+            outcomes = await _get(
+                self.cache, set(chosen.values()), now + min(share, longest), max_age
+            )
             for name, key in chosen.items():
-                outcome = outcomes[key]
+                outcome = self.last_prices.check(outcomes[key], candidates[name])
                 if isinstance(outcome, Served):
-                    answers[name] = self._answer(outcome, candidates[name], max_age)
+                    answers[name] = _answer(outcome, candidates[name], max_age)
                 elif isinstance(outcome, Overloaded):  # a bound of the gateway: no exchange helps
                     attempts[name] = dict.fromkeys(candidates[name], outcome)
                 else:
@@ -155,6 +160,11 @@ class Gateway:
             if name not in answers:
                 answers[name] = self._stale_or_error(keys, attempts[name], max_age)
         return {name: answers[name] for name in candidates}
+
+    def _longest_wait(self, candidates: Sequence[Sequence[Key]], max_age: float | None) -> float:
+        """Return how long to wait for one exchange: shortly if stale values can be served."""
+        has_stale = all(self._find_stale(keys, max_age) for keys in candidates)
+        return self.settings.stale_wait_seconds if has_stale else self.settings.request_timeout
 
     def find_in_memory(self, keys: Sequence[Key]) -> Entry | None:
         """Return the entry that answers a request for these keys, or None.
@@ -165,7 +175,7 @@ class Gateway:
         for key in keys:
             entry = self.cache.memory.find_fresh(key)
             if entry is not None:
-                return entry
+                return None if self.last_prices.find_mismatch(entry, keys) else entry
             if is_available(self.manager, key):
                 return None
         return None
@@ -193,7 +203,9 @@ class Gateway:
 
         If `share` is true, it is written to Redis as well.
         """
-        self.cache.add(self.cache.create_entry(key, body, born, born), share=share)
+        entry = self.cache.create_entry(key, body, born, born)
+        self.last_prices.record(entry)
+        self.cache.add(entry, share=share)
 
     async def look_for_new_markets(
         self, symbols: Sequence[str], exchange: str | None, seconds: float = NEW_MARKET_SECONDS
@@ -282,18 +294,6 @@ class Gateway:
                     refused[error.symbol or text, name] = error
         return candidates, refused
 
-    async def _get(
-        self, keys: set[Key], deadline: float, max_age: float | None
-    ) -> dict[Key, Outcome]:
-        """Get answers of several exchanges at once, with one load per exchange and market type."""
-        groups: dict[tuple[str, bool], list[Key]] = defaultdict(list)
-        for key in sorted(keys):
-            groups[key.exchange, is_swap(key.symbol)].append(key)
-        lookups = [self.cache.get_many(group, deadline, max_age) for group in groups.values()]
-        # A single lookup, as of every request for one symbol, needs no task of its own.
-        parts = await asyncio.gather(*lookups) if len(lookups) > 1 else [await lookups[0]]
-        return {key: outcome for part in parts for key, outcome in part.items()}
-
     async def _load(self, keys: Sequence[Key]) -> Loaded:
         """Load one key of any kind, or tickers of one exchange and market type with one call."""
         if len(keys) == 1:
@@ -323,7 +323,9 @@ class Gateway:
     def _entry(self, key: Key, data: MarketData, fetched: Fetched[Any]) -> Entry:
         freshness = freshness_of(self.settings, key, fetched, data)
         times = (fetched.started, fetched.received)
-        return self.cache.create_entry(key, encode(data), *times, freshness)
+        entry = self.cache.create_entry(key, encode(data), *times, freshness)
+        self.last_prices.record(entry)
+        return entry
 
     def _choose(self, keys: Sequence[Key], max_age: float | None) -> Key:
         """Return the first key that memory or its exchange can answer now, or else the first."""
@@ -332,10 +334,12 @@ class Gateway:
                 return key
         return keys[0]
 
-    def _answer(self, served: Served, keys: Sequence[Key], max_age: float | None) -> Served:
-        """Count an answer, and attach the keys that could have answered."""
-        metrics.cache_requests_total.labels(served.result).inc()
-        return served if max_age is not None else served._replace(keys=tuple(keys))
+    def _find_stale(self, keys: Sequence[Key], max_age: float | None) -> list[Entry]:
+        """Return the entries that may replace a failed load."""
+        found = (self.cache.find_stale(key, max_age) for key in keys)
+        return [
+            entry for entry in found if entry and not self.last_prices.find_mismatch(entry, keys)
+        ]
 
     def _stale_or_error(
         self, keys: Sequence[Key], attempts: Attempts, max_age: float | None
@@ -345,17 +349,34 @@ class Gateway:
         A stale entry never hides an error of the caller.
         """
         failed = [key for key in keys if not isinstance(attempts.get(key), CallerError)]
-        entries = [
-            entry for key in failed if (entry := self.cache.find_stale(key, max_age)) is not None
-        ]
+        entries = self._find_stale(failed, max_age)
         if entries:
             youngest = max(entries, key=lambda entry: entry.born)
             served = Served.from_entry(youngest, "stale_error", self.clock.monotonic())
-            return self._answer(served, keys, max_age)
+            return _answer(served, keys, max_age)
         error = _combine(list(attempts.values()), max_age)
         result = "negative" if isinstance(error, CallerError | NoPrice) else "miss"
         metrics.cache_requests_total.labels(result).inc()
         return error
+
+
+async def _get(
+    cache: Cache, keys: set[Key], deadline: float, max_age: float | None
+) -> dict[Key, Outcome]:
+    """Get answers of several exchanges at once, with one load per exchange and market type."""
+    groups: dict[tuple[str, bool], list[Key]] = defaultdict(list)
+    for key in sorted(keys):
+        groups[key.exchange, is_swap(key.symbol)].append(key)
+    lookups = [cache.get_many(group, deadline, max_age) for group in groups.values()]
+    # A single lookup, as of every request for one symbol, needs no task of its own.
+    parts = await asyncio.gather(*lookups) if len(lookups) > 1 else [await lookups[0]]
+    return {key: outcome for part in parts for key, outcome in part.items()}
+
+
+def _answer(served: Served, keys: Sequence[Key], max_age: float | None) -> Served:
+    """Count an answer, and attach the keys that could have answered."""
+    metrics.cache_requests_total.labels(served.result).inc()
+    return served if max_age is not None else served._replace(keys=tuple(keys))
 
 
 def _combine(failures: list[GatewayError], max_age: float | None) -> GatewayError:
@@ -373,7 +394,7 @@ def _combine(failures: list[GatewayError], max_age: float | None) -> GatewayErro
             for error in failures
         ],
     }
-    if max_age is not None and first.status == 502:
+    if max_age is not None and first.status == 502 and not isinstance(first, NoPrice):
         return errors.TooOld(f"nothing newer than {max_age:g} s was available: {details}", **extra)
     is_same = len({error.code for error in failures}) == 1
     if len(failures) == 1 or (is_same and isinstance(first, SAME_FOR_ALL)):

@@ -4,7 +4,7 @@ A new kind is a row in `KINDS`, a model in `core/models.py`, a route in `web/rou
 `<kind>_ttl_seconds`, and a weight in `BINANCE_WEIGHTS` of `exchanges/profiles.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
@@ -17,10 +17,13 @@ from src.cache.entry import FINAL_TTL_SECONDS, Entry, Freshness, Key, Param
 from src.core.clock import Clock
 from src.core.errors import InvalidParameter
 from src.core.models import TIMEFRAMES, Candles, Grid, MarketData, OrderBook, Ticker
+from src.exchanges.ccxt_client import CcxtClient
 from src.exchanges.manager import ExchangeCall, ExchangeManager, Fetched, is_swap, weight_of
 from src.exchanges.profiles import PROFILES, Profile
+from src.exchanges.tickers import fetch_ticker
 from src.exchanges.trades import build_trades
 
+RECENT_TIMEFRAMES = 2  # candles that begin no longer ago have the current price
 MAX_VIEWS = 8  # parts that an entry keeps: bots use few different limits
 MIN_SINCE_MS = 100_000_000_000  # in 1973, before any market: a smaller number is in seconds
 
@@ -29,8 +32,8 @@ MIN_SINCE_MS = 100_000_000_000  # in 1973, before any market: a smaller number i
 class Kind:
     """One kind of market data."""
 
-    method: str
-    """ccxt's method, called with the symbol and `params`."""
+    fetch: Callable[..., Callable[[CcxtClient], Awaitable[Any]]]
+    """Returns the call of ccxt, given the profile, the symbol and `params`."""
     params: tuple[str, ...] = ()
     """Names of the parameters, in the order of `Key.params`. They are those of ccxt's method."""
     build: Callable[..., MarketData]
@@ -52,8 +55,15 @@ class Kind:
 
     The time is in UTC seconds on the exchange's clock. None: the TTL is the one of the setting.
     """
+    price: Callable[[Mapping[str, Any]], float | None]
+    """Returns the current price in an answer, None if there is none."""
     has_levels: bool = False
     """True if the first parameter is a number of levels, on which the request weight depends."""
+
+
+def _call_of(method: str) -> Callable[..., Callable[[CcxtClient], Awaitable[Any]]]:
+    """Return a function that returns the call of a method of ccxt."""
+    return lambda _, symbol, **params: methodcaller(method, symbol, **params)
 
 
 def _share_rows(kind: str) -> Callable[[Profile, str, tuple[int]], tuple[Param, ...]]:
@@ -70,6 +80,28 @@ def _cut_levels(document: dict[str, Any], params: tuple[int]) -> dict[str, Any]:
 def _cut_trades(document: dict[str, Any], params: tuple[int]) -> dict[str, Any]:
     """Keep the newest `limit` trades."""
     return document | {"trades": document["trades"][-params[0] :]}
+
+
+def _ticker_price(document: Mapping[str, Any]) -> float | None:
+    return float(document["price"])
+
+
+def _book_price(document: Mapping[str, Any]) -> float | None:
+    best = [document[side][0][0] for side in ("bids", "asks") if document[side]]
+    return sum(best) / len(best) if best else None
+
+
+def _trades_price(document: Mapping[str, Any]) -> float | None:
+    trades = document["trades"]
+    return float(trades[-1]["price"]) if trades else None
+
+
+def _candles_price(document: Mapping[str, Any]) -> float | None:
+    """Return the newest close, unless the candles are of the past."""
+    rows = document["candles"]
+    longest_ms = RECENT_TIMEFRAMES * TIMEFRAMES[document["timeframe"]] * 1000
+    is_recent = rows and document["fetched_at"] - rows[-1][0] <= longest_ms
+    return float(rows[-1][4]) if is_recent else None
 
 
 def _check_ohlcv(clock: Clock, params: tuple[str, int, int | None]) -> tuple[Param, ...]:
@@ -105,30 +137,35 @@ def _candle_freshness(key: Key, candles: Candles, requested_at: float, ttl: floa
 
 
 KINDS = {
-    "ticker": Kind(method="fetch_ticker", build=Ticker.from_ccxt),
+    "ticker": Kind(
+        fetch=partial(partial, fetch_ticker), build=Ticker.from_ccxt, price=_ticker_price
+    ),
     "orderbook": Kind(
-        method="fetch_order_book",
+        fetch=_call_of("fetch_order_book"),
         params=("limit",),
         share=_share_rows("orderbook"),
         cut=_cut_levels,
         build=OrderBook.from_ccxt,
+        price=_book_price,
         build_params=("limit",),
         has_levels=True,
     ),
     "ohlcv": Kind(
-        method="fetch_ohlcv",
+        fetch=_call_of("fetch_ohlcv"),
         params=("timeframe", "limit", "since"),
         build=Candles.from_ccxt,
+        price=_candles_price,
         build_params=("timeframe",),
         check_params=_check_ohlcv,
         freshness=_candle_freshness,
     ),
     "trades": Kind(
-        method="fetch_trades",
+        fetch=_call_of("fetch_trades"),
         params=("limit",),
         share=_share_rows("trades"),
         cut=_cut_trades,
         build=build_trades,
+        price=_trades_price,
     ),
 }
 DATA_ROUTES = ("/tickers", *(f"/{kind}/{{symbol}}" for kind in KINDS))
@@ -140,8 +177,8 @@ async def fetch(manager: ExchangeManager, key: Key) -> Fetched[MarketData]:
     params: dict[str, Any] = dict(zip(kind.params, key.params, strict=True))
     build_params = {name: params[name] for name in kind.build_params}
     build = partial(kind.build, exchange=key.exchange, symbol=key.symbol, **build_params)
-    method = methodcaller(kind.method, key.symbol, **params)
-    call = ExchangeCall(key.exchange, key.kind, method, build, key.symbol, _size_of(key))
+    call_ccxt = kind.fetch(PROFILES[key.exchange], key.symbol, **params)
+    call = ExchangeCall(key.exchange, key.kind, call_ccxt, build, key.symbol, _size_of(key))
     return await manager.call(call)
 
 
@@ -165,6 +202,13 @@ def view(entry: Entry, params: tuple[Param, ...]) -> Entry:
             entry.views.clear()
         entry.views[params] = part
     return part
+
+
+def price_of(entry: Entry) -> float | None:
+    """Return the current price in an entry, None if there is none."""
+    if not entry.price:
+        entry.price = KINDS[entry.key.kind].price(orjson.loads(entry.body)) or 0.0
+    return entry.price or None
 
 
 def weight_of_key(key: Key) -> int:

@@ -255,6 +255,7 @@ def make_settings(sandbox: Sandbox | None = None, **overrides: object) -> Settin
         "REDIS_TIMEOUT_SECONDS": "5",
         "EXCHANGE_TIMEOUT_SECONDS": "30",
         "REQUEST_TIMEOUT": "60",
+        "STALE_WAIT_SECONDS": "30",
         "REFRESH_AHEAD": "false",
         "TTL_JITTER_RATIO": "0",
         "KRAKEN_BUDGET": "1000/5",

@@ -72,6 +72,8 @@ class Entry:
     """Requests answered from memory, including those inherited from the entry before."""
     earlier_hits: int = 0
     """Requests answered by the entries before this one that are not part of `hits`."""
+    price: float = 0.0
+    """The current price in the answer, as soon as it was read: see `kinds.price_of`."""
     views: dict[tuple[Param, ...], "Entry"] = field(default_factory=dict)
     """Parts of the entry that answer other parameters, see `kinds.view`."""
 

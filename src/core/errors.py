@@ -32,6 +32,7 @@ GatewayError
         |-- BudgetSpent               503 budget_spent
         |-- Overloaded                503 overloaded
         |-- TooManyStreams            503 too_many_streams
+        |-- PriceMismatch             503 price_mismatch
         |-- MarketsLoading            503 markets_loading
         |-- Maintenance               503 maintenance
         |-- MarketHalted              503 market_halted
@@ -275,6 +276,10 @@ class Overloaded(Unavailable, title="Too many loads in flight"):
 
 class TooManyStreams(Unavailable, title="Too many streams are watched"):
     """The maximum number of streams or connections is reached."""
+
+
+class PriceMismatch(Unavailable, title="The other exchange's price differs too much"):
+    """The price of a fallback differs too much from the last price of the preferred exchange."""
 
 
 class MarketsLoading(Unavailable, title="The market list is still loading"):

@@ -7,6 +7,7 @@ the base currency, times are UTC milliseconds.
 """
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
@@ -21,6 +22,7 @@ TIMEFRAMES = {  # seconds
 }  # fmt: skip
 MAX_NUMBER = 1e300  # sums of larger numbers overflow; no market has them
 MAX_INTEGER = 2**53  # JSON clients cannot represent all larger integers; no time or nonce is larger
+HALTED_MS = 900_000  # a market without orders and without trades for so long is halted
 # Exchanges finalise a candle up to some hundred milliseconds after its close. A candle is final if
 # it was requested later than this, and if a newer candle follows or none could be expected.
 CLOSE_MARGIN_MS = 500
@@ -93,6 +95,7 @@ class Ticker(MarketData):
     low: float | None
     vwap: float | None
     previous_close: float | None = Field(alias="previousClose")
+    """Price of the last trade before `open`."""
     change: float | None
     percentage: float | None
     """Change over 24 hours in percent."""
@@ -101,31 +104,36 @@ class Ticker(MarketData):
     quote_volume: float | None = Field(alias="quoteVolume")
     mark_price: float | None = Field(alias="markPrice")
     index_price: float | None = Field(alias="indexPrice")
+    last_trade_at: int | None = None
+    """Time of the last trade in UTC milliseconds. Absent if the exchange does not send it."""
 
     @classmethod
     def from_ccxt(cls, raw: Raw, exchange: str, symbol: str, fetched_at: int) -> Self:
         """Convert a ccxt ticker. Values that are not finite numbers become None.
 
-        Raises `NoPrice` if the market has never traded, and `BadUpstreamData` if the ticker is for
-        another symbol, has no price or a bid above the ask.
+        Raises `NoPrice` if the market has never traded or is halted, and `BadUpstreamData` if the
+        ticker is for another symbol, has no price or a bid above the ask.
         """
         values: dict[str, Any] = {name: _to_number(raw.get(name)) for name in _TICKER_NUMBERS}
-        last, bid, ask = values["last"], values["bid"], values["ask"]
         if raw.get("symbol") != symbol:
             raise _bad_data(exchange, symbol, "answered for another symbol")
-        if last in (None, 0) and values["baseVolume"] == 0:
-            raise _no_price(exchange, symbol, "has never traded")
-        if last is None or last <= 0:
-            raise _bad_data(exchange, symbol, "sent no usable price")
-        if bid is not None and ask is not None and 0 < ask < bid:
-            raise _bad_data(exchange, symbol, "sent a bid above the ask")
-        values |= {"symbol": symbol, "exchange": exchange, "price": last, "fetched_at": fetched_at}
+        for side in ("bid", "ask"):
+            if not values[side]:  # 0 means that there are no orders
+                values |= {side: None, f"{side}Volume": None}
+        _check_prices(exchange, symbol, values)
+        traded_at = _to_positive_integer(raw.get("lastTradeTimestamp"))
+        if values["bid"] is None and values["ask"] is None:
+            _check_not_halted(exchange, symbol, traded_at, values["baseVolume"], fetched_at)
+        values |= {"symbol": symbol, "exchange": exchange, "fetched_at": fetched_at}
+        values["price"] = values["last"]
+        if traded_at:
+            values["last_trade_at"] = traded_at
         if timestamp := _to_positive_integer(raw.get("timestamp")):
             values |= {"timestamp": timestamp, "datetime": raw.get("datetime")}
         return cls.model_validate(values)
 
 
-_OWN_FIELDS = {*MarketData.model_fields, "price", "datetime"}
+_OWN_FIELDS = {*MarketData.model_fields, "price", "datetime", "last_trade_at"}
 _TICKER_NUMBERS = tuple(
     field.alias or name for name, field in Ticker.model_fields.items() if name not in _OWN_FIELDS
 )
@@ -302,6 +310,27 @@ def _bad_data(exchange: str, symbol: str, fault: str) -> BadUpstreamData:
 
 def _no_price(exchange: str, symbol: str, reason: str) -> NoPrice:
     return NoPrice(f"{symbol} {reason} on {exchange}", exchange=exchange, symbol=symbol)
+
+
+def _check_prices(exchange: str, symbol: str, values: Mapping[str, Any]) -> None:
+    last, bid, ask = values["last"], values["bid"], values["ask"]
+    if last in (None, 0) and values["baseVolume"] == 0:
+        raise _no_price(exchange, symbol, "has never traded")
+    if last is None or last <= 0:
+        raise _bad_data(exchange, symbol, "sent no usable price")
+    if bid is not None and ask is not None and ask < bid:
+        raise _bad_data(exchange, symbol, "sent a bid above the ask")
+
+
+def _check_not_halted(
+    exchange: str, symbol: str, traded_at: int | None, volume: float | None, now_ms: int
+) -> None:
+    """Raise `NoPrice` if a market without orders has not traded lately: its price is old."""
+    if traded_at is not None and now_ms - traded_at > HALTED_MS:
+        moment = datetime.fromtimestamp(traded_at / 1000, UTC).isoformat(timespec="seconds")
+        raise _no_price(exchange, symbol, f"has no orders, and no trade since {moment},")
+    if traded_at is None and volume == 0:
+        raise _no_price(exchange, symbol, "has no orders, and no trade within 24 hours,")
 
 
 def _to_number(value: Any) -> float | None:

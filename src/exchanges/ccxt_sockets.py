@@ -21,6 +21,7 @@ from src.exchanges.book_guard import BookGuard, MissingUpdateError
 from src.exchanges.ccxt_client import CcxtClient, ccxt
 from src.exchanges.http_client import Answer
 from src.exchanges.profiles import PROFILES, Profile, Refusal
+from src.exchanges.tickers import join_top, with_last_trade
 from src.exchanges.translation import translate
 
 # ccxt's names of subscriptions: `ticker:BTC/USDT`, `ticker:ticker@BTC/USDT`,
@@ -33,8 +34,6 @@ MAX_TICKER_LAG_MS = 600_000
 # How much older than the newest value a late one may be. An even older one means that the clock of
 # the exchange was corrected.
 MAX_LATE_MS = 60_000
-TOP_FIELDS = ("bid", "bidVolume", "ask", "askVolume")
-TIME_FIELDS = ("timestamp", "datetime")
 
 
 class Listener(Protocol):
@@ -392,7 +391,7 @@ class _Observer:
         ticker = self._with_time(self._ccxt.tickers.get(symbol))
         top = self._ccxt.bidsasks.get(symbol)
         if ticker and not self.has_separate_top(symbol):
-            self._listener.received(symbol, ticker, steady=True)
+            self._listener.received(symbol, with_last_trade(self._profile, ticker), steady=True)
         elif ticker and top:
             self._forward_joined(symbol, ticker, top)
 
@@ -415,9 +414,7 @@ class _Observer:
         lag_ms = (top["timestamp"] or 0) - (ticker["timestamp"] or 0)
         if lag_ms > MAX_TICKER_LAG_MS:
             return  # the last price stopped arriving: the silence leads to a new subscription
-        newest = top if lag_ms > 0 else ticker
-        joined = ticker | {field: top[field] for field in TOP_FIELDS}
-        joined |= {field: newest[field] for field in TIME_FIELDS}
+        joined = join_top(with_last_trade(self._profile, ticker), top)
         self._listener.received(name, joined, steady=top is not last_top)
 
 

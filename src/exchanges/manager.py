@@ -24,6 +24,7 @@ from src.exchanges.http_client import Answer, answer, clock_difference, open_ses
 from src.exchanges.markets import Markets
 from src.exchanges.pauses import Pauses, Target
 from src.exchanges.profiles import EXCHANGE, MARKET, PROFILES
+from src.exchanges.tickers import fetch_tickers
 from src.exchanges.translation import check_answer, check_empty, describe, translate
 from src.store.redis import RedisStore
 
@@ -173,7 +174,7 @@ class ExchangeManager:
         if not requested:
             return Fetched(values, started, started)
         build = partial(_build_plausible_tickers, exchange=name, symbols=requested)
-        fetch = methodcaller("fetch_tickers", requested)
+        fetch = partial(fetch_tickers, PROFILES[name], requested)
         call = ExchangeCall(name, "tickers", fetch, build, requested[0], len(requested))
         try:
             fetched = await self.call(call)

@@ -191,6 +191,13 @@ class Profile:
     """Finds numbers and checksums of order book updates that ccxt does not check."""
     find_refusal: FindRefusal | None = None
     """Finds refused subscriptions that ccxt does not report."""
+    undefined_rest_fields: tuple[str, ...] = ()
+    """Members of ccxt's ticker that mean something else by REST than in the stream."""
+    last_trade_fields: tuple[str, ...] = ()
+    """Names of the time of the last trade in the exchange's own ticker, by REST and in the stream.
+    """
+    separate_rest_top_types: frozenset[str] = frozenset()
+    """Market types whose REST ticker has no bid and ask: a second call has them."""
     separate_top_types: frozenset[str] = frozenset()
     """Market types whose ticker stream has no bid and ask: a second stream has them."""
     numbers_per_socket: bool = False
@@ -296,8 +303,9 @@ BINANCE_SIZED_WEIGHTS = {
     "tickers": ((20, 2), (100, 40)),
     "orderbook": ((100, 5), (500, 25), (1000, 50), (5000, 250)),
 }
-# Swaps have a pool of their own. A list of tickers is that of all swaps. Candles weigh 1 to 10.
-BINANCE_SWAP_WEIGHTS = {"ticker": 1, "tickers": 40, "ohlcv": 10, "trades": 20}
+# Swaps have a pool of their own. A list of tickers is that of all swaps. A ticker is joined with
+# its best bid and ask: 1 + 2, and 40 + 5 for a list. Candles weigh 1 to 10.
+BINANCE_SWAP_WEIGHTS = {"ticker": 3, "tickers": 45, "ohlcv": 10, "trades": 20}
 BINANCE_SWAP_SIZED_WEIGHTS = {"orderbook": ((50, 2), (100, 5), (500, 10), (1000, 20))}
 
 
@@ -377,6 +385,8 @@ BINANCE = Profile(
     unsubscribe=binance_unsubscribe,
     find_refusal=binance_refusal,
     is_market_trade=binance_is_market_trade,
+    last_trade_fields=("closeTime", "C"),
+    separate_rest_top_types=frozenset({"swap"}),
     separate_top_types=frozenset({"swap"}),
     numbers_per_socket=True,
     # The default ticker stream of ccxt has no bid and ask. By default ccxt spreads subscriptions
@@ -488,6 +498,8 @@ KRAKEN = Profile(
     socket_limits=dict.fromkeys(MARKET_TYPES, KRAKEN_SOCKET_LIMITS),
     watch_params=KRAKEN_WATCH_PARAMS,
     ticker_time="timestamp",
+    # `o` is the open of the day that began at 00:00 UTC, and ccxt computes the others from it.
+    undefined_rest_fields=("open", "change", "percentage", "average"),
     book_depth=KRAKEN_BOOK_DEPTH,
     unsubscribe=kraken_unsubscribe,
     find_book_update=kraken_book_update,

@@ -59,7 +59,8 @@ SPOT_RECORDS = """
 
 /api/v3/ticker/bookTicker tickers
 [$rows]
- {"symbol":"$id","bidPrice":"$bid","bidQty":"$bid_size","askPrice":"$ask","askQty":"$ask_size"}
+ {"symbol":"$id","bidPrice":"$bid","bidQty":"$bid_size","askPrice":"$ask","askQty":"$ask_size"
+ $book_time}
 
 /api/v3/klines candles
 [$rows]
@@ -147,8 +148,12 @@ Send status unknown; execution status unknown."}
     message_limits = (("/stream", 5), ("", 10))
     pushes_snapshots = False
     # As at the real exchange, only the ticker of a spot market has bid and ask.
-    rest_records = SPOT_RECORDS.replace("$top", REST_TOP)
-    rest_records += SPOT_RECORDS.replace("$top", "").replace("/api/v3", "/fapi/v1")
+    rest_records = SPOT_RECORDS.replace("$top", REST_TOP).replace("$book_time", "")
+    rest_records += (
+        SPOT_RECORDS.replace("$top", "")
+        .replace("$book_time", ',"time":$ms')
+        .replace("/api/v3", "/fapi/v1")
+    )
     # The streams have the fields of
     # https://github.com/binance/binance-spot-api-docs/blob/master/web-socket-streams.md
     push_records = """

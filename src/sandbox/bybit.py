@@ -148,8 +148,6 @@ trades
 
     def fields(self, pair: Pair) -> Fields:
         fields = super().fields(pair)
-        # ccxt recognizes the ticker of a swap by its open interest.
-        fields["open_interest"] = '"openInterestValue":"0",' if pair.is_swap else ""
         return fields | {"contract": CONTRACT % fields if pair.is_swap else ""}
 
     def known_pairs(self, request: Request) -> Mapping[str, Pair]:
@@ -165,7 +163,10 @@ trades
                 if (row["status"] == status if status else row["status"] != "PreLaunch")
             ]
         if kind == "tickers":  # recorded: the best price of an empty side is an empty text
-            lists["rows"] = [row | self.empty_sides(row) for row in lists["rows"]]
+            is_swap = request.param("category") == "linear"
+            lists["rows"] = [
+                row | self.empty_sides(row) | swap_fields(row, is_swap) for row in lists["rows"]
+            ]
         if kind in {"candles", "trades"}:  # the latest ones come first
             lists["rows"].reverse()
         return lists
@@ -235,3 +236,9 @@ trades
         depth = DEPTHS.get(option, 0)
         seconds = INTERVALS.get(option, 0)
         return Topic(name, CHANNELS[kind], known[symbol], depth, seconds, option)
+
+
+def swap_fields(row: Fields, is_swap: bool) -> Fields:
+    """Return the text that only tickers of swaps have. ccxt recognizes them by it."""
+    prices = f'"markPrice":"{row["last"]}","indexPrice":"{row["last"]}",'
+    return {"open_interest": f'"openInterestValue":"0",{prices}' if is_swap else ""}

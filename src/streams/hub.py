@@ -125,11 +125,11 @@ class StreamHub:
         channel = CHANNELS[subscription.channel]
         params = channel.rest_params
         keys = self._gateway.find_keys(channel.kind, subscription.symbol, exchange, params)
-        topics = [Topic(key.exchange, channel.kind, key.symbol) for key in keys]
         if subscription.exchange == "":
-            usable = (topic for topic in topics if self._registry.is_usable(topic))
-            return [next(usable, topics[0])]
-        return topics
+            usable = (key for key in keys if self._monitor.can_use(key, keys))
+            key = next(usable, keys[0])
+            return [Topic(key.exchange, channel.kind, key.symbol)]
+        return [Topic(key.exchange, channel.kind, key.symbol) for key in keys]
 
     def check_count(self, count: int) -> None:
         """Raise `TooManySubscriptions` if one connection may not have `count` topics."""

@@ -7,7 +7,8 @@ first value of a topic, and replaces pushed values while a topic is stale.
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from src.cache.entry import Key, Served
 from src.core.errors import GatewayError
@@ -81,6 +82,27 @@ class TopicMonitor:
             topic = Topic(*key[:3])
             if is_hot and self._registry.make_room([topic]):
                 self._registry.watch(topic)
+
+    # Choice of exchanges.
+
+    def can_use(self, key: Key, keys: Sequence[Key]) -> bool:
+        """Return True if a topic is usable and has the price of the keys before it in `keys`."""
+        if not self._registry.is_usable(Topic(*key[:3])):
+            return False
+        prices = self._gateway.last_prices
+        earlier = keys[: keys.index(key)]
+        if not prices.is_known(key) and any(map(prices.is_known, earlier)):
+            self._registry.spawn(self._fetch_price(key))
+            return False
+        return prices.compare(key, keys) is None
+
+    async def _fetch_price(self, key: Key) -> None:
+        """Fetch the price of a market, so that it can be compared. Then move stale topics to it."""
+        with suppress(GatewayError):
+            await self._gateway.serve("ticker", key.symbol, key.exchange)
+            for topic, state in list(self._registry.topics.items()):
+                if topic.symbol == key.symbol and state.live is False:
+                    self._move(state)
 
     # Stale topics.
 

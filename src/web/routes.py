@@ -203,7 +203,8 @@ def _split(symbols: str, minimum: int = 1) -> list[str]:
 
 LIST_ERRORS = (*GUARDED, errors.UnknownExchange, errors.InvalidParameter)
 SYMBOL_ERRORS = (*LIST_ERRORS, errors.UnknownSymbol)
-NOT_FETCHED = (errors.NoPrice, errors.TooManyStreams)  # not raised by every fetch
+# Not the error of every fetch. A price mismatch is one of several attempts.
+NOT_FETCHED = (errors.NoPrice, errors.TooManyStreams, errors.PriceMismatch)
 FETCH_ERRORS = [error for error in error_classes(errors.UpstreamError) if error not in NOT_FETCHED]
 DATA_ERRORS: Errors = (*SYMBOL_ERRORS, errors.RequestRejected, *FETCH_ERRORS)
 PRICE_ERRORS: Errors = (*DATA_ERRORS, errors.NoPrice)

@@ -262,7 +262,7 @@ def test_request_weights_match_the_documentation() -> None:
     assert tickers == [2, 2, 40, 40]
     assert books == [5, 5, 25, 25]
     assert kinds == [2, 2, 4, 20]
-    assert swaps == [1, 40]
+    assert swaps == [3, 45]  # 1 + 2 and 40 + 5
     assert weight_of("bybit", "tickers", 100) == weight_of("kraken", "orderbook", 200) == 1
 
 

@@ -46,7 +46,7 @@ BINANCE_TICKER = {
     "high": "highPrice", "low": "lowPrice", "vwap": "weightedAvgPrice",
     "previousClose": "prevClosePrice", "change": "priceChange",
     "percentage": "priceChangePercent", "baseVolume": "volume", "quoteVolume": "quoteVolume",
-    "timestamp": "closeTime",
+    "timestamp": "closeTime", "last_trade_at": "closeTime",
 }  # fmt: skip
 BYBIT_TICKER = {
     "last": "lastPrice", "close": "lastPrice", "price": "lastPrice", "bid": "bid1Price",
@@ -66,13 +66,16 @@ class Omitted(NamedTuple):
     """Given the recorded members."""
 
 
+def is_zero(member: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Return a function that tells if a recorded member is 0 or missing."""
+    return lambda row: not float(row[member] or 0)
+
+
 OMITTED = (
-    Omitted(
-        "binance", ("bid",), "0 means that nobody buys", lambda row: not float(row["bid"] or 0)
-    ),
-    Omitted(
-        "binance", ("ask",), "0 means that nobody sells", lambda row: not float(row["ask"] or 0)
-    ),
+    Omitted("binance", ("bid", "bidVolume"), "0 means that nobody buys", is_zero("bid")),
+    Omitted("binance", ("ask", "askVolume"), "0 means that nobody sells", is_zero("ask")),
+    Omitted("kraken", ("bid", "bidVolume"), "0 means that nobody buys", is_zero("bid")),
+    Omitted("kraken", ("ask", "askVolume"), "0 means that nobody sells", is_zero("ask")),
 )
 
 
@@ -91,6 +94,11 @@ UNSERVED = (
     ),
     Unserved("unknown_symbol", "ccxt calls REP and REPV2 REP", lambda s, _: s.startswith("REPV1/")),
     Unserved("no_price", "never traded, so 0 is no price", lambda _, row: not float(row["last"])),
+    Unserved(
+        "no_price",
+        "halted: no orders, and no trade for a long time",
+        lambda s, row: ":" not in s and row.get("bid", 1) is row.get("ask", 1) is None,
+    ),
 )
 
 
@@ -149,17 +157,16 @@ def read_bybit(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_kraken(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a row of `Ticker`. Of two values, the second is that of 24 hours."""
+    """Read a row of `Ticker`. Of two values, the second is that of 24 hours.
+
+    `o` is the open of the day, from which no figure of 24 hours can be computed.
+    """
     values: dict[str, Any] = dict.fromkeys(("last", "close", "price"), row["c"][0])
     values |= {"bid": row["b"][0], "bidVolume": row["b"][2]}
     values |= {"ask": row["a"][0], "askVolume": row["a"][2]}
     values |= {"high": row["h"][1], "low": row["l"][1], "open": None}
     values |= {"vwap": row["p"][1], "baseVolume": row["v"][1]}
     values["quoteVolume"] = Decimal(row["v"][1]) * Decimal(row["p"][1])
-    if float(row["o"]):
-        values["open"] = row["o"]
-        values["change"] = Decimal(row["c"][0]) - Decimal(row["o"])
-        values["percentage"] = values["change"] / Decimal(row["o"]) * 100
     return values
 
 

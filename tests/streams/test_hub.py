@@ -564,6 +564,27 @@ async def test_refused_connection_opens_breaker(
         )
 
 
+async def test_subscription_does_not_move_to_another_coin(
+    start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """An exchange with a very different price under the same symbol is skipped (A5)."""
+    live = await start()
+    await sandbox.set("binance", push_ms=20, price=100)
+    for name in ("bybit", "kraken"):
+        await sandbox.set(name, push_ms=20)
+    client = await join(live)
+    await client.subscribe()
+    await client.take("update", exchange="bybit")
+    await is_pushed(live)
+    await sandbox.set("bybit", refuse=True)
+    await eventually(lambda: tickers(live, "bybit").lost_cause)
+    clock.advance(7)
+    await client.take("status", state="stale", exchange="bybit")
+    async with time_passes(clock):
+        await client.take("snapshot", exchange="kraken")
+    assert not [message for message in client.got if message.get("exchange") == "binance"]
+
+
 async def test_subscription_without_exchange_moves(
     start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock
 ) -> None:
