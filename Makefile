@@ -9,7 +9,7 @@ SANDBOX_PORT ?= 9100
 MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-all format docs bench scale soak bench-stream bench-page stream-soak drill
+.PHONY: help demo run test test-all format docs bench scale soak bench-stream bench-page stream-soak truth-soak drill
 .PHONY: screenshots ci-deps chromium npm clean test-pythons
 
 help: ## List the targets
@@ -75,6 +75,9 @@ bench-page: $(VENV)/.dev ## Measure the page in a browser for MINUTES (10) per l
 
 stream-soak: $(VENV)/.dev ## Stream for five minutes while everything fails in turn; no update may be lost
 	VIRTUOSO_SOAK_SECONDS=300 $(PYTEST) -s tests/streams/test_stream_soak.py
+
+truth-soak: $(VENV)/.dev ## Compare every served number with the simulated market for an hour of random trouble
+	VIRTUOSO_SOAK_SECONDS=3600 $(PYTEST) -s -m full tests/streams/test_truth_soak.py
 
 drill: $(VENV)/.dev ## Break every part of the deployment under load; writes docs/drills.md
 	@$(BIN)/python -m tests.deployment.drills
