@@ -10,20 +10,33 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from cachetools import TTLCache
+
 from config import Settings
 from src.cache.cache import Cache, Loaded, Outcome
-from src.cache.entry import Entry, Key, Param, Served, encode
+from src.cache.entry import Entry, Freshness, Key, Param, Served, encode
 from src.core import errors, metrics
 from src.core.clock import Clock
 from src.core.errors import CallerError, GatewayError, MarketsLoading, NoPrice, Overloaded
 from src.core.models import MarketData
 from src.exchanges.manager import ExchangeManager, Fetched, is_swap
 from src.exchanges.market_loader import MarketLoader
-from src.kinds import KINDS, fetch, freshness_of, is_available, shared_key, ttl_of, view
+from src.kinds import (
+    KINDS,
+    fetch,
+    freshness_of,
+    is_available,
+    is_series,
+    shared_key,
+    ttl_of,
+    view,
+)
 from src.last_prices import LastPrices
 from src.store.redis import PREFIX, RedisStore, RedisUnavailable
 
 ALL = "all"
+SERIES_SECONDS = 600.0  # requests for newest candles are counted for this long after the last one
+MAX_SERIES = 1000  # series of candles whose requests are counted
 # Longest wait for all market lists before the port opens; a snapshot is restored in a tenth of one.
 START_SECONDS = 3.0
 FIRST_LIST_SECONDS = 15.0  # longest wait for any of them
@@ -77,6 +90,10 @@ class Gateway:
         self.cache = Cache(
             settings, self.store, clock, ttl_of=partial(ttl_of, settings), load=self._load
         )
+        # Requests for newest candles that were not answered from memory alone.
+        self.series: TTLCache[Key, int] = TTLCache(
+            MAX_SERIES, SERIES_SECONDS, timer=clock.monotonic
+        )
         self.markets = self.manager.markets
         self.last_prices = LastPrices(settings.fallback_max_deviation, clock)
         self.started_at = clock.time()
@@ -106,6 +123,9 @@ class Gateway:
             raise answer
         if answer.entry is None or not params:
             return answer
+        key = answer.entry.key
+        if is_series(key):
+            self.series[key] = self.series.get(key, 0) + 1
         part = view(answer.entry, params)
         served = Served.from_entry(part, answer.result, self.clock.monotonic())
         return served._replace(keys=answer.keys, params=params)
@@ -198,12 +218,21 @@ class Gateway:
             outcomes = await self.cache.get_many(keys, deadline, max_age)
         return sum(isinstance(outcome, Served) for outcome in outcomes.values())
 
-    def add_pushed(self, key: Key, body: bytes, born: float, *, share: bool) -> None:
+    def add_pushed(
+        self,
+        key: Key,
+        body: bytes,
+        born: float,
+        *,
+        share: bool,
+        freshness: Freshness | None = None,
+    ) -> None:
         """Store an answer that was pushed at `born` (monotonic seconds).
 
-        If `share` is true, it is written to Redis as well.
+        If `share` is true, it is written to Redis as well. Without `freshness`, its TTL is the one
+        of its kind.
         """
-        entry = self.cache.create_entry(key, body, born, born)
+        entry = self.cache.create_entry(key, body, born, born, freshness)
         self.last_prices.record(entry)
         self.cache.add(entry, share=share)
 

@@ -16,7 +16,15 @@ from config import Settings
 from src.cache.entry import FINAL_TTL_SECONDS, Entry, Freshness, Key, Param
 from src.core.clock import Clock
 from src.core.errors import InvalidParameter
-from src.core.models import TIMEFRAMES, Candles, Grid, MarketData, OrderBook, Ticker
+from src.core.models import (
+    CLOSE_MARGIN_MS,
+    TIMEFRAMES,
+    Candles,
+    Grid,
+    MarketData,
+    OrderBook,
+    Ticker,
+)
 from src.exchanges.ccxt_client import CcxtClient
 from src.exchanges.manager import ExchangeCall, ExchangeManager, Fetched, is_swap, weight_of
 from src.exchanges.profiles import PROFILES, Profile
@@ -235,6 +243,21 @@ def freshness_of(
     """
     rule = KINDS[key.kind].freshness
     return rule and rule(key, data, fetched.requested_at, ttl_of(settings, key))
+
+
+def series_freshness(settings: Settings, key: Key, closed_until: int, now_ms: int) -> Freshness:
+    """Return how long candles are fresh whose newest final candle a stream has reported.
+
+    Times are UTC milliseconds.
+    """
+    closes_at = closed_until + TIMEFRAMES[str(key.params[0])] * 1000
+    seconds = (closes_at + CLOSE_MARGIN_MS - now_ms) / 1000
+    return Freshness(min(ttl_of(settings, key), seconds), closed_until)
+
+
+def is_series(key: Key) -> bool:
+    """Return True for the newest candles of a market, to which a stream adds."""
+    return "since" in KINDS[key.kind].params and None in key.params
 
 
 def ttl_of(settings: Settings, key: Key) -> float:

@@ -234,18 +234,23 @@ class Candles(MarketData):
         close = start + CLOSE_MARGIN_MS
         return close if now < close else now + RETRY_MS
 
-    def merge(self, row: Candle, grid: Grid, *, is_final: bool) -> bool:
-        """Add a newer state of the growing candle, or the candle after it.
+    @classmethod
+    def from_push(cls, raw: Raw, exchange: str, symbol: str, fetched_at: int) -> Self:
+        """Convert pushed candles: their `timeframe`, the newest one or two `rows`, and `closed`.
 
-        Returns False, and changes nothing, if the row is from before `closed_until`, or if the
-        final state of a candle before the row is missing.
+        `closed` is the start of the newest candle whose final state is known. The candle before the
+        newest is left out unless it is that one. Raises `BadUpstreamData` as `from_ccxt` does.
         """
-        if row[0] != self.closed_until:
-            return False
-        self.candles = [*(candle for candle in self.candles if candle[0] < row[0]), row]
-        if is_final:
-            self.closed_until = int(row[0]) + grid.length
-        return True
+        rows = raw["rows"]
+        closed = raw["closed"]
+        known = [row for row in rows if row is rows[-1] or row[0] == closed]
+        built = cls.from_ccxt(known, exchange, symbol, fetched_at, raw["timeframe"])
+        newest = int(built.candles[-1][0])
+        length = TIMEFRAMES[built.timeframe] * 1000
+        built.closed_until = newest + length if closed == newest else newest
+        if timestamp := _to_positive_integer(raw.get("timestamp")):
+            built.timestamp = timestamp
+        return built
 
 
 class Trade(Document):

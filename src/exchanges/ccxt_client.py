@@ -39,7 +39,8 @@ TESTED_CCXT_VERSION = "4.5.90"
 # no check: without them ccxt closes more slowly, builds a TLS context of its own, or dials later.
 INTERNALS = {
     "markets": "markets markets_by_id safe_market_structure",
-    "sockets": "client clients tickers bidsasks orderbooks trades fetch_rest_order_book_safe",
+    "sockets": "client clients tickers bidsasks orderbooks trades ohlcvs timeframes "
+    "fetch_rest_order_book_safe",
     "connection": "handle_message resolve reject on_error on_error_callback on_close_callback "
     "on_connected_callback on_message_callback connecting subscriptions isConnected closed error",
 }

@@ -26,8 +26,13 @@ from src.exchanges.translation import translate
 
 # ccxt's names of subscriptions: `ticker:BTC/USDT`, `ticker:ticker@BTC/USDT`,
 # `orderbook::BTC/USDT:USDT`, ...
-SUBSCRIPTION = re.compile(r"(?P<channel>[a-z]+)[:@]+(\w+@)?(?P<symbol>.+)")
-CCXT_CHANNELS = {"ticker": {"ticker", "bidask"}, "orderbook": {"orderbook"}, "trades": {"trade"}}
+SUBSCRIPTION = re.compile(r"(?P<channel>[a-z]+)[:@]+(\w+@)?(?P<symbol>.+?)(::\w+)?")
+CCXT_CHANNELS = {
+    "ticker": {"ticker", "bidask"},
+    "orderbook": {"orderbook"},
+    "trades": {"trade"},
+    "ohlcv": {"ohlcv"},
+}
 CLOSE_TIMEOUT_SECONDS = 1.0
 # How much older than its bid and ask a ticker may be: a market may have no trade for this long.
 MAX_TICKER_LAG_MS = 600_000
@@ -56,18 +61,20 @@ class Listener(Protocol):
 
 
 class CcxtSockets:
-    """The socket of an exchange for one kind of data and market type."""
+    """The socket of an exchange for one kind of data, market type and length of candles."""
 
     def __init__(
         self,
         exchange: str,
         kind: str,
+        timeframe: str,
         settings: Settings,
         session: ClientSession,
         listener: Listener,
     ) -> None:
         self._profile = PROFILES[exchange]
         self._kind = kind
+        self._timeframe = timeframe
         self._listener = listener
         self._tasks: set[asyncio.Future[Any]] = set()
         self._topics: dict[str, list[str]] = {}  # symbol -> the exchange's names of subscriptions
@@ -75,8 +82,9 @@ class CcxtSockets:
         self._names = _Names(self._profile)
         options = ccxt_client.ClientOptions.from_settings(exchange, settings)
         self._ccxt: CcxtClient = ccxt_client.make_client(options, session, has_sockets=True)
+        self._interval = str(self._ccxt.timeframes[timeframe]) if timeframe else ""
         self._observer = _Observer(
-            self._ccxt, self._profile, kind, _Translator(listener, self._names)
+            self._ccxt, self._profile, kind, timeframe, _Translator(listener, self._names)
         )
         missing = ccxt_client.missing_internals(self._ccxt)
         self._is_supported = not missing.keys() & {"sockets", "connection"}
@@ -115,7 +123,10 @@ class CcxtSockets:
         for name in names:
             market = self._ccxt.market(name)
             topics = self._profile.topics[self._kind]
-            self._topics[name] = [topic.format_map(market) for topic in topics]
+            fields = {**market, "interval": self._interval}
+            self._topics[name] = [topic.format_map(fields) for topic in topics]
+        if self._kind == "ohlcv":
+            return self._subscribe_candles(names)
         params = dict(self._profile.watch_params.get(self._kind, {}))
         if self._kind == "trades":
             self._start(self._ccxt.watch_trades_for_symbols(names, params=params))
@@ -128,6 +139,15 @@ class CcxtSockets:
                 self._start(self._ccxt.watch_bids_asks(names))
                 return 2
         return 1
+
+    def _subscribe_candles(self, symbols: list[str]) -> int:
+        if self._ccxt.has["watchOHLCVForSymbols"]:
+            series = [[symbol, self._timeframe] for symbol in symbols]
+            self._start(self._ccxt.watch_ohlcv_for_symbols(series))
+            return 1
+        for symbol in symbols:
+            self._start(self._ccxt.watch_ohlcv(symbol, self._timeframe))
+        return len(symbols)
 
     def unsubscribe(self, symbols: Iterable[str]) -> int:
         """Unsubscribe with one message per socket. Returns the number of messages.
@@ -146,7 +166,7 @@ class CcxtSockets:
             if ended and _is_open(connection):
                 arguments = (connection.url,) if self._profile.numbers_per_socket else ()
                 number = self._ccxt.request_id(*arguments)
-                message = self._profile.unsubscribe(self._kind, topics, number)
+                message = self._profile.unsubscribe(self._kind, topics, number, self._interval)
                 self._start(connection.send(message))
                 sent += 1
         return sent
@@ -180,8 +200,9 @@ class CcxtSockets:
         """Remove the data of markets, which would look new after the next subscription."""
         client = self._ccxt
         joined = self._observer.joined
+        caches = (client.tickers, client.bidsasks, client.orderbooks, client.trades, client.ohlcvs)
         for name in names:
-            for data in (joined, client.tickers, client.bidsasks, client.orderbooks, client.trades):
+            for data in (joined, self._observer.closed, *caches):
                 data.pop(name, None)
             self._observer.forget_book(name)
 
@@ -253,12 +274,22 @@ class _Translator:
 class _Observer:
     """Forwards the messages and failures of ccxt's connections to a listener."""
 
-    def __init__(self, client: CcxtClient, profile: Profile, kind: str, listener: Listener) -> None:
+    def __init__(
+        self,
+        client: CcxtClient,
+        profile: Profile,
+        kind: str,
+        timeframe: str,
+        listener: Listener,
+    ) -> None:
         self._ccxt = client
         self._profile = profile
         self._kind = kind
+        self._timeframe = timeframe
         self._listener = listener
         self._guard = BookGuard(profile.find_book_update if kind == "orderbook" else None)
+        self._closing: int | None = None  # start of the candle that the current message closes
+        self.closed: dict[str, int] = {}  # name -> start of the last candle that was closed
         self.joined: dict[str, tuple[Any, Any]] = {}  # name -> newest ticker, bid and ask
 
     def has_separate_top(self, symbol: str) -> bool:
@@ -302,6 +333,8 @@ class _Observer:
         refusal = find_refusal(data) if find_refusal else None
         if refusal is not None:
             self._report_refusal(connection, refusal)
+        if self._timeframe and self._profile.closed_candle:
+            self._closing = self._profile.closed_candle(data)
         try:
             return self._guard.is_next(data)
         except MissingUpdateError as error:
@@ -368,6 +401,9 @@ class _Observer:
         if self._kind == "ticker":
             self._forward_ticker(symbol)
             return
+        if self._kind == "ohlcv":
+            self._forward_candles(symbol)
+            return
         if self._kind == "orderbook":
             self._forward_book(symbol, result)
             return
@@ -384,6 +420,21 @@ class _Observer:
         value = {**book, "bids": book["bids"][:depth], "asks": book["asks"][:depth]}
         if time := self._guard.time_of(ws_name):
             value["timestamp"] = self._ccxt.parse8601(time)
+        self._listener.received(name, value, steady=True)
+
+    def _forward_candles(self, name: str) -> None:
+        """Forward the newest candle, and the one before if its final state is known."""
+        rows = [list(row) for row in self._ccxt.ohlcvs[name][self._timeframe][-2:]]
+        if self._profile.closed_candle is None and len(rows) == 2:
+            self._closing = rows[0][0]
+        if self._closing is not None:
+            self.closed[name] = self._closing
+            self._closing = None
+        value = {
+            "timeframe": self._timeframe,
+            "rows": rows,
+            "closed": self.closed.get(name),
+        }
         self._listener.received(name, value, steady=True)
 
     def _forward_ticker(self, symbol: str) -> None:

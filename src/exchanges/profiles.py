@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 MARKET_TYPES = ("spot", "swap")
 Weight = Callable[[str, int, bool], int]
 """Returns the weight of a call: operation, number of symbols or levels, True for a swap."""
-Unsubscribe = Callable[[str, Sequence[str], int], dict[str, Any]]
-"""Returns the message that ends subscriptions: kind of data, topics, number of the message."""
+Unsubscribe = Callable[[str, Sequence[str], int, str], dict[str, Any]]
+"""Returns the message that ends subscriptions: kind of data, topics, number of the message, and the
+exchange's name of the length of candles."""
+ClosedCandle = Callable[[Mapping[str, Any]], int | None]
+"""Returns the start (UTC ms) of the candle of which a message has the final state."""
 MarketName = Callable[[Mapping[str, Any]], str]
 """Returns a name of ccxt's market, of which `info` is the exchange's own row."""
 
@@ -189,6 +192,8 @@ class Profile:
     """Field of a pushed ticker with the exchange's time, if ccxt ignores it."""
     find_book_update: FindBookUpdate | None = None
     """Finds numbers and checksums of order book updates that ccxt does not check."""
+    closed_candle: ClosedCandle | None = None
+    """None if no message marks the end of a candle: the next candle does."""
     find_refusal: FindRefusal | None = None
     """Finds refused subscriptions that ccxt does not report."""
     undefined_rest_fields: tuple[str, ...] = ()
@@ -233,7 +238,7 @@ def status_of(market: Mapping[str, Any]) -> str:
     return str(market["info"].get("status") or "")
 
 
-def bybit_unsubscribe(_kind: str, topics: Sequence[str], number: int) -> dict[str, Any]:
+def bybit_unsubscribe(_kind: str, topics: Sequence[str], number: int, _: str) -> dict[str, Any]:
     """Return Bybit's message."""
     return {"op": "unsubscribe", "req_id": number, "args": topics}
 
@@ -249,6 +254,12 @@ def bybit_book_update(message: Mapping[str, Any]) -> BookUpdate | None:
 def bybit_is_market_trade(row: Mapping[str, Any]) -> bool:
     """Reject block trades, which are negotiated outside of the order book."""
     return not (row.get("BT") or row.get("isBlockTrade"))
+
+
+def bybit_closed_candle(message: Mapping[str, Any]) -> int | None:
+    """Read `confirm`: https://bybit-exchange.github.io/docs/v5/websocket/public/kline."""
+    closed = [row["start"] for row in message.get("data", ()) if row["confirm"]]
+    return int(closed[-1]) if closed else None
 
 
 # https://bybit-exchange.github.io/docs/v5/ws/connect: ten args per message for spot, and 21,000
@@ -288,12 +299,14 @@ BYBIT = Profile(
         "ticker": ("tickers.{id}", "orderbook.1.{id}"),
         "orderbook": ("orderbook.50.{id}",),
         "trades": ("publicTrade.{id}",),
+        "ohlcv": ("kline.{interval}.{id}",),
     },
     socket_limits={"spot": BYBIT_SPOT_LIMITS, "swap": BYBIT_SWAP_LIMITS},
     book_depth=50,
     unsubscribe=bybit_unsubscribe,
     find_book_update=bybit_book_update,
     is_market_trade=bybit_is_market_trade,
+    closed_candle=bybit_closed_candle,
     separate_top_types=frozenset({"spot"}),
 )
 
@@ -339,9 +352,15 @@ BINANCE_RULES = (
 )
 
 
-def binance_unsubscribe(_kind: str, topics: Sequence[str], number: int) -> dict[str, Any]:
+def binance_unsubscribe(_kind: str, topics: Sequence[str], number: int, _: str) -> dict[str, Any]:
     """Return Binance's message."""
     return {"method": "UNSUBSCRIBE", "params": topics, "id": number}
+
+
+def binance_closed_candle(message: Mapping[str, Any]) -> int | None:
+    """Read "is this kline closed?" of the kline streams."""
+    candle = message.get("k", {})
+    return int(candle["t"]) if candle.get("x") else None
 
 
 def binance_refusal(message: Mapping[str, Any]) -> Refusal | None:
@@ -379,10 +398,12 @@ BINANCE = Profile(
         "ticker": ("{lowercaseId}@ticker", "{lowercaseId}@bookTicker"),
         "orderbook": ("{lowercaseId}@depth@100ms",),
         "trades": ("{lowercaseId}@trade",),
+        "ohlcv": ("{lowercaseId}@kline_{interval}",),
     },
     socket_limits=dict.fromkeys(MARKET_TYPES, BINANCE_SOCKET_LIMITS),
     book_depth=100,
     unsubscribe=binance_unsubscribe,
+    closed_candle=binance_closed_candle,
     find_refusal=binance_refusal,
     is_market_trade=binance_is_market_trade,
     last_trade_fields=("closeTime", "C"),
@@ -409,7 +430,7 @@ def kraken_ws_name(market: Mapping[str, Any]) -> str:
     return KRAKEN_RENAMED.get(base, base) + slash + KRAKEN_RENAMED.get(quote, quote)
 
 
-KRAKEN_CHANNELS = {"ticker": "ticker", "orderbook": "book", "trades": "trade"}
+KRAKEN_CHANNELS = {"ticker": "ticker", "orderbook": "book", "trades": "trade", "ohlcv": "ohlc"}
 KRAKEN_BOOK_DEPTH = 100
 # By default Kraken pushes a ticker only after a trade. The documentation requires the same
 # parameters for the unsubscription.
@@ -419,10 +440,14 @@ KRAKEN_WATCH_PARAMS: dict[str, dict[str, Any]] = {
 }
 
 
-def kraken_unsubscribe(kind: str, topics: Sequence[str], number: int) -> dict[str, Any]:
+def kraken_unsubscribe(
+    kind: str, topics: Sequence[str], number: int, interval: str
+) -> dict[str, Any]:
     """Return Kraken's message."""
     params: dict[str, Any] = {"channel": KRAKEN_CHANNELS[kind], "symbol": topics}
     params |= KRAKEN_WATCH_PARAMS.get(kind, {})
+    if interval:
+        params["interval"] = int(interval)
     return {"method": "unsubscribe", "params": params, "req_id": number}
 
 

@@ -39,6 +39,7 @@ class ExchangeSocket:
     ) -> None:
         self.exchange = key.exchange
         self.channel = CHANNEL_BY_KIND[key.kind]
+        self._timeframe = key.timeframe
         self.lost_cause: str | None = None  # cause of the last loss; None since the last message
         self.lost_at = 0.0
         self.retry_at = 0.0
@@ -49,7 +50,9 @@ class ExchangeSocket:
         self._manager = gateway.manager
         self._clock = gateway.clock
         self._receive = receive
-        self._sockets = CcxtSockets(key.exchange, key.kind, gateway.settings, session, self)
+        self._sockets = CcxtSockets(
+            key.exchange, key.kind, key.timeframe, gateway.settings, session, self
+        )
         self._failures = 0
         self._is_open = False
         self._opened_at = 0.0
@@ -167,7 +170,8 @@ class ExchangeSocket:
         if liveness is None or liveness.subscribed_at is None:
             return
         try:
-            if not self._receive(Topic(self.exchange, self.channel.kind, symbol), value, steady):
+            topic = Topic(self.exchange, self.channel.kind, symbol, self._timeframe)
+            if not self._receive(topic, value, steady):
                 return
         except Exception as error:  # noqa: BLE001 - reported
             report_error("delivery", error)

@@ -105,14 +105,17 @@ class StreamHub:
 
     # Subscriptions.
 
-    def resolve(self, channel: str, symbol: str, exchange: str, levels: int) -> Subscription:
-        """Return a subscription with canonical names. Raises the same errors as REST."""
+    def resolve(self, wanted: Subscription) -> Subscription:
+        """Return a client's subscription with canonical names. Raises the same errors as REST."""
         markets = self._gateway.markets
-        exchange = exchange.lower()
+        channel = CHANNELS[wanted.channel]
+        exchange = wanted.exchange.lower()
         if exchange not in ("", ALL):
             exchange = markets.check_exchange(exchange)
-        levels = levels if CHANNELS[channel].has_levels else 0
-        return Subscription(channel, markets.canonical(symbol), exchange, levels)
+        levels = wanted.levels if channel.has_levels else 0
+        timeframe = wanted.timeframe if channel.has_timeframe else ""
+        symbol = markets.canonical(wanted.symbol)
+        return Subscription(channel.name, symbol, exchange, levels, timeframe)
 
     async def look_for_new_markets(self, symbols: Sequence[str], exchange: str) -> None:
         """Refresh market lists that miss a symbol, before the symbol is resolved."""
@@ -123,13 +126,15 @@ class StreamHub:
         """Return the topics of a subscription. Raises the same errors as REST."""
         exchange = None if subscription.exchange in ("", ALL) else subscription.exchange
         channel = CHANNELS[subscription.channel]
-        params = channel.rest_params
+        timeframe = subscription.timeframe
+        params = channel.params(timeframe)
         keys = self._gateway.find_keys(channel.kind, subscription.symbol, exchange, params)
+        topics = [Topic(key.exchange, channel.kind, key.symbol, timeframe) for key in keys]
         if subscription.exchange == "":
-            usable = (key for key in keys if self._monitor.can_use(key, keys))
-            key = next(usable, keys[0])
-            return [Topic(key.exchange, channel.kind, key.symbol)]
-        return [Topic(key.exchange, channel.kind, key.symbol) for key in keys]
+            pairs = zip(topics, keys, strict=True)
+            usable = (topic for topic, key in pairs if self._monitor.can_use(topic, key, keys))
+            return [next(usable, topics[0])]
+        return topics
 
     def check_count(self, count: int) -> None:
         """Raise `TooManySubscriptions` if one connection may not have `count` topics."""
@@ -209,7 +214,8 @@ class StreamHub:
     def _move(self, state: TopicState) -> None:
         """Move subscriptions without an exchange from a stale topic to a usable one."""
         for feed in list(state.feeds.values()):
-            subscription = Subscription(feed.channel, state.topic.symbol, "", feed.levels)
+            names = (feed.channel, state.topic.symbol, "", feed.levels, state.topic.timeframe)
+            subscription = Subscription(*names)
             with suppress(GatewayError):
                 topics = self.find_topics(subscription)
                 if self._registry.is_usable(topics[0]):

@@ -13,7 +13,7 @@ from contextlib import suppress
 from src.cache.entry import Key, Served
 from src.core.errors import GatewayError
 from src.exchanges.manager import weight_of
-from src.kinds import shared_key
+from src.kinds import is_available, view
 from src.streams.registry import TopicRegistry, TopicState
 from src.streams.topics import SocketKey, Topic
 
@@ -36,6 +36,7 @@ class TopicMonitor:
         self._move = move
         self._polled_at = 0.0
         self._polling: set[SocketKey] = set()
+        self._repairing: set[Key] = set()
         self._bulk_symbols: dict[SocketKey, list[str]] = defaultdict(list)  # of the next bulk load
         self._bulk_loads: dict[SocketKey, asyncio.Task[Answers]] = {}  # newest of each socket
         self._request_counts: dict[Key, int] = {}  # total requests of tickers at `_counted_at`
@@ -45,6 +46,7 @@ class TopicMonitor:
         """Update the state of every topic, and poll stale topics every `POLL_SECONDS`."""
         now = self._gateway.clock.monotonic()
         self._watch_hot_tickers(now)
+        self._watch_requested_candles()
         stale: dict[SocketKey, list[TopicState]] = defaultdict(list)
         for state in list(self._registry.topics.values()):
             if state.is_wanted:
@@ -79,15 +81,37 @@ class TopicMonitor:
                 continue
             is_hot = count - start >= HOT_REQUESTS
             self._request_counts[key] = count if is_hot or is_over else start
-            topic = Topic(*key[:3])
+            topic = Topic(key.exchange, key.kind, key.symbol)
             if is_hot and self._registry.make_room([topic]):
                 self._registry.watch(topic)
 
+    def _watch_requested_candles(self) -> None:
+        """Watch the series of candles that clients request, and fetch those with gaps."""
+        candles = self._registry.candles
+        for topic in candles.find_requested():
+            if self._registry.make_room([topic]) and self._registry.watch(topic).live:
+                candles.renew(topic)
+        for key in candles.gaps - self._repairing:
+            self._registry.spawn(self._repair(key))
+
+    async def _repair(self, key: Key) -> None:
+        manager = self._gateway.manager
+        pool = manager.pool_of(key.exchange, key.symbol)
+        is_busy = manager.limiter.used_ratio(pool) > POLL_BUDGET_RATIO
+        if is_busy or not is_available(manager, key):
+            return
+        self._repairing.add(key)
+        try:
+            if await self._gateway.refresh([key], POLL_SECONDS):
+                self._registry.candles.gaps.discard(key)
+        finally:
+            self._repairing.discard(key)
+
     # Choice of exchanges.
 
-    def can_use(self, key: Key, keys: Sequence[Key]) -> bool:
-        """Return True if a topic is usable and has the price of the keys before it in `keys`."""
-        if not self._registry.is_usable(Topic(*key[:3])):
+    def can_use(self, topic: Topic, key: Key, keys: Sequence[Key]) -> bool:
+        """Return True if the topic of a key is usable and has the price of the keys before it."""
+        if not self._registry.is_usable(topic):
             return False
         prices = self._gateway.last_prices
         earlier = keys[: keys.index(key)]
@@ -146,27 +170,29 @@ class TopicMonitor:
 
     async def _refresh(self, states: list[TopicState]) -> None:
         channel = states[0].topic.channel
-        keys = [shared_key(*state.topic, channel.rest_params) for state in states]
+        keys = [state.topic.key for state in states]
         groups = [keys] if channel.has_bulk_call else [[key] for key in keys]
         for group in groups:
             await self._gateway.refresh(group, POLL_SECONDS)
         for key, state in zip(keys, states, strict=True):
             entry = self._gateway.cache.memory.find_fresh(key)
             if entry is not None:
-                self._registry.receive_rest(state, entry.body, entry.born)
+                part = view(entry, state.topic.rest_params)
+                self._registry.receive_rest(state, part.body, entry.born)
 
     # First values.
 
     async def load(self, state: TopicState) -> GatewayError | None:
         """Fetch a topic's first value, from the cache if possible. Return the error if it fails."""
-        exchange, kind, symbol = state.topic
-        params = state.topic.channel.rest_params
-        is_fresh = self._gateway.cache.has_fresh(shared_key(*state.topic, params))
+        exchange, kind, symbol, _ = state.topic
+        is_fresh = self._gateway.cache.has_fresh(state.topic.key)
         try:
             if state.topic.channel.has_bulk_call and not is_fresh:
                 served = await self._load_in_bulk(SocketKey.of(state.topic), symbol)
             else:
-                served = await self._gateway.serve(kind, symbol, exchange, params=params)
+                served = await self._gateway.serve(
+                    kind, symbol, exchange, params=state.topic.rest_params
+                )
         except GatewayError as error:
             return error
         born = self._gateway.clock.monotonic() - served.age

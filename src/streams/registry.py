@@ -16,8 +16,8 @@ from src.core.models import MarketData, Trade, Trades
 from src.exchanges.ccxt_sockets import is_late
 from src.exchanges.http_client import open_socket_session
 from src.gateway import Gateway
-from src.kinds import shared_key
 from src.streams.bus import Bus
+from src.streams.candles import CandleKeeper
 from src.streams.exchange_socket import CHECK_SECONDS, GRACE_SECONDS, ExchangeSocket
 from src.streams.feed import ClientConnection, Feed, encode_levels
 from src.streams.liveness import Liveness
@@ -120,6 +120,7 @@ class TopicRegistry:
         self.topics: dict[Topic, TopicState] = {}
         self.sockets: dict[SocketKey, ExchangeSocket] = {}
         self.bus = Bus(gateway.store, self._set_held, self._is_reachable, self.receive_event)
+        self.candles = CandleKeeper(gateway)
         self.gateway = gateway
         self.spawn = spawn
         self._clock = gateway.clock
@@ -298,5 +299,7 @@ class TopicRegistry:
         spread = state.held and event.born - state.spread_at >= SPREAD_SECONDS
         if spread:
             state.spread_at = event.born
-        key = shared_key(*state.topic, state.topic.channel.rest_params)
-        self.gateway.add_pushed(key, event.data, event.born, share=spread)
+        if state.topic.channel.has_timeframe:
+            self.candles.merge(event, share=spread)
+        else:
+            self.gateway.add_pushed(state.topic.key, event.data, event.born, share=spread)

@@ -5,7 +5,7 @@ example in `openapi_examples.json`.
 """
 
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import Path, Query, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -15,7 +15,7 @@ from starlette.websockets import WebSocket
 from config import Settings
 from src.core import errors, models
 from src.gateway import Gateway
-from src.streams.topics import ChannelName
+from src.streams.topics import ChannelName, Subscription, Timeframe
 from src.web import dashboard, documents, responses, status, websocket
 from src.web.documents import DashboardData, Listings, error_classes
 from src.web.openapi import GUARDED, OPEN, DescribedApp, Errors
@@ -51,7 +51,6 @@ Base = Annotated[str | None, query("As in `BTC`.", "BTC", min_length=1, max_leng
 Quote = Annotated[str | None, query("As in `USDT`.", "USDT", min_length=1, max_length=24)]
 ExchangeName = Annotated[str | None, EXCHANGE]
 MaxAge = Annotated[float | None, MAX_AGE]
-Timeframe = Literal["1m", "5m", "15m", "30m", "1h", "4h", "1d", "1w"]
 
 
 def limit_query(maximum: int, description: str, example: int) -> Any:
@@ -142,14 +141,16 @@ async def get_stream(
     channel: Annotated[ChannelName, query("The data to push.", "book")] = "ticker",
     exchange: ExchangeName = None,
     levels: Annotated[int, limit_query(50, "Levels on each side of a book.", 5)] = 10,
+    timeframe: Annotated[Timeframe, query("Length of a candle.", "1m")] = "1m",
 ) -> Response:
     """Push updates of symbols as server-sent events; `exchange=all` pushes every exchange's.
 
     Each stream starts with a snapshot, followed by updates.
     """
-    symbols = _split(symbol)
-    await request.state.streams.look_for_new_markets(symbols, exchange or "")
-    return EventStream(request, symbols, channel, exchange or "", levels)
+    names = _split(symbol)
+    await request.state.streams.look_for_new_markets(names, exchange or "")
+    options = (exchange or "", levels, timeframe)
+    return EventStream(request, [Subscription(channel, name, *options) for name in names])
 
 
 async def get_exchanges(request: Request) -> Response:

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from src.core import metrics
 from src.streams.feed import SEND_BUFFER_BYTES, SLOW_SECONDS, ClientConnection, Feed
 from src.streams.hub import StreamHub
-from src.streams.topics import ChannelName
+from src.streams.topics import Subscription
 from src.web import uvicorn_edge
 
 MAX_NOTES = 100  # status messages and heartbeats kept for a slow client; the newest are kept
@@ -29,16 +29,14 @@ class EventStream(ClientConnection, StreamingResponse):
 
     transport = "sse"
 
-    def __init__(
-        self, request: Request, symbols: list[str], channel: ChannelName, exchange: str, levels: int
-    ) -> None:
-        """Prepare a response that pushes updates of symbols. Raises the same errors as REST."""
+    def __init__(self, request: Request, wanted: list[Subscription]) -> None:
+        """Prepare a response that pushes updates. Raises the same errors as REST."""
         ClientConnection.__init__(self, request.state.gate.client_of(request.scope))
         headers = {"Cache-Control": "no-store", "Content-Type": "text/event-stream; charset=utf-8"}
         StreamingResponse.__init__(self, self.events(), headers=headers)
         self._hub: StreamHub = request.state.streams
-        subscriptions = [self._hub.resolve(channel, symbol, exchange, levels) for symbol in symbols]
-        self._topics = {wanted: self._hub.find_topics(wanted) for wanted in subscriptions}
+        subscriptions = [self._hub.resolve(subscription) for subscription in wanted]
+        self._topics = {resolved: self._hub.find_topics(resolved) for resolved in subscriptions}
         count = sum(map(len, self._topics.values()))
         self._hub.check_count(count)
         last_id = request.headers.get("last-event-id", "")

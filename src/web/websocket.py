@@ -21,7 +21,7 @@ from config import EXCHANGES
 from src.core import errors, metrics
 from src.streams.feed import SEND_BUFFER_BYTES, SLOW_SECONDS, ClientConnection, Feed, utc_ms
 from src.streams.hub import StreamHub
-from src.streams.topics import CHANNELS, MAX_LEVELS, ChannelName, Subscription
+from src.streams.topics import CHANNELS, MAX_LEVELS, ChannelName, Subscription, Timeframe
 from src.web import uvicorn_edge
 from src.web.gate import Gate
 
@@ -49,6 +49,7 @@ class Command(BaseModel):
     symbols: list[str] = Field([], max_length=MAX_SYMBOLS, description=SYMBOLS)
     exchange: str = Field("", max_length=32, description=EXCHANGE)
     levels: int = Field(10, ge=1, le=MAX_LEVELS, description=f"an integer from 1 to {MAX_LEVELS}")
+    timeframe: Timeframe = Field("1m", description=f"one of {', '.join(get_args(Timeframe))}")
 
 
 class WebSocketConnection(ClientConnection):
@@ -190,8 +191,9 @@ class WebSocketConnection(ClientConnection):
 
     def _describe(self, subscription: Subscription) -> dict[str, Any]:
         description = subscription._asdict() | {"exchange": subscription.exchange or None}
-        if not subscription.levels:
-            del description["levels"]
+        for name in ("levels", "timeframe"):
+            if not description[name]:
+                del description[name]
         feeds = self.subscriptions[subscription]
         return description | {"from": [topic.exchange for topic, feed in feeds.items() if feed]}
 
@@ -207,9 +209,8 @@ class WebSocketConnection(ClientConnection):
         problems: dict[str, Any] = {}
         for symbol in command.symbols:
             try:
-                subscription = self._hub.resolve(
-                    command.channel, symbol, command.exchange, command.levels
-                )
+                options = (command.exchange, command.levels, command.timeframe)
+                subscription = self._hub.resolve(Subscription(command.channel, symbol, *options))
                 action(subscription)
                 symbols.append(subscription.symbol)
             except errors.GatewayError as error:
@@ -228,8 +229,8 @@ class WebSocketConnection(ClientConnection):
     def _end(self, subscription: Subscription) -> None:
         if not self._hub.unsubscribe(self, subscription):
             raise errors.InvalidParameter(
-                f"{subscription.symbol} has no such subscription; use the channel, exchange and"
-                " levels that `list` shows",
+                f"{subscription.symbol} has no such subscription; use the channel, exchange,"
+                " levels and timeframe that `list` shows",
                 symbol=subscription.symbol,
             )
 

@@ -207,20 +207,22 @@ def test_a_candle_is_final_after_its_close_plus_a_margin(
     assert changes_at == MINUTE + changes_ms
 
 
-def test_pushed_candles_are_merged_in_order() -> None:
-    """The growing candle is replaced. After its final state, the next one follows."""
-    minutes = candles([GOOD, NEXT])
-    minutes.closed_until = 120_000
-    grown = [*NEXT[:5], 7.0]
-    assert minutes.merge(grown, MINUTES, is_final=False)
-    assert (minutes.candles, minutes.closed_until) == ([GOOD, grown], 120_000)
-    assert minutes.merge(grown, MINUTES, is_final=True)
-    newest = [180_000, *GOOD[1:]]
-    assert minutes.merge(newest, MINUTES, is_final=False)
-    assert (minutes.candles, minutes.closed_until) == ([GOOD, grown, newest], 180_000)
-    for other in (GOOD, [240_000, *GOOD[1:]]):  # late, and after a gap
-        assert not minutes.merge(other, MINUTES, is_final=True)
-    assert minutes.candles == [GOOD, grown, newest]
+@pytest.mark.parametrize(
+    ("closed", "times", "closed_until"),
+    [
+        (None, [120_000], 120_000),  # how the candle before ended is not known
+        (60_000, [60_000, 120_000], 120_000),
+        (120_000, [120_000], 180_000),
+    ],
+)
+def test_pushed_candles_are_those_whose_state_is_known(
+    closed: int | None, times: list[int], closed_until: int
+) -> None:
+    """The newest candle, and the one before if the exchange has closed it."""
+    raw = {"timeframe": "1m", "rows": [GOOD, NEXT], "closed": closed}
+    pushed = Candles.from_push(raw, "kraken", "BTC/USDT", MINUTE + 120_000)
+    assert [row[0] for row in pushed.candles] == times
+    assert pushed.closed_until == closed_until
 
 
 def test_weeks_start_on_the_day_of_the_exchange() -> None:

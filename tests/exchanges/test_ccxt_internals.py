@@ -40,7 +40,14 @@ def test_missing_internals_are_named() -> None:
     client = SimpleNamespace(markets={}, markets_by_id={}, client=None, clients={}, tickers={})
     assert missing_internals(client) == {
         "markets": ["safe_market_structure"],
-        "sockets": ["bidsasks", "orderbooks", "trades", "fetch_rest_order_book_safe"],
+        "sockets": [
+            "bidsasks",
+            "orderbooks",
+            "trades",
+            "ohlcvs",
+            "timeframes",
+            "fetch_rest_order_book_safe",
+        ],
     }
 
 
@@ -106,7 +113,7 @@ async def test_sockets_without_internals_report_a_loss(
     monkeypatch.setitem(ccxt_client.INTERNALS, "sockets", "no_such_name")
     listener = Losses()
     async with aiohttp.ClientSession() as session:
-        sockets = CcxtSockets("kraken", "ticker", make_settings(sandbox), session, listener)
+        sockets = CcxtSockets("kraken", "ticker", "", make_settings(sandbox), session, listener)
         sockets.subscribe(["BTC/USDT"])
         sockets.unsubscribe(["BTC/USDT"])
         sockets.drop()

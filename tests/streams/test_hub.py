@@ -114,7 +114,7 @@ def tickers(live: Live, exchange: str) -> ExchangeSocket:
     return inside(live).sockets[SocketKey(exchange, "ticker", swaps=False)]
 
 
-async def is_pushed(live: Live, *topics: tuple[str, str, str]) -> None:
+async def is_pushed(live: Live, *topics: Topic) -> None:
     """Wait until these topics, or all topics, are live."""
     await eventually(
         lambda: all(
@@ -146,12 +146,12 @@ async def is_quiet(exchange: str) -> None:
 
 
 @asynccontextmanager
-async def time_passes(clock: FakeClock) -> AsyncIterator[None]:
+async def time_passes(clock: FakeClock, step: float = 1) -> AsyncIterator[None]:
     """Advance the clock in the background: the number of retries is random."""
 
     async def advance() -> None:
         while True:
-            clock.advance(1)
+            clock.advance(step)
             await asyncio.sleep(0.1)
 
     going = asyncio.create_task(advance())

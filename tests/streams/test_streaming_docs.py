@@ -22,13 +22,14 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from config import EXCHANGES, setting_names
 from src.core import errors, metrics
 from src.core.errors import GatewayError
-from src.core.models import OrderBook, Ticker, Trade, Trades
+from src.core.models import Candles, OrderBook, Ticker, Trade, Trades
 from src.exchanges import ccxt_sockets
 from src.exchanges.markets import Markets
 from src.gateway import Gateway
 from src.sandbox.server import Sandbox
 from src.streams import (
     bus,
+    candles,
     exchange_socket,
     feed,
     hub,
@@ -291,13 +292,13 @@ def test_every_member_is_documented() -> None:
 
 def test_data_schemas_match_models() -> None:
     """The data schemas have the members of the REST models, and the code's enums."""
-    for model in (Ticker, OrderBook, Trades, Trade):
+    for model in (Ticker, OrderBook, Candles, Trades, Trade):
         fields = {field.alias or name for name, field in model.model_fields.items()}
         assert set(SCHEMAS[model.__name__]["properties"]) == fields
     assert (
         SCHEMAS["Channel"]["enum"]
         == list(topics.CHANNELS)
-        == [named(row[0])[0] for row in cells(TEXT)[:3]]
+        == [named(row[0])[0] for row in cells(TEXT)[:4]]
     )
     assert SCHEMAS["Exchange"]["enum"] == list(EXCHANGES)
     own = websocket.Command.model_json_schema()["properties"]
@@ -343,6 +344,7 @@ def test_every_limit_is_documented() -> None:
             hub,
             registry,
             monitor,
+            candles,
             subscriptions,
             liveness,
             exchange_socket,
@@ -447,11 +449,18 @@ async def test_real_messages_match_schemas(
         await send(
             socket, op="subscribe", channel="trades", symbols=["ETH/USDT"], exchange="kraken"
         )
+        candles_of = {"channel": "ohlcv", "symbols": ["ETH/USDT"], "exchange": "binance"}
+        await send(socket, op="subscribe", timeframe="5m", **candles_of)
         for channel in topics.CHANNELS:
             messages += await receive_until(socket, is_type("update", channel=channel))
         await send(socket, op="list", id=2)
         messages += await receive_until(socket, is_type("list", id=2))
-        assert [item["exchange"] for item in messages[-1]["streams"]] == ["all", None, "kraken"]
+        assert [item["exchange"] for item in messages[-1]["streams"]] == [
+            "all",
+            None,
+            "kraken",
+            "binance",
+        ]
         await send(socket, op="subscribe", symbols=["FOO-BAR"])
         messages += await receive_until(socket, is_type("error"))
         await sandbox.set("kraken", freeze=True, rate_limit=-1)
@@ -473,7 +482,7 @@ async def test_real_messages_match_schemas(
             numbers[stream] = message["seq"]
             if message["channel"] == "book":
                 assert len(message["data"]["bids"]) == 3
-    assert len(numbers) == 5
+    assert len(numbers) == 6
 
 
 async def test_rest_answers_with_pushed_data(start: StartGateway, clock: FakeClock) -> None:

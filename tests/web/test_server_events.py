@@ -310,7 +310,7 @@ async def test_status_is_sent_between_frequent_values(start: StartGateway) -> No
     """A client that always has pending values receives status messages, too."""
     state = (await start()).server.lifespan.state
     request = Request({"type": "http", "headers": [], "state": state})
-    client = EventStream(request, [], "ticker", "", levels=0)
+    client = EventStream(request, [])
     feed = Feed(Topic("kraken", "ticker", BTC), 0)
     told = client.events()
     assert await anext(told) == RETRY
