@@ -423,3 +423,49 @@ def test_trouble_of_markets_counts_together_only_within_the_window(clock: FakeCl
     assert pauses.is_widespread(second, error)
     pauses.succeeded(first)
     assert not pauses.is_widespread(second, error)
+
+
+# What the sandbox's knob `error` stands for, by exchange where the exchanges differ.
+FAILURES: dict[str, dict[str, tuple[str, str]]] = {
+    "rate_limit": dict.fromkeys(EXCHANGES, ("exchange_rate_limited", "exchange"))
+    | {"bybit": ("exchange_rate_limited", "endpoint")},
+    "banned": {
+        "bybit": ("exchange_rate_limited", "exchange"),
+        "binance": ("exchange_banned", "exchange"),
+        "kraken": ("exchange_banned", "exchange"),
+    },
+    "firewall": {
+        "bybit": ("exchange_rate_limited", "exchange"),
+        "binance": ("exchange_rate_limited", "exchange"),
+        "kraken": ("exchange_unavailable", "call"),
+    },
+    "busy": dict.fromkeys(EXCHANGES, ("exchange_unavailable", "call")),
+    "unavailable": dict.fromkeys(EXCHANGES, ("exchange_unavailable", "call")),
+    "timeout": dict.fromkeys(EXCHANGES, ("exchange_timeout", "call")),
+    "no_symbol": dict.fromkeys(EXCHANGES, ("unknown_symbol", "market")),
+    "pair_limit": {"kraken": ("exchange_rate_limited", "market")},
+    "throttled": {"kraken": ("exchange_rate_limited", "exchange")},
+}
+FAILURE_CASES = [
+    (name, failure, *expected)
+    for failure, by_exchange in FAILURES.items()
+    for name, expected in by_exchange.items()
+]
+
+
+@pytest.mark.parametrize(("name", "failure", "code", "scope"), FAILURE_CASES)
+async def test_failure_of_one_pair_stops_what_it_is_about(
+    start: StartGateway, sandbox: Sandbox, name: str, failure: str, code: str, scope: str
+) -> None:
+    """While requests for one pair fail, every other pair is answered, unless all are refused."""
+    live = await start()
+    await sandbox.set(name, rate_limit=-1, error=failure, pair="DOTUSDT")
+    codes = []
+    for _ in range(6):
+        problem = (await live.get(f"/trades/DOT/USDT?exchange={name}")).json()
+        codes.append(problem["code"])
+    assert codes[0] == code
+    other = await live.get(f"/trades/BTC/USDT?exchange={name}")
+    assert (other.status_code == 200) == (scope in {"call", "market"})
+    assert (await live.get(f"/ticker/BTC/USDT?exchange={name}")).is_success == (scope != "exchange")
+    assert live.gateway.manager[name].breaker.state == ("open" if scope == "exchange" else "closed")
