@@ -379,7 +379,7 @@ async def test_every_kind_is_refreshed_with_its_parameters(
     live = await watched(("binance",), orderbook_ttl_seconds=TTL, trades_ttl_seconds=TTL)
     paths = [
         f"/orderbook/{what}"
-        for what in ("BTC-USDT?limit=5", "BTC-USDT?limit=50", "ETH-USDT?limit=5")
+        for what in ("BTC-USDT?limit=5", "BTC-USDT?limit=100", "ETH-USDT?limit=5")
     ]
     paths += ["/trades/BTC-USDT?limit=5", "/trades/ETH-USDT?limit=5", "/ticker/BTC-USDT"]
     for path in paths:
