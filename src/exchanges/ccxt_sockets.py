@@ -383,14 +383,7 @@ class _Observer:
             cause = "junk"
         elif isinstance(error, ccxt.RequestTimeout):
             cause = "timeout"
-        self._listener.lost(cause, self._refusal_of(error))
-
-    def _refusal_of(self, error: Any) -> GatewayError | None:
-        for cause in error.args:
-            if isinstance(cause, WSServerHandshakeError):
-                response = Answer(status=cause.status, headers=cause.headers or {})
-                return translate(self._profile.name, error, response)
-        return None
+        self._listener.lost(cause, _refusal_of(self._profile.name, error))
 
     def _on_close(self, on_close: Callable[..., None], connection: Any, code: Any) -> None:
         on_close(connection, code)
@@ -479,6 +472,15 @@ def _newer(ticker: dict[str, Any], last: dict[str, Any] | None) -> dict[str, Any
     if last is not None and is_late(ticker["timestamp"], last["timestamp"]):
         return last
     return ticker
+
+
+def _refusal_of(exchange: str, error: Any) -> GatewayError | None:
+    """Return the error that the answer to a socket's handshake stands for."""
+    for cause in error.args:
+        if isinstance(cause, WSServerHandshakeError):
+            response = Answer(status=cause.status, headers=cause.headers or {})
+            return translate(exchange, error, response)
+    return None
 
 
 def _is_open(connection: Any) -> bool:
