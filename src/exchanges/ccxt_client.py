@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CcxtClient = Any  # ccxt's clients are untyped and generated
 MARKETS_TIMEOUT_SECONDS = 20.0
-SNAPSHOT_FORMAT = 5  # 5: with ws_name, decimals, status and state
+SNAPSHOT_FORMAT = 6  # 6: with ws_name, decimals, status and state, which sets `active`
 UNUSED_FIELDS = {"info", "limits", "precision", "marginModes", "tiers"}
 """Fields of a market that nothing here reads. `info` alone is more than half of a market."""
 
@@ -246,6 +246,7 @@ def _slim(profile: Profile, market: dict[str, Any]) -> dict[str, Any]:
     used["decimals"] = profile.decimals(market)
     used["status"] = status_of(market)
     used["state"] = profile.state_of(market)
+    used["active"] = used["state"] == QUOTED  # ccxt's batches omit Kraken's inactive markets
     return {name: value for name, value in used.items() if value is not None}
 
 

@@ -1,5 +1,6 @@
 """The symbols that each exchange lists. Every requested symbol is checked against them."""
 
+import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -104,7 +105,7 @@ class Markets:
         size = sum(map(self._is_served, markets))
         before = self.count(exchange)
         is_recent = loaded_at - self.loaded_at.get(exchange, 0.0) < KEPT_SECONDS
-        if size == 0 or (is_recent and size < before * MIN_SHARE):
+        if is_recent and size < before * MIN_SHARE:
             raise BadUpstreamData(
                 f"the market list has {size} markets instead of {before}; the old list is kept",
                 exchange=exchange,
@@ -128,13 +129,14 @@ class Markets:
         """
         before = self._halted.get(exchange, {})
         known = self._listed.get(exchange, {})
-        is_maintenance = len(quoted) < max(1, self.count(exchange) * MIN_SHARE)
+        is_few = len(quoted) < max(1, self.count(exchange) * MIN_SHARE)
+        is_maintenance = bool(halted) and is_few
         since = {symbol: before[symbol].since for symbol in halted if symbol in before}
         self._halted[exchange] = {
             symbol: HaltedMarket(market, since.get(symbol, loaded_at))
             for symbol, market in halted.items()
             if symbol in known
-            or loaded_at - since.get(symbol, 0.0) < KEPT_SECONDS
+            or loaded_at - since.get(symbol, -math.inf) < KEPT_SECONDS
             or (is_maintenance and not known)
         }
         self.in_maintenance.discard(exchange)

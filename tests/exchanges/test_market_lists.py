@@ -292,6 +292,8 @@ async def test_restricted_kraken_markets_are_served(
     )
     live = await start(load_markets=True)
     assert (await live.get("/ticker/DOGE/USDT?exchange=kraken")).status_code == 200
+    batch = await live.get("/tickers?exchange=kraken&symbols=DOGE/USDT,BTC/USDT&max_age=0")
+    assert batch.json()["tickers"].keys() == {"DOGE/USDT", "BTC/USDT"}
     listed = (await live.get("/markets?exchange=kraken&base=DOGE&quote=USDT")).json()["markets"]
     assert listed[0]["statuses"] == {"kraken": status}
     assert listed[0]["ids"] == {"kraken": IDS["kraken"]}
@@ -317,6 +319,14 @@ async def test_half_a_list_does_not_replace_a_whole_one(
     clock.advance(EARLY_REFRESH_SECONDS)
     live.gateway.loader.request_refresh("bybit")
     await eventually(lambda: not live.gateway.loader.errors)
+
+
+async def test_list_without_a_configured_market_type_is_no_fault(start: StartGateway) -> None:
+    """Kraken lists no swaps. It is neither broken nor in maintenance."""
+    live = await start(load_markets=True, market_types="swap")
+    assert live.gateway.markets.count("kraken") == 0
+    assert not live.gateway.loader.errors
+    assert not live.gateway.markets.in_maintenance
 
 
 async def test_short_list_is_accepted_after_a_day(

@@ -21,5 +21,4 @@ async def test_markets_are_listed_as_recorded(recording: Recording) -> None:
             await eventually(lambda: live.gateway.markets.loaded_at or loader.errors)
             answer = await live.get(f"/markets?exchange={recording.exchange}")
     wanted = expected.listed_symbols(*key, replay.markets[key].values())
-    assert answer.status_code == (200 if wanted else 503)
-    assert {market["symbol"] for market in answer.json().get("markets", ())} == wanted
+    assert {market["symbol"] for market in answer.json()["markets"]} == wanted
