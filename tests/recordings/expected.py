@@ -268,6 +268,19 @@ def pushed_trade(row: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zip(("id", "timestamp", "side", "price", "amount"), members, strict=True))
 
 
+def pushed_candle(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return time, open, high, low, close and volume of a candle that was pushed."""
+    if "data" in message:
+        row = message["data"][-1]
+        names = ("open", "high", "low", "close", "volume")
+        time = row["start"]
+    else:
+        row = message["k"]
+        names = ("o", "h", "l", "c", "v")
+        time = row["t"]
+    return {"candle": [time, *(float(row[name]) for name in names)]}
+
+
 def is_equal(served: Any, expected: Any) -> bool:
     """Return True if a served value is the expected one. An empty text stands for no value."""
     if expected in (None, "") or served is None:

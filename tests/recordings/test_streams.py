@@ -21,7 +21,14 @@ LEVELS = 50  # of pushed order books
 IDLE_SECONDS = 20.0  # after this time without a value, no more values are expected
 # The beginning of a topic, or its end after the market -> our channel. Other topics were recorded
 # that the gateway does not use.
-CHANNELS = {"tickers": "ticker", "orderbook": "book", "publicTrade": "trades", "depth": "book"}
+CHANNELS = {
+    "tickers": "ticker",
+    "orderbook": "book",
+    "publicTrade": "trades",
+    "depth": "book",
+    "kline": "ohlcv",
+    "kline_1m": "ohlcv",
+}
 
 
 class Stream(NamedTuple):
@@ -76,6 +83,8 @@ def read(
             states = expected.book_states(exchange, messages, books.get(market), LEVELS)
         elif stream.channel == "ticker":
             states = expected.ticker_states(messages)
+        elif stream.channel == "ohlcv":
+            states = [expected.pushed_candle(message) for message in messages]
         else:
             states = [expected.pushed_trade(row) for each in messages for row in each["data"]]
         found[stream] = Recorded({(market_type, each) for each in topics}, states)
@@ -95,7 +104,9 @@ def follow(stream: Stream, recorded: Recorded) -> tuple[int, list[str]]:
                 count += compared
                 break
         else:
-            same_time = [state for state in later if state["timestamp"] == value.get("timestamp")]
+            same_time = [
+                state for state in later if state.get("timestamp") == value.get("timestamp")
+            ]
             return expected.differences(str(stream), value, (same_time or later)[0])
     return count, []
 
@@ -127,6 +138,8 @@ async def receive(
                     stream = Stream(message["channel"], message["symbol"])
                     data = message["data"]
                     recorded = streams[stream]
+                    if stream.channel == "ohlcv":
+                        data = {"candle": data["candles"][-1]}
                     recorded.pushed += data["trades"] if stream.channel == "trades" else [data]
                     if recorded.is_complete(stream.channel):
                         pending.pop(stream, None)
