@@ -22,7 +22,6 @@ from src.core.models import MarketData
 from src.exchanges.manager import ExchangeManager, Fetched, is_swap
 from src.exchanges.market_loader import MarketLoader
 from src.kinds import (
-    KINDS,
     fetch,
     freshness_of,
     is_available,
@@ -113,7 +112,6 @@ class Gateway:
         older than `max_age` seconds is served. `params` are the parameters of the kind, in the
         order of `Kind.params`.
         """
-        params = KINDS[kind].check_params(self.clock, params)
         await self.look_for_new_markets([symbol], exchange)
         keys = self.find_keys(kind, symbol, exchange, params)
         name = (keys[0].symbol, "")
@@ -158,7 +156,7 @@ class Gateway:
                 for name, keys in candidates.items()
                 if name not in answers
             }
-            chosen = {name: self._choose(keys, max_age) for name, keys in left.items() if keys}
+            chosen = {name: self.choose(keys, max_age) for name, keys in left.items() if keys}
             if not chosen:
                 break
             now = self.clock.monotonic()
@@ -178,7 +176,7 @@ class Gateway:
                     attempts[name][key] = outcome
         for name, keys in candidates.items():
             if name not in answers:
-                answers[name] = self._stale_or_error(keys, attempts[name], max_age)
+                answers[name] = self.stale_or_error(keys, attempts[name], max_age)
         return {name: answers[name] for name in candidates}
 
     def _longest_wait(self, candidates: Sequence[Sequence[Key]], max_age: float | None) -> float:
@@ -189,7 +187,7 @@ class Gateway:
     def find_in_memory(self, keys: Sequence[Key]) -> Entry | None:
         """Return the entry that answers a request for these keys, or None.
 
-        The fast path uses this: it is the decision that `_choose` and the cache make, in one step
+        The fast path uses this: it is the decision that `choose` and the cache make, in one step
         and without counting.
         """
         for key in keys:
@@ -356,7 +354,7 @@ class Gateway:
         self.last_prices.record(entry)
         return entry
 
-    def _choose(self, keys: Sequence[Key], max_age: float | None) -> Key:
+    def choose(self, keys: Sequence[Key], max_age: float | None) -> Key:
         """Return the first key that memory or its exchange can answer now, or else the first."""
         for key in keys:
             if self.cache.has_fresh(key, max_age) or is_available(self.manager, key):
@@ -370,7 +368,7 @@ class Gateway:
             entry for entry in found if entry and not self.last_prices.find_mismatch(entry, keys)
         ]
 
-    def _stale_or_error(
+    def stale_or_error(
         self, keys: Sequence[Key], attempts: Attempts, max_age: float | None
     ) -> Served | GatewayError:
         """Return the youngest stale entry in place of a failed load, or the most informative error.

@@ -14,12 +14,11 @@ import orjson
 
 from config import Settings
 from src.cache.entry import FINAL_TTL_SECONDS, Entry, Freshness, Key, Param
-from src.core.clock import Clock
-from src.core.errors import InvalidParameter
 from src.core.models import (
     CLOSE_MARGIN_MS,
+    MAX_INTEGER,
     TIMEFRAMES,
-    Candles,
+    CandlePage,
     Grid,
     MarketData,
     OrderBook,
@@ -47,8 +46,6 @@ class Kind:
     build: Callable[..., MarketData]
     """Converts ccxt's result, given `exchange`, `symbol`, `fetched_at` and `build_params`."""
     build_params: tuple[str, ...] = ()
-    check_params: Callable[[Clock, tuple[Any, ...]], tuple[Param, ...]] = lambda _, params: params
-    """Returns the canonical form of the parameters. Raises `InvalidParameter`."""
     share: Callable[[Profile, str, tuple[Any, ...]], tuple[Param, ...]] = lambda _, __, params: (
         params
     )
@@ -112,35 +109,47 @@ def _candles_price(document: Mapping[str, Any]) -> float | None:
     return float(rows[-1][4]) if is_recent else None
 
 
-def _check_ohlcv(clock: Clock, params: tuple[str, int, int | None]) -> tuple[Param, ...]:
-    """Round `since` up to the start of a candle, so that requests share an answer."""
-    timeframe, limit, since = params
-    if since is None:
-        return params
-    if since > clock.time() * 1000:
-        raise InvalidParameter(
-            f"since={since} is in the future; expected UTC milliseconds up to now"
-        )
-    if 0 < since < MIN_SINCE_MS:
-        raise InvalidParameter(f"since={since} looks like seconds; expected UTC milliseconds")
-    length_ms = TIMEFRAMES[timeframe] * 1000
-    return timeframe, limit, -(-since // length_ms) * length_ms
-
-
 def grid_of(exchange: str, timeframe: str) -> Grid:
     """Return the starts of an exchange's candles."""
     offset = PROFILES[exchange].week_offset_seconds if timeframe == "1w" else 0
     return Grid(TIMEFRAMES[timeframe] * 1000, offset * 1000)
 
 
-def _candle_freshness(key: Key, candles: Candles, requested_at: float, ttl: float) -> Freshness:
-    """Expire candles when the newest one closes, and final ones after a day."""
-    timeframe, limit, since = key.params
+def _share_candles(
+    _profile: Profile, _symbol: str, params: tuple[str, int, bool]
+) -> tuple[Param, ...]:
+    """Return the parameters of the newest candles, as many as one call has."""
+    return params[0], None
+
+
+def _cut_candles(document: dict[str, Any], params: tuple[str, int, bool]) -> dict[str, Any]:
+    """Keep the newest `limit` candles, with `closed` those that are final."""
+    _, limit, closed = params
+    end = document["closed_until"] if closed else MAX_INTEGER
+    return document | {"candles": [row for row in document["candles"] if row[0] < end][-limit:]}
+
+
+def _fetch_candles(
+    profile: Profile, symbol: str, timeframe: str, since: int | None
+) -> Callable[[CcxtClient], Awaitable[Any]]:
+    """Request a whole page. ccxt rounds the start of weeks wrongly for some exchanges."""
+    arguments: dict[str, Any] = {"since": since, "limit": profile.candle_page}
+    if profile.since_parameter and since is not None:
+        arguments["params"] = {profile.since_parameter: since}
+    return methodcaller("fetch_ohlcv", symbol, timeframe, **arguments)
+
+
+def _candle_freshness(key: Key, candles: CandlePage, requested_at: float, ttl: float) -> Freshness:
+    """Expire candles when the newest one closes, and final pages after a day."""
+    timeframe, start = key.params
     grid = grid_of(key.exchange, str(timeframe))
     requested_ms = int(requested_at * 1000)
     changes_at = candles.set_closed(requested_ms, grid)
-    if since is not None and int(since) + int(limit or 0) * grid.length <= candles.closed_until:
-        return Freshness(FINAL_TTL_SECONDS, candles.closed_until)
+    if start is not None:
+        end = int(start) + PROFILES[key.exchange].candle_page * grid.length
+        candles.end_at(end)
+        if candles.closed_until >= end:
+            return Freshness(FINAL_TTL_SECONDS, candles.closed_until)
     return Freshness(min(ttl, (changes_at - requested_ms) / 1000), candles.closed_until)
 
 
@@ -159,12 +168,13 @@ KINDS = {
         has_levels=True,
     ),
     "ohlcv": Kind(
-        fetch=_call_of("fetch_ohlcv"),
-        params=("timeframe", "limit", "since"),
-        build=Candles.from_ccxt,
+        fetch=_fetch_candles,
+        params=("timeframe", "since"),
+        build=CandlePage.from_ccxt,
         price=_candles_price,
         build_params=("timeframe",),
-        check_params=_check_ohlcv,
+        share=_share_candles,
+        cut=_cut_candles,
         freshness=_candle_freshness,
     ),
     "trades": Kind(

@@ -493,7 +493,7 @@ def exchanges() -> Parts:
             {
                 "{{exchange}} {{operation}}":
                 "sum by (exchange, operation)"
-                ' (increase(virtuoso_rows_dropped_total{exchange=~"$exchange"}[$__interval]))',
+                ' (increase(virtuoso_rows_dropped_total{exchange=~"$exchange"}[$__rate_interval]))',
             },
         ).no_value("none dropped"),
         graph(

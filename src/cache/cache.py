@@ -16,7 +16,7 @@ from typing import NamedTuple
 from cachetools import TTLCache
 
 from config import Settings
-from src.cache.entry import Entry, Freshness, Key, Served, etag_of
+from src.cache.entry import FINAL_TTL_SECONDS, Entry, Freshness, Key, Served, etag_of
 from src.cache.memory import Memory
 from src.cache.redis_tier import RedisTier
 from src.core import metrics
@@ -61,7 +61,7 @@ class AgeLimit(NamedTuple):
     def is_usable(self, entry: Entry, now: float) -> bool:
         """Return True if the entry is fresh, or final for as long as the caller needs."""
         is_final = self.final_until is not None and entry.closed_until >= self.final_until
-        return is_final or entry.is_fresh(now)
+        return entry.is_fresh(now) or (is_final and entry.age(now) < FINAL_TTL_SECONDS)
 
 
 @dataclass(eq=False)

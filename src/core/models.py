@@ -190,6 +190,8 @@ class Candles(MarketData):
     candles: list[Candle]
     closed_until: int = 0
     """Candles that start before this time (UTC milliseconds) are final. 0 if none is."""
+    earliest: int | None = None
+    """Start of the first candle that the exchange has, if that is later than `since`."""
     _dropped_from: int = PrivateAttr(MAX_INTEGER)
     """Start of the first implausible candle: what follows is not final, because it is missing."""
 
@@ -251,6 +253,20 @@ class Candles(MarketData):
         if timestamp := _to_positive_integer(raw.get("timestamp")):
             built.timestamp = timestamp
         return built
+
+
+class CandlePage(Candles):
+    """Candles as they are cached: the newest ones, or one page of older ones."""
+
+    next_candle: int | None = None
+    """Start of the first known candle after a page: there is none in between."""
+
+    def end_at(self, end: int) -> None:
+        """Keep only the candles that start before `end`."""
+        following = [int(row[0]) for row in self.candles if row[0] >= end]
+        if following:
+            self.next_candle = following[0]
+        self.candles = [row for row in self.candles if row[0] < end]
 
 
 class Trade(Document):

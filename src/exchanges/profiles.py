@@ -149,6 +149,12 @@ class Profile:
     """Tickers in one call. Kraken's list of pairs is part of the URL."""
     sizes: Mapping[str, Sizes] = field(default_factory=lambda: SIZES)
     """Kind of data -> numbers of rows to request."""
+    candle_page: int = 1000
+    """Candles in one call."""
+    max_candles_back: int | None = None
+    """The exchange has only so many candles, whatever `since` is. None: all since its listing."""
+    since_parameter: str = ""
+    """The exchange's parameter for the first candle, if ccxt rounds weeks wrongly for it."""
     week_offset_seconds: int = 4 * 86_400
     """Start of a weekly candle: seconds since Thursday 00:00 UTC, on which the epoch began."""
     used_weight_header: str = ""
@@ -291,6 +297,7 @@ BYBIT = Profile(
     quoted_statuses=frozenset({"Trading"}),
     # Before a launch, prices are those of an auction. "Delivering" is the end of dated futures.
     ended_statuses=frozenset({"PreLaunch", "Delivering", "Closed"}),
+    since_parameter="start",
     remaining_header="X-Bapi-Limit-Status",
     reset_header="X-Bapi-Limit-Reset-Timestamp",
     error_rules=BYBIT_RULES,
@@ -508,7 +515,6 @@ KRAKEN = Profile(
     # Kraken documents no budget. Callers measure about one call per second; the burst of 5 admits a
     # cold batch without a higher mean.
     default_budget="5/5",
-    week_offset_seconds=0,
     # Orders rest in the book with each of these statuses, so bid and ask are live. In cancel_only,
     # which is also that of maintenance, the book can only shrink.
     quoted_statuses=frozenset({"online", "post_only", "limit_only", "reduce_only"}),
@@ -516,6 +522,9 @@ KRAKEN = Profile(
     error_rules=KRAKEN_RULES,
     has_partial_errors=True,
     proofs=dict.fromkeys(("orderbook", "ohlcv", "trades"), b'"%s":'),
+    candle_page=720,
+    max_candles_back=720,
+    week_offset_seconds=0,  # Thursday
     ws_name=kraken_ws_name,
     has_own_symbols=True,
     decimals=kraken_decimals,

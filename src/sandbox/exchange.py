@@ -10,7 +10,7 @@ request (`Exchange.answer`).
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import orjson
@@ -95,15 +95,32 @@ class Request:
         return max(1, min(self.number("limit", "count") or default, most))
 
     def seconds(self, *names: str) -> float | None:
-        """Return a time. Its number of digits shows if it is in seconds, ms or ns."""
+        """Return a time. Its size shows if it is in seconds, ms or ns."""
         number = self.number(*names)
-        return None if number is None else number / 10 ** max(0, len(str(number)) - 10)
+        units = ((10**17, 10**9), (10**11, 1_000), (0, 1))  # ns, ms (after 1973), s
+        return None if number is None else number / next(n for least, n in units if number >= least)
 
     def periods(self, market: Market, seconds: float, most: int) -> range:
         """Return the numbers of the trades or candles that are requested."""
         start = self.seconds("start", "startTime", "since")
         end = self.seconds("end", "endTime")
         return market.periods(seconds, self.limit(500, most), start, end)
+
+
+def with_candle_knobs(request: Request, seconds: int) -> Request:
+    """Return the request as `candle_delay_ms` and `candles_from_ms` change it.
+
+    Binance and Bybit finalise candles up to some hundred milliseconds after their close. For a
+    time before the listing of a market, they send its first candles.
+    """
+    market = request.market
+    since_close = (market.now - market.offset(seconds)) % seconds
+    if since_close * 1000 < request.knobs.candle_delay_ms:
+        market = replace(market, now=market.now - since_close - 0.001)
+    params = dict(request.params)
+    for name in params.keys() & {"start", "startTime"}:
+        params[name] = str(max(int(params[name]), request.knobs.candles_from_ms))
+    return replace(request, market=market, params=params)
 
 
 class Format(NamedTuple):
@@ -350,8 +367,12 @@ class Exchange:
                 return {"rows": [self.fields(pair) | market.ticker(pair) for pair in requested]}
             case "candles":
                 seconds = self.interval_seconds(request)
+                request = with_candle_knobs(request, seconds)
+                market = request.market
                 numbers = self.candle_numbers(request, seconds)
-                return {"rows": [market.candle(requested[0], n, seconds) for n in numbers]}
+                rows = [market.candle(requested[0], number, seconds) for number in numbers]
+                first_ms = request.knobs.candles_from_ms
+                return {"rows": [row for row in rows if row["ms"] >= first_ms]}
             case "trades":
                 numbers = request.periods(
                     market.traded(requested[0]), TRADE_SECONDS, self.most_rows(kind, request)

@@ -88,5 +88,9 @@ class Knobs(BaseModel, extra="forbid", frozen=True):
     """Ids of markets without trades for three days, with empty books."""
     still: frozenset[str] = frozenset()
     """Ids of markets without new trades. Only their order books follow `price`."""
+    candle_delay_ms: int = 0
+    """Send the candles from before a close for this long after it."""
+    candles_from_ms: int = 0
+    """Start of the first candle of all markets, Unix milliseconds."""
     odd: frozenset[Oddity] = frozenset()
     """Send unusual data, see docs/sandbox.md."""

@@ -13,6 +13,7 @@ import orjson
 
 from src.cache.entry import Key
 from src.core.models import TIMEFRAMES
+from src.exchanges.profiles import PROFILES
 from src.gateway import SERIES_SECONDS, Gateway
 from src.kinds import series_freshness
 from src.streams.topics import MarketDataEvent, Topic
@@ -77,7 +78,7 @@ class CandleKeeper:
         for key in self._series.get(event.topic, ()):
             entry = self._gateway.cache.memory.get(key)
             series = orjson.loads(entry.body) if entry else {}
-            if not series or not merge(series, pushed, int(key.params[1] or 0)):
+            if not series or not merge(series, pushed, PROFILES[key.exchange].candle_page):
                 self.gaps.add(key)
                 continue
             self.gaps.discard(key)

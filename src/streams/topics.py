@@ -63,7 +63,7 @@ _ROWS = (
     Channel("ticker", "ticker", Ticker.from_ccxt, has_bulk_call=True),
     Channel("book", "orderbook", _parse_book, rest_params=(MAX_LEVELS,), has_levels=True),
     Channel("trades", "trades", build_trades, rest_params=(50,), is_incremental=True),
-    Channel("ohlcv", "ohlcv", Candles.from_push, rest_params=(2, None), has_timeframe=True),
+    Channel("ohlcv", "ohlcv", Candles.from_push, rest_params=(2, False), has_timeframe=True),
 )
 CHANNELS: dict[str, Channel] = {channel.name: channel for channel in _ROWS}
 CHANNEL_BY_KIND = {channel.kind: channel for channel in _ROWS}

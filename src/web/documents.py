@@ -59,6 +59,8 @@ class Problem(Document):
     attempts: list[Attempt] | None = None
     suggestions: list[str] | None = None
     """Listed symbols similar to the requested one."""
+    earliest: int | None = None
+    """Start of the oldest candle that can be requested, in UTC milliseconds."""
 
 
 class TickerBatch(Document):

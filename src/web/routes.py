@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.websockets import WebSocket
 
 from config import Settings
+from src.candles import CandleRange, serve_range
 from src.core import errors, models
 from src.gateway import Gateway
 from src.streams.topics import ChannelName, Subscription, Timeframe
@@ -22,6 +23,7 @@ from src.web.openapi import GUARDED, OPEN, DescribedApp, Errors
 from src.web.server_events import EventStream
 
 MAX_SYMBOLS = 100
+DEFAULT_CANDLES = 100
 
 
 def query(description: str, example: object, **bounds: Any) -> Any:
@@ -41,6 +43,10 @@ EXCHANGE = query(ONLY_EXCHANGE, "kraken", min_length=1, max_length=32)
 OLDEST = "Maximum age in seconds; 0 fetches now. Older data is an error instead."
 MAX_AGE = query(OLDEST, 5, ge=0, le=86400, allow_inf_nan=False)
 SINCE = query("UTC milliseconds of the first candle.", 1795294800000, ge=0, le=4102444800000)
+UNTIL = query(
+    "With `since`: the first candle that is not wanted.", 1795298400000, ge=0, le=4102444800000
+)
+CLOSED = query("Only candles that are final.", True)
 TWO_SYMBOLS = "BTC/USDT,ETH-USDT"
 TICKER_SYMBOLS = query(f"Up to {MAX_SYMBOLS} symbols, with commas.", TWO_SYMBOLS, min_length=1)
 PAGE_SYMBOLS = query("As in `/tickers`, or empty; by default `DASHBOARD_SYMBOLS`.", TWO_SYMBOLS)
@@ -62,6 +68,9 @@ def gateway_of(request: Request) -> Gateway:
     """Return the gateway that the lifespan started."""
     gateway: Gateway = request.state.gateway
     return gateway
+
+
+CANDLES = limit_query(1000, f"By default {DEFAULT_CANDLES}, or all with `until`.", 24)
 
 
 async def get_ticker(
@@ -100,14 +109,27 @@ async def get_ohlcv(
     request: Request,
     symbol: Symbol,
     timeframe: Annotated[Timeframe, query("Length of one candle.", "1h")] = "1m",
-    limit: Annotated[int, limit_query(1000, "Maximum number; kraken has 720.", 24)] = 100,
+    limit: Annotated[int | None, CANDLES] = None,
     since: Annotated[int | None, SINCE] = None,
+    until: Annotated[int | None, UNTIL] = None,
+    closed: Annotated[bool, CLOSED] = False,
     exchange: ExchangeName = None,
     max_age: MaxAge = None,
 ) -> Response:
-    """Return candles, oldest first; the newest one may be incomplete."""
-    params = (timeframe, limit, since)
-    served = await gateway_of(request).serve("ohlcv", symbol, exchange, max_age, params)
+    """Return the newest candles or those of a range, oldest first.
+
+    The newest one may be incomplete.
+    """
+    gateway = gateway_of(request)
+    if until is not None and since is None:
+        raise errors.InvalidParameter("until needs since, the start of the first candle")
+    rows = limit or (models.MAX_INTEGER if until else DEFAULT_CANDLES)
+    if since is None:
+        params = (timeframe, rows, closed)
+        served = await gateway.serve("ohlcv", symbol, exchange, max_age, params)
+    else:
+        wanted = CandleRange(timeframe, since, until, rows, closed)
+        served = await serve_range(gateway, symbol, exchange, max_age, wanted)
     return responses.answer(request, served)
 
 
