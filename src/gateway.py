@@ -26,6 +26,7 @@ from src.kinds import (
     freshness_of,
     is_available,
     is_series,
+    read_body,
     shared_key,
     ttl_of,
     view,
@@ -231,6 +232,7 @@ class Gateway:
         of its kind.
         """
         entry = self.cache.create_entry(key, body, born, born, freshness)
+        read_body(entry)
         self.last_prices.record(entry)
         self.cache.add(entry, share=share)
 
@@ -351,6 +353,7 @@ class Gateway:
         freshness = freshness_of(self.settings, key, fetched, data)
         times = (fetched.started, fetched.received)
         entry = self.cache.create_entry(key, encode(data), *times, freshness)
+        read_body(entry)
         self.last_prices.record(entry)
         return entry
 

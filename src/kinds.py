@@ -225,8 +225,19 @@ def view(entry: Entry, params: tuple[Param, ...]) -> Entry:
 def price_of(entry: Entry) -> float | None:
     """Return the current price in an entry, None if there is none."""
     if not entry.price:
-        entry.price = KINDS[entry.key.kind].price(orjson.loads(entry.body)) or 0.0
+        read_body(entry)
     return entry.price or None
+
+
+def read_body(entry: Entry) -> None:
+    """Set the members of an entry that come from its body: price, sequence number and time."""
+    document = orjson.loads(entry.body)
+    entry.price = KINDS[entry.key.kind].price(document) or 0.0
+    entry.nonce = document.get("nonce") or 0
+    if document.get("candles"):
+        entry.nonce = document["candles"][-1][0]
+    newest: dict[str, Any] = (document.get("trades") or [document])[-1]
+    entry.data_time = newest.get("timestamp") or 0
 
 
 def weight_of_key(key: Key) -> int:

@@ -37,7 +37,7 @@ STREAM_MODULES = {"src.web.websocket", "src.web.server_events"}  # counted with 
 
 # Lines of code, without blank lines, comments and docstrings. The page has a budget in bytes:
 # tests/web/test_dashboard.py. The goal for the core is 4,500: see docs/decisions.md.
-MAX_LINES = {"core": 6_800, "streams": 1_800, "sandbox": 2_100}
+MAX_LINES = {"core": 7_000, "streams": 1_800, "sandbox": 2_100}
 
 # Libraries that only these modules import.
 OWNERS = {

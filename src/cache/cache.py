@@ -16,7 +16,15 @@ from typing import NamedTuple
 from cachetools import TTLCache
 
 from config import Settings
-from src.cache.entry import FINAL_TTL_SECONDS, Entry, Freshness, Key, Served, etag_of
+from src.cache.entry import (
+    FINAL_TTL_SECONDS,
+    ROUNDING_SECONDS,
+    Entry,
+    Freshness,
+    Key,
+    Served,
+    etag_of,
+)
 from src.cache.memory import Memory
 from src.cache.redis_tier import RedisTier
 from src.core import metrics
@@ -28,7 +36,6 @@ from src.store.redis import RedisStore, RedisUnavailable
 log = logging.getLogger(__name__)
 
 MAX_REFUSALS = 1000  # an exchange can refuse only symbols that it lists
-ROUNDING_SECONDS = 0.002  # the times of an entry that comes from Redis are rounded
 _MEMORY_HIT = metrics.cache_tier_operations_total.labels("memory", "get", "hit")
 _MEMORY_MISS = metrics.cache_tier_operations_total.labels("memory", "get", "miss")
 _MEMORY_SET = metrics.cache_tier_operations_total.labels("memory", "set", "success")
@@ -369,10 +376,9 @@ class Cache:
         """Store an entry in memory unless a newer one is there. Return True if it is the newest."""
         known = self.memory.get(entry.key)
         if known is not None:
-            newer_by = known.born - entry.born
-            if newer_by > ROUNDING_SECONDS:
+            if known.is_newer_than(entry):
                 return False
-            if newer_by >= -ROUNDING_SECONDS and known.etag == entry.etag:
+            if abs(known.born - entry.born) <= ROUNDING_SECONDS and known.etag == entry.etag:
                 return True  # the same entry, whose hits are kept
         self.memory.put(entry)
         _MEMORY_SET.inc()

@@ -15,10 +15,13 @@ from src.store.redis import PREFIX
 # count as a miss.
 MAX_SKEW_SECONDS = 1.0
 FINAL_TTL_SECONDS = 86_400.0  # TTL of data that never changes; the TTLs of settings are shorter
-HEADER_BYTES = 4 * 16  # the numbers in front of the entity tag, see `Entry.dump`
+HEADER_BYTES = 6 * 16  # the numbers in front of the entity tag, see `Entry.dump`
 ETAG_BYTES = 18
 _FRESH_TAIL = b'"stale":false}'
 _STALE_TAIL = b'"stale":true}'
+ROUNDING_SECONDS = 0.002  # the times of an entry that comes from Redis are rounded
+# Data that is older by more than this means that the exchange corrected its clock or its numbers.
+MAX_LATE_MS = 60_000
 Param = int | str | None
 
 
@@ -68,6 +71,10 @@ class Entry:
     ttl: float
     closed_until: int = 0
     """UTC milliseconds: what the data says about the time before is final. 0 if nothing is."""
+    nonce: int = 0
+    """The exchange's sequence number of the data, or the start of the newest candle. 0: none."""
+    data_time: int = 0
+    """The exchange's time of the data in UTC milliseconds. 0 if there is none."""
     hits: int = 0
     """Requests answered from memory, including those inherited from the entry before."""
     earlier_hits: int = 0
@@ -123,6 +130,19 @@ class Entry:
         """Return True if the entry is younger than its TTL and `limit` seconds."""
         return self.age(now) < (self.ttl if limit is None else min(self.ttl, limit))
 
+    def is_newer_than(self, other: "Entry") -> bool:
+        """Return True if the data is newer than that of an entry that was received now.
+
+        The exchange's own order decides while this entry is fresh, else the order of the requests.
+        """
+        if self.is_fresh(other.born) and 0 != self.nonce != other.nonce != 0:
+            return self.nonce > other.nonce
+        if self.is_fresh(other.born) and self.data_time and other.data_time:
+            late_ms = self.data_time - other.data_time
+            if late_ms and late_ms <= MAX_LATE_MS:
+                return late_ms > 0
+        return self.born - other.born > ROUNDING_SECONDS
+
     def marked_stale(self) -> bytes:
         """Return the body with `"stale":true`."""
         return self.body[: -len(_FRESH_TAIL)] + _STALE_TAIL
@@ -130,14 +150,16 @@ class Entry:
     def dump(self, clock: Clock) -> bytes:
         """Return the entry as Redis stores it.
 
-        16 digits each for `born` and `received` (UTC ms), for the TTL (ms) and for `closed_until`,
-        then the entity tag, which is also a checksum, then the body.
+        16 digits each for `born` and `received` (UTC ms), the TTL (ms), `closed_until`, `nonce` and
+        `data_time`, which `redis_tier.STORE` reads, then the entity tag, which is also a checksum,
+        then the body.
         """
         offset = clock.time() - clock.monotonic()
         born_ms = (self.born + offset) * 1000
         received_ms = (self.received + offset) * 1000
-        numbers = (born_ms, received_ms, self.ttl * 1000, self.closed_until)
-        return b"%016d%016d%016d%016d" % numbers + self.etag.encode() + self.body
+        times = (born_ms, received_ms, self.ttl * 1000, self.closed_until)
+        numbers = (*times, self.nonce, self.data_time)
+        return b"%016d" * 6 % numbers + self.etag.encode() + self.body
 
     @classmethod
     def parse(cls, key: Key, raw: object, clock: Clock) -> Self | None:
@@ -152,7 +174,7 @@ class Entry:
         if etag.encode() != raw[HEADER_BYTES : HEADER_BYTES + ETAG_BYTES]:
             return None
         numbers = (int(raw[start : start + 16]) for start in range(0, HEADER_BYTES, 16))
-        born_ms, received_ms, ttl_ms, closed_until = numbers
+        born_ms, received_ms, ttl_ms, closed_until, nonce, data_time = numbers
         now = clock.monotonic()
         offset = now - clock.time()
         born = born_ms / 1000 + offset
@@ -160,7 +182,8 @@ class Entry:
         if received > now + MAX_SKEW_SECONDS:
             return None
         ttl = ttl_ms / 1000
-        return cls(key, body, etag, min(born, now), min(received, now), ttl, closed_until)
+        times = (min(born, now), min(received, now))
+        return cls(key, body, etag, *times, ttl, closed_until, nonce, data_time)
 
 
 class Served(NamedTuple):

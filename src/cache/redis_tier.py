@@ -22,13 +22,25 @@ CHECK_SECONDS = 5.0
 LATE_SECONDS = 0.5  # an announcement that comes later than this after its count is taken for lost
 CLEAR_TIMEOUT_SECONDS = 1.0  # timeout of commands that no request waits for
 
-# Stores an entry unless a newer one is there, and releases the lock if it is ours. Overwrites any
-# invalid entry. KEYS: entry, lock. ARGV: lock token, milliseconds to keep the entry, payload
-# (empty: none).
+# Stores an entry unless a newer one is there, by the rule of `Entry.is_newer_than`, and releases
+# the lock if it is ours. Overwrites any invalid entry. KEYS: entry, lock. ARGV: lock token,
+# milliseconds to keep the entry, payload (empty: none).
 STORE = """
-local old = redis.pcall('GETRANGE', KEYS[1], 0, 15)
-local new = tonumber(string.sub(ARGV[3], 1, 16)) or 0
-local newer = type(old) == 'string' and tonumber(old) and tonumber(old) > new
+local old = redis.pcall('GETRANGE', KEYS[1], 0, 95)
+local function number(text, position)
+  local digits = type(text) == 'string' and string.sub(text, position * 16 + 1, position * 16 + 16)
+  return tonumber(digits or '') or 0
+end
+local newer = number(old, 0) > number(ARGV[3], 0)
+if number(old, 0) + number(old, 2) > number(ARGV[3], 0) then
+  local late = number(old, 5) - number(ARGV[3], 5)
+  local nonce = number(old, 4)
+  if nonce > 0 and number(ARGV[3], 4) > 0 and nonce ~= number(ARGV[3], 4) then
+    newer = nonce > number(ARGV[3], 4)
+  elseif number(old, 5) > 0 and number(ARGV[3], 5) > 0 and late ~= 0 and late <= 60000 then
+    newer = late > 0
+  end
+end
 if ARGV[3] ~= '' and not newer then redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[2]) end
 if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('DEL', KEYS[2]) end
 """

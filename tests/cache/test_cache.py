@@ -578,8 +578,10 @@ async def test_a_stale_entry_does_not_hide_a_refusal(
     assert (await live.get(PATH)).status_code in {404, 422}
 
 
-async def test_implausible_answers_are_not_stored(start: StartGateway, sandbox: Sandbox) -> None:
-    """They are errors, and the next request asks again."""
+async def test_implausible_answers_are_not_stored(
+    start: StartGateway, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """They are errors, and a request after the pause of the market asks again."""
     live = await start()
     for body in (
         "{}",
@@ -589,6 +591,7 @@ async def test_implausible_answers_are_not_stored(start: StartGateway, sandbox: 
         await sandbox.set("bybit", body=body, rate_limit=-1)
         assert (await live.get(PATH)).status_code == 502
         assert len(live.gateway.cache.memory) == 0
+        clock.advance(2)
     await sandbox.set("bybit", rate_limit=-1)
     assert (await live.get(PATH)).status_code == 200
 
