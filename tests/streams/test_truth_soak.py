@@ -10,7 +10,7 @@ import logging
 import os
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -94,7 +94,8 @@ class Report:
     checked: Counter[str] = field(default_factory=Counter)
 
     def add(self, what: str, problems: list[str]) -> None:
-        self.checked[what.split()[0]] += 1
+        source, *_, kind, _exchange, _symbol = what.split()
+        self.checked[f"{source} {kind}"] += 1
         self.problems += [f"{time.time():.2f} {what}: {problem}" for problem in problems]
 
 
@@ -108,7 +109,9 @@ class Soak:
     protected: str
     report: Report = field(default_factory=Report)
     newest: dict[str, float] = field(default_factory=dict)
-    """By stream: the exchange's time of the newest value, or the id of the newest trade."""
+    """By stream: the exchange's time of the newest value."""
+    trades: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """By stream: the ids of all pushed trades. A late trade may follow newer ones."""
 
     def __post_init__(self) -> None:
         listeners = self.sandbox.listeners
@@ -186,19 +189,21 @@ class Soak:
                     self.check_order(what, message)
 
     def check_order(self, what: str, message: dict[str, Any]) -> None:
-        """Check that no trade comes twice, and that no value is older than the one before."""
+        """Check that no trade is repeated, and that no value is older than the one before."""
         data = message["data"]
         stream = f"{message['channel']} {message['exchange']} {message['symbol']}"
+        is_update = message["type"] == "update"
+        if message["channel"] == "trades":
+            trades = {trade["id"] for trade in data["trades"]}
+            if is_update and trades & self.trades[stream]:
+                self.report.add(what, [f"repeats {trades & self.trades[stream]}"])
+            self.trades[stream] |= trades
+            return
         newest = self.newest.get(stream, 0)
-        times = [data.get("timestamp") or newest]
-        is_trades = message["channel"] == "trades"
-        if is_trades:
-            times = [int(trade["id"]) for trade in data["trades"]] or [newest]
-        if message["type"] == "update" and (
-            times[0] < newest or (is_trades and times[0] == newest)
-        ):
-            self.report.add(what, [f"{times[0]} comes after {newest}"])
-        self.newest[stream] = max(newest, *times)
+        current = data.get("timestamp") or newest
+        if is_update and current < newest:
+            self.report.add(what, [f"{current} comes after {newest}"])
+        self.newest[stream] = max(newest, current)
 
 
 PATHS = (
@@ -246,7 +251,7 @@ async def soak(sandbox: Sandbox, seconds: float) -> None:
             run = Soak(live, sandbox, chance, protected)
             works = [run.trouble(), run.listen(), *(run.ask() for _ in range(ASKERS))]
             await run_for(seconds, [asyncio.create_task(work) for work in works], run.report)
-    counts = ", ".join(f"{count} from {source}" for source, count in run.report.checked.items())
+    counts = ", ".join(f"{count} {source}" for source, count in sorted(run.report.checked.items()))
     print(f"seed {seed}, {protected} protected: checked {counts}")  # noqa: T201
     found = "\n".join(run.report.problems[:MAX_PROBLEMS])
     assert not run.report.problems, f"seed {seed}, {len(run.report.problems)} problems:\n{found}"
