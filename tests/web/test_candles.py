@@ -13,6 +13,16 @@ MINUTE = 60_000
 HOUR = 60 * MINUTE
 
 
+@pytest.fixture
+def start(start: StartGateway) -> StartGateway:
+    """Start gateways without streams, which would keep requested candles up to date."""
+
+    async def start_without_streams(**overrides: Any) -> Live:
+        return await start(streaming=False, **overrides)
+
+    return start_without_streams
+
+
 def move_to(clock: FakeClock, second: float, length: int = 60) -> None:
     """Advance to a second of the next period, by default of the next minute."""
     clock.advance(length - clock.time() % length + second)
