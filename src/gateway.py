@@ -5,6 +5,7 @@ All entry points use this module, so they share one entry per exchange, kind, sy
 
 import asyncio
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -225,14 +226,16 @@ class Gateway:
         *,
         share: bool,
         freshness: Freshness | None = None,
+        max_ttl: float = math.inf,
     ) -> None:
         """Store an answer that was pushed at `born` (monotonic seconds).
 
         If `share` is true, it is written to Redis as well. Without `freshness`, its TTL is the one
-        of its kind.
+        of its kind, up to `max_ttl`.
         """
         entry = self.cache.create_entry(key, body, born, born, freshness)
         read_body(entry)
+        entry.ttl = min(entry.ttl, max_ttl)
         self.last_prices.record(entry)
         self.cache.add(entry, share=share)
 

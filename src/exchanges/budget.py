@@ -56,13 +56,13 @@ class RateLimiter:
         """Return all pools of an exchange."""
         return [pool for pool in self.budgets if _exchange_of(pool) == exchange]
 
-    def used_ratio(self, pool: str) -> float:
-        """Return the used share of the budget, as far as this process knows.
+    def used_ratio(self, pool: str, weight: int = 0) -> float:
+        """Return the used share of the budget after `weight`, as far as this process knows.
 
         It exceeds 1 if the exchange's own count does.
         """
         window = self._windows[pool].window
-        return window.used() / window.limit
+        return (window.used() + weight) / window.limit
 
     def used_ratios(self, exchange: str) -> dict[str, float]:
         """Return the used share of each budget: `main` and, if it is separate, `futures`."""

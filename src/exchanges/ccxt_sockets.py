@@ -15,6 +15,7 @@ from aiohttp import ClientSession, WSServerHandshakeError
 
 from config import Settings
 from src.core import metrics
+from src.core.background import report_error
 from src.core.errors import GatewayError
 from src.exchanges import ccxt_client
 from src.exchanges.book_guard import BookGuard, MissingUpdateError
@@ -71,7 +72,10 @@ class CcxtSockets:
         settings: Settings,
         session: ClientSession,
         listener: Listener,
+        on_dial: Callable[[], None],
     ) -> None:
+        """Create the socket. It connects when it is needed; `on_dial` is called each time."""
+        self._on_dial = on_dial
         self._profile = PROFILES[exchange]
         self._kind = kind
         self._timeframe = timeframe
@@ -220,6 +224,7 @@ class CcxtSockets:
         is_known = url in (self._ccxt.clients or {})
         connection = self._make_connection(url)
         if not is_known:
+            self._on_dial()
             self._observer.observe(connection)
         return connection
 
@@ -362,7 +367,10 @@ class _Observer:
     def _on_resolve(self, resolve: Callable[..., Any], result: Any, name: str) -> Any:
         match = SUBSCRIPTION.fullmatch(name)
         if match is not None and match["channel"] in CCXT_CHANNELS[self._kind]:
-            self._forward(match["symbol"], result)
+            try:
+                self._forward(match["symbol"], result)
+            except Exception as error:  # noqa: BLE001 - otherwise it would count as the exchange's
+                report_error("delivery", error)
         return resolve(result, name)
 
     def _on_reject(self, connection: Any, reject: Any, error: Any, name: str | None = None) -> Any:

@@ -189,6 +189,8 @@ class Profile:
     """Kind of data -> topics of one market, formatted with the fields of ccxt's market."""
     socket_limits: dict[str, SocketLimits]
     """Market type -> limits of its connections."""
+    connection_limit: tuple[int, int]
+    """New connections per seconds and egress address."""
     book_depth: int
     """Levels of a streamed order book: the smallest depth from 50 levels on."""
     unsubscribe: Unsubscribe
@@ -309,6 +311,7 @@ BYBIT = Profile(
         "ohlcv": ("kline.{interval}.{id}",),
     },
     socket_limits={"spot": BYBIT_SPOT_LIMITS, "swap": BYBIT_SWAP_LIMITS},
+    connection_limit=(500, 300),
     book_depth=50,
     unsubscribe=bybit_unsubscribe,
     find_book_update=bybit_book_update,
@@ -408,6 +411,7 @@ BINANCE = Profile(
         "ohlcv": ("{lowercaseId}@kline_{interval}",),
     },
     socket_limits=dict.fromkeys(MARKET_TYPES, BINANCE_SOCKET_LIMITS),
+    connection_limit=(300, 300),
     book_depth=100,
     unsubscribe=binance_unsubscribe,
     closed_candle=binance_closed_candle,
@@ -530,6 +534,7 @@ KRAKEN = Profile(
     decimals=kraken_decimals,
     topics=dict.fromkeys(KRAKEN_CHANNELS, ("{symbol}",)),
     socket_limits=dict.fromkeys(MARKET_TYPES, KRAKEN_SOCKET_LIMITS),
+    connection_limit=(150, 600),  # "approximately", by its CDN
     watch_params=KRAKEN_WATCH_PARAMS,
     ticker_time="timestamp",
     # `o` is the open of the day that began at 00:00 UTC, and ccxt computes the others from it.

@@ -14,14 +14,16 @@ from src.core.errors import ExchangeRateLimited, GatewayError, GeoBlocked
 from src.exchanges.ccxt_sockets import CcxtSockets
 from src.exchanges.profiles import PROFILES
 from src.gateway import Gateway
+from src.streams.dialer import Dialer
 from src.streams.liveness import Liveness
-from src.streams.subscriptions import RETRY_MAX_SECONDS, Subscriptions, retry_pause
+from src.streams.subscriptions import Subscriptions, retry_pause
 from src.streams.topics import CHANNEL_BY_KIND, SocketKey, Topic
 
 log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 0.25  # between two checks for silent symbols and due subscriptions
 GRACE_SECONDS = 3.0  # to reconnect before clients are told; binance closes each socket once a day
+FORGET_SECONDS = 30.0  # until failures of an unused socket are forgotten
 STEADY_SECONDS = 30.0  # a socket open for this long starts again with the initial retry pause
 
 Receive = Callable[[Topic, Any, bool], bool]
@@ -35,7 +37,12 @@ class ExchangeSocket:
     """
 
     def __init__(
-        self, key: SocketKey, gateway: Gateway, session: aiohttp.ClientSession, receive: Receive
+        self,
+        key: SocketKey,
+        gateway: Gateway,
+        session: aiohttp.ClientSession,
+        dialer: Dialer,
+        receive: Receive,
     ) -> None:
         self.exchange = key.exchange
         self.channel = CHANNEL_BY_KIND[key.kind]
@@ -50,8 +57,10 @@ class ExchangeSocket:
         self._manager = gateway.manager
         self._clock = gateway.clock
         self._receive = receive
+        self._dialer = dialer
+        attempt = dialer.record_attempt
         self._sockets = CcxtSockets(
-            key.exchange, key.kind, key.timeframe, gateway.settings, session, self
+            key.exchange, key.kind, key.timeframe, gateway.settings, session, self, attempt
         )
         self._failures = 0
         self._is_open = False
@@ -107,7 +116,7 @@ class ExchangeSocket:
 
     def _close_unused(self) -> None:
         # If failures were forgotten earlier, replicas would take turns without a pause.
-        if self._clock.monotonic() > self.retry_at + RETRY_MAX_SECONDS:
+        if self._clock.monotonic() > self.retry_at + FORGET_SECONDS:
             self.lost_cause = None
             self._failures = 0
         if self._is_open:
@@ -157,9 +166,15 @@ class ExchangeSocket:
 
     def _can_send(self) -> bool:
         """Return True if a message can be sent. Connecting sockets would send all at once."""
-        is_allowed = not self._manager.is_refused(self.exchange)
-        is_due = self._clock.monotonic() >= self.retry_at
-        return is_allowed and is_due and not self._sockets.is_connecting
+        if self._manager.is_refused(self.exchange) or self._sockets.is_connecting:
+            return False
+        if self._sockets.count:
+            self._dialer.record_success()
+            return True
+        is_due = (
+            self._clock.monotonic() >= self.retry_at or self._dialer.connected_at > self.lost_at
+        )
+        return is_due and self._dialer.can_dial()
 
     async def _fetch_snapshot(self, symbol: str, limit: int | None = None, _: Any = None) -> Any:
         return await self._manager.raw_order_book(self.exchange, symbol, limit or 100)
@@ -192,7 +207,9 @@ class ExchangeSocket:
         for liveness in self.watched.values():
             liveness.subscribed_at = None
         now = self._clock.monotonic()
-        pause = retry_pause(self._failures)
+        if cause in ("refused", "timeout") and self._received_at < self._opened_at:
+            self._dialer.is_failing = True
+        pause = retry_pause(self._failures, self._dialer.interval)
         self.retry_at = now + pause
         if self.lost_cause is None:
             self.lost_at = now

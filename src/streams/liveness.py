@@ -4,10 +4,15 @@ A socket that answers pings may still push nothing. Each symbol therefore has it
 from its messages, and is silent when nothing arrives for much longer than that.
 """
 
+import math
 from dataclasses import dataclass
 
 from src.core.circuit_breaker import exponential_backoff
 
+# A pushed value is fresh for this many times the pace: then some messages are missing, and REST is
+# asked if a client wants the value. Clients of streams are told later, see below.
+FRESH_PACES = 3
+FRESH_MIN_SECONDS = 2.0
 SILENT_PACES = 10  # a symbol is silent after this many times its pace, within the next two bounds
 SILENT_MIN_SECONDS = 5.0
 SILENT_MAX_SECONDS = 600.0
@@ -47,6 +52,11 @@ class Liveness:
         if self.pace is None:
             return exponential_backoff(self.failures, FIRST_MESSAGE_SECONDS, SILENT_MAX_SECONDS)
         return min(max(SILENT_PACES * self.pace, SILENT_MIN_SECONDS), SILENT_MAX_SECONDS)
+
+    @property
+    def fresh_seconds(self) -> float:
+        """Return for how long a pushed value stands for the present."""
+        return math.inf if self.pace is None else max(FRESH_PACES * self.pace, FRESH_MIN_SECONDS)
 
     def record_message(self, now: float) -> None:
         """Learn the pace from a message.

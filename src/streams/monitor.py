@@ -12,8 +12,8 @@ from contextlib import suppress
 
 from src.cache.entry import Key, Served
 from src.core.errors import GatewayError
-from src.exchanges.manager import weight_of
-from src.kinds import is_available, view
+from src.exchanges.manager import batch_size, weight_of
+from src.kinds import is_available, view, weight_of_key
 from src.streams.registry import TopicRegistry, TopicState
 from src.streams.topics import SocketKey, Topic
 
@@ -151,7 +151,7 @@ class TopicMonitor:
         for state in states:
             self._move(state)
         is_possible = key not in self._polling and not states[0].topic.channel.is_incremental
-        if not is_possible or not self._has_budget(key, states):
+        if not is_possible:
             return
         self._polling.add(key)
         try:
@@ -159,26 +159,33 @@ class TopicMonitor:
         finally:
             self._polling.discard(key)
 
-    def _has_budget(self, key: SocketKey, states: list[TopicState]) -> bool:
+    def _has_budget(self, states: list[TopicState]) -> bool:
+        """Return True if a call for these topics leaves half of the budget to clients."""
         manager = self._gateway.manager
-        is_bulk = states[0].topic.channel.has_bulk_call and len(states) > 1
-        symbol = states[0].topic.symbol
-        weight = weight_of(key.exchange, "tickers" if is_bulk else key.kind, len(states), symbol)
-        pool = manager.pool_of(key.exchange, symbol)
-        is_busy = manager.limiter.used_ratio(pool) > POLL_BUDGET_RATIO
-        return not is_busy and manager.is_available(key.exchange, weight, symbol=symbol)
+        topic = states[0].topic
+        exchange, symbol = topic.exchange, topic.symbol
+        weight = weight_of_key(topic.key)
+        if topic.channel.has_bulk_call and len(states) > 1:
+            weight = weight_of(exchange, "tickers", len(states), symbol)
+        pool = manager.pool_of(exchange, symbol)
+        is_busy = manager.limiter.used_ratio(pool, weight) > POLL_BUDGET_RATIO
+        return not is_busy and manager.is_available(exchange, weight, symbol=symbol)
 
     async def _refresh(self, states: list[TopicState]) -> None:
+        """Fetch topics of one socket, the oldest values first, as long as there is budget."""
+        states = sorted(states, key=lambda state: state.event.born if state.event else 0.0)
         channel = states[0].topic.channel
-        keys = [state.topic.key for state in states]
-        groups = [keys] if channel.has_bulk_call else [[key] for key in keys]
-        for group in groups:
-            await self._gateway.refresh(group, POLL_SECONDS)
-        for key, state in zip(keys, states, strict=True):
-            entry = self._gateway.cache.memory.find_fresh(key)
-            if entry is not None:
-                part = view(entry, state.topic.rest_params)
-                self._registry.receive_rest(state, part.body, entry.born)
+        size = batch_size(states[0].topic.exchange) if channel.has_bulk_call else 1
+        for first in range(0, len(states), size):
+            group = states[first : first + size]
+            if not self._has_budget(group):
+                return
+            await self._gateway.refresh([state.topic.key for state in group], POLL_SECONDS)
+            for state in group:
+                entry = self._gateway.cache.memory.find_fresh(state.topic.key)
+                if entry is not None:
+                    part = view(entry, state.topic.rest_params)
+                    self._registry.receive_rest(state, part.body, entry.born)
 
     # First values.
 

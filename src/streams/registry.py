@@ -15,9 +15,11 @@ from src.core.errors import BadUpstreamData, GatewayError, NoPrice
 from src.core.models import MarketData, Trade, Trades
 from src.exchanges.ccxt_sockets import is_late
 from src.exchanges.http_client import open_socket_session
+from src.exchanges.profiles import PROFILES
 from src.gateway import Gateway
 from src.streams.bus import Bus
 from src.streams.candles import CandleKeeper
+from src.streams.dialer import Dialer
 from src.streams.exchange_socket import CHECK_SECONDS, GRACE_SECONDS, ExchangeSocket
 from src.streams.feed import ClientConnection, Feed, encode_levels
 from src.streams.liveness import Liveness
@@ -119,6 +121,7 @@ class TopicRegistry:
     def __init__(self, gateway: Gateway, spawn: Spawn) -> None:
         self.topics: dict[Topic, TopicState] = {}
         self.sockets: dict[SocketKey, ExchangeSocket] = {}
+        self._dialers: dict[str, Dialer] = {}  # by exchange
         self.bus = Bus(gateway.store, self._set_held, self._is_reachable, self.receive_event)
         self.candles = CandleKeeper(gateway)
         self.gateway = gateway
@@ -198,7 +201,10 @@ class TopicRegistry:
         """Return the socket of a topic, created on first use."""
         key = SocketKey.of(topic)
         if key not in self.sockets:
-            socket = ExchangeSocket(key, self.gateway, self._session, self.receive_message)
+            dialer = self._dialers.setdefault(
+                key.exchange, Dialer(PROFILES[key.exchange], self._clock)
+            )
+            socket = ExchangeSocket(key, self.gateway, self._session, dialer, self.receive_message)
             self.sockets[key] = socket
             self.spawn(repeat("streams", socket.check, CHECK_SECONDS))
         return self.sockets[key]
@@ -301,5 +307,6 @@ class TopicRegistry:
             state.spread_at = event.born
         if state.topic.channel.has_timeframe:
             self.candles.merge(event, share=spread)
-        else:
-            self.gateway.add_pushed(state.topic.key, event.data, event.born, share=spread)
+            return
+        ttl = state.liveness.fresh_seconds
+        self.gateway.add_pushed(state.topic.key, event.data, event.born, share=spread, max_ttl=ttl)

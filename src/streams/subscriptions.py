@@ -8,7 +8,7 @@ from src.exchanges.profiles import Profile
 from src.streams.liveness import Liveness
 
 RETRY_INITIAL_SECONDS = 0.5  # doubled after each failure; each pause is reduced by up to half
-RETRY_MAX_SECONDS = 30.0
+RETRY_MAX_SECONDS = 30.0  # before a symbol is subscribed again
 REFUSED_SPLIT = 4  # a refused message is repeated in messages with a fourth of its symbols
 
 
@@ -65,7 +65,7 @@ class Subscriptions:
         return max(0, self.limits.socket_topics // self._topics_per_symbol - subscribed)
 
 
-def retry_pause(failures: int) -> float:
+def retry_pause(failures: int, maximum: float = RETRY_MAX_SECONDS) -> float:
     """Return the seconds before the next attempt, reduced at random by up to half."""
-    longest = exponential_backoff(failures, RETRY_INITIAL_SECONDS, RETRY_MAX_SECONDS)
+    longest = exponential_backoff(failures, RETRY_INITIAL_SECONDS, maximum)
     return longest * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret

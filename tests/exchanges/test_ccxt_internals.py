@@ -113,7 +113,8 @@ async def test_sockets_without_internals_report_a_loss(
     monkeypatch.setitem(ccxt_client.INTERNALS, "sockets", "no_such_name")
     listener = Losses()
     async with aiohttp.ClientSession() as session:
-        sockets = CcxtSockets("kraken", "ticker", "", make_settings(sandbox), session, listener)
+        settings = make_settings(sandbox)
+        sockets = CcxtSockets("kraken", "ticker", "", settings, session, listener, lambda: None)
         sockets.subscribe(["BTC/USDT"])
         sockets.unsubscribe(["BTC/USDT"])
         sockets.drop()

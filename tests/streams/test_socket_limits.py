@@ -1,6 +1,7 @@
 """Subscriptions stay within the limits that exchanges set for their sockets."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -9,10 +10,32 @@ from src.exchanges.profiles import PROFILES, SocketLimits
 from src.sandbox.server import Sandbox
 from src.streams.topics import Topic
 from tests.conftest import FakeClock, Live, StartGateway, eventually
-from tests.streams.test_hub import Join, inside, join, time_passes
+from tests.streams.test_hub import BTC, Join, inside, join, time_passes
 
 __all__ = ["join"]
 SYMBOLS = [f"F{number:04d}/USDT" for number in range(1, 101)]
+
+
+async def subscribe_all(live: Live, join: Join, exchange: str) -> None:
+    """Watch the tickers and order books of 100 symbols, and wait until all are pushed."""
+    for channel in ("ticker", "book"):
+        client = await join(live)
+        await client.subscribe(*SYMBOLS, channel=channel, exchange=exchange)
+    await eventually(lambda: all(times(live)))
+
+
+def times(live: Live) -> list[float]:
+    """Return the time of the last message of each topic, 0 before the first one."""
+    return [state.liveness.last_message_at or 0.0 for state in inside(live).topics.values()]
+
+
+async def seconds_until(clock: FakeClock, condition: Callable[[], object]) -> float:
+    """Advance the clock in real time until a condition is true. Return the seconds."""
+    started = clock.monotonic()
+    while not condition():
+        clock.advance(0.1)
+        await asyncio.sleep(0.1)
+    return clock.monotonic() - started
 
 
 @pytest.fixture
@@ -84,3 +107,44 @@ async def test_full_socket_accepts_no_more_symbols(
 
     assert (await client.next(has_value))["data"]["source"] == "rest"
     assert sandbox.count("bybit", " asked") == 6
+
+
+@pytest.mark.parametrize("exchange", ["bybit", "binance", "kraken"])
+async def test_two_hundred_cut_streams_recover_within_five_seconds(
+    start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock, exchange: str
+) -> None:
+    """After an exchange cuts its sockets, all streams are pushed again within 5 s."""
+    live = await start(load_markets=True, **{f"{exchange}_budget": "10000/5"})
+    await sandbox.set(exchange, rate_limit=-1)
+    await subscribe_all(live, join, exchange)
+    clock.advance(1)
+    cut_at = clock.monotonic()
+    await sandbox.set(exchange, rate_limit=-1, drop="cut")
+    await seconds_until(clock, lambda: sum(s.reconnects for s in inside(live).sockets.values()) > 1)
+    seconds = await seconds_until(clock, lambda: min(times(live)) > cut_at)
+    assert seconds < 5
+
+
+@pytest.mark.parametrize("exchange", ["bybit", "binance", "kraken"])
+async def test_refused_sockets_connect_soon_and_within_the_limit(
+    start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock, exchange: str
+) -> None:
+    """Sockets of an exchange that refuses connections take turns, and notice its return."""
+    live = await start(load_markets=True)
+    client = await join(live)
+    for channel in ("ticker", "book", "trades"):
+        await client.subscribe(BTC, channel=channel, exchange=exchange)
+
+    def open_count() -> int:
+        return sum(socket.open_count for socket in inside(live).sockets_of(exchange))
+
+    await eventually(lambda: open_count() == 3)
+    await sandbox.set(exchange, refuse=True)
+    for _ in range(120):
+        clock.advance(0.5)
+        await asyncio.sleep(0.03)
+    count, seconds = PROFILES[exchange].connection_limit
+    attempts = sum(socket.reconnects for socket in inside(live).sockets_of(exchange)) - 3
+    assert 2 < attempts <= max(60 / 2, count * 60 / seconds) + 3
+    await sandbox.set(exchange, rate_limit=-1)
+    assert await seconds_until(clock, lambda: open_count() == 3) < 5

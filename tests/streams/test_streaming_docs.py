@@ -30,6 +30,7 @@ from src.sandbox.server import Sandbox
 from src.streams import (
     bus,
     candles,
+    dialer,
     exchange_socket,
     feed,
     hub,
@@ -61,6 +62,7 @@ PRIVATE = {
     "liveness": {"PACE_DECAY"},
     "exchange_socket": {"CHECK_SECONDS"},
     "subscriptions": {"REFUSED_SPLIT"},
+    "dialer": {"ATTEMPTS_RATIO"},
     "ccxt_sockets": {"CLOSE_TIMEOUT_SECONDS"},
     "bus": {"LISTEN_SECONDS", "COMMAND_SECONDS", "MAX_BATCH"},
 }
@@ -348,6 +350,7 @@ def test_every_limit_is_documented() -> None:
             subscriptions,
             liveness,
             exchange_socket,
+            dialer,
             ccxt_sockets,
             bus,
         )
@@ -385,7 +388,7 @@ def test_numbers_in_sentences_match_code() -> None:
     config = uvicorn.Config("", log_config=None)
     (least, most), (first, longest) = (
         (liveness.SILENT_MIN_SECONDS, liveness.SILENT_MAX_SECONDS),
-        (subscriptions.RETRY_INITIAL_SECONDS, subscriptions.RETRY_MAX_SECONDS),
+        (subscriptions.RETRY_INITIAL_SECONDS, dialer.INTERVAL_MIN_SECONDS),
     )
     levels = websocket.Command.model_fields["levels"]
     assert config.ws_ping_interval == config.ws_ping_timeout
