@@ -494,6 +494,9 @@ def exchanges() -> Parts:
                 "{{exchange}} {{operation}}":
                 "sum by (exchange, operation)"
                 ' (increase(virtuoso_rows_dropped_total{exchange=~"$exchange"}[$__rate_interval]))',
+                "{{exchange}} trades {{reason}}":
+                "sum by (exchange, reason) (increase("
+                'virtuoso_trades_dropped_total{exchange=~"$exchange"}[$__rate_interval]))',
             },
         ).no_value("none dropped"),
         graph(

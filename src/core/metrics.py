@@ -221,7 +221,7 @@ stream_conflated_total = _counter("stream_conflated", "Updates that slow clients
 stream_dropped_total = _counter(
     "stream_dropped",
     "Messages dropped.",
-    reason=("slow_client", "implausible", "bus", "late", "repeated", "incomplete"),
+    reason=("slow_client", "implausible", "bus", "late", "incomplete"),
 )
 trades_dropped_total = _counter(
     "trades_dropped", "Rows left out of lists of trades.", "exchange", "reason"

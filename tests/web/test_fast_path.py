@@ -61,7 +61,9 @@ class Pair:
         for name in sandbox.urls:
             await sandbox.set(name, rate_limit=-1)
         budgets = {f"{name}_budget": "1000000/5" for name in sandbox.urls}
-        chosen = make_settings(sandbox, log_level="WARNING", **budgets, **self._overrides)
+        # Streams would push values to the two gateways at different times.
+        fixed: dict[str, object] = {"log_level": "WARNING", "streaming": False, **budgets}
+        chosen = make_settings(sandbox, **fixed, **self._overrides)
         async with AsyncExitStack() as stack:
             self._lives = [
                 await stack.enter_async_context(serve(chosen, self.clock, shortcut=shortcut))
