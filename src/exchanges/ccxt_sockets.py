@@ -206,7 +206,7 @@ class CcxtSockets:
         joined = self._observer.joined
         caches = (client.tickers, client.bidsasks, client.orderbooks, client.trades, client.ohlcvs)
         for name in names:
-            for data in (joined, self._observer.closed, *caches):
+            for data in (joined, self._observer.closed, self._observer.candles, *caches):
                 data.pop(name, None)
             self._observer.forget_book(name)
 
@@ -295,6 +295,7 @@ class _Observer:
         self._guard = BookGuard(profile.find_book_update if kind == "orderbook" else None)
         self._closing: int | None = None  # start of the candle that the current message closes
         self.closed: dict[str, int] = {}  # name -> start of the last candle that was closed
+        self.candles: dict[str, dict[int, list[Any]]] = {}  # name -> start -> forwarded state
         self.joined: dict[str, tuple[Any, Any]] = {}  # name -> newest ticker, bid and ask
 
     def has_separate_top(self, symbol: str) -> bool:
@@ -425,11 +426,13 @@ class _Observer:
 
     def _forward_candles(self, name: str) -> None:
         """Forward the newest candle, and the one before if its final state is known."""
-        rows = [list(row) for row in self._ccxt.ohlcvs[name][self._timeframe][-2:]]
+        stored = self._ccxt.ohlcvs[name][self._timeframe][-2:]
+        self.candles[name] = newest_states(self.candles.get(name, {}), stored)
+        rows = list(self.candles[name].values())
         if self._profile.closed_candle is None and len(rows) == 2:
             self._closing = rows[0][0]
         if self._closing is not None:
-            self.closed[name] = self._closing
+            self.closed[name] = max(self._closing, self.closed.get(name, 0))
             self._closing = None
         value = {
             "timeframe": self._timeframe,
@@ -468,6 +471,15 @@ class _Observer:
             return  # the last price stopped arriving: the silence leads to a new subscription
         joined = join_top(with_last_trade(self._profile, ticker), top)
         self._listener.received(name, joined, steady=top is not last_top)
+
+
+def newest_states(known: dict[int, list[Any]], rows: Iterable[Any]) -> dict[int, list[Any]]:
+    """Return candles by start in their newest states: ccxt keeps the one that arrived last.
+
+    Volumes only grow, so that a state with less volume is a late one.
+    """
+    newest = [max(known.get(row[0], row), row, key=lambda state: state[5]) for row in rows]
+    return {row[0]: list(row) for row in newest}
 
 
 def is_late(timestamp: int | None, newest: int | None) -> bool:

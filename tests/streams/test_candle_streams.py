@@ -108,6 +108,35 @@ async def test_a_stream_pushes_the_growing_candle_and_its_close(
 
 
 @pytest.mark.parametrize(("exchange", "symbol"), MARKETS)
+async def test_a_late_state_of_a_candle_does_not_replace_a_newer_one(
+    start: StartGateway,
+    join: Join,
+    sandbox: Sandbox,
+    clock: FakeClock,
+    exchange: str,
+    symbol: str,
+) -> None:
+    """The exchange sends each state again after newer ones, also after the close."""
+    await sandbox.set(exchange, push_ms=20, odd=["late"])
+    live = await start(market_types="spot,swap")
+    move_to(clock, 50)
+    minute = int(clock.time()) // 60 * MINUTE
+    client = await join(live)
+    await client.subscribe(symbol, channel="ohlcv", exchange=exchange, timeframe="1m")
+    async with time_passes(clock, 0.25):
+        for _ in range(50):
+            await client.take("update")
+        while client.got[-1]["data"]["candles"][-1][0] == minute:
+            await client.take("update")
+        await client.take("update", 20)
+    documents = [message["data"] for message in client.got if message["type"] == "update"]
+    states = [row for document in documents for row in document["candles"] if row[0] == minute]
+    assert states == sorted(states, key=lambda state: state[5])
+    fetched = await ohlcv(live, exchange, symbol, limit=2, since=minute, max_age=0)
+    assert states[-1] == fetched["candles"][0]
+
+
+@pytest.mark.parametrize(("exchange", "symbol"), MARKETS)
 async def test_a_close_costs_no_call_for_requested_candles(
     start: StartGateway, sandbox: Sandbox, clock: FakeClock, exchange: str, symbol: str
 ) -> None:
