@@ -10,7 +10,7 @@ import logging
 import os
 import random
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -47,6 +47,7 @@ VICTIM_ODDITIES = (
 ASKERS = 12
 CHANGE_SECONDS = (1.0, 4.0)
 MAX_PROBLEMS = 20
+LAST_CHANGES = 30
 
 # Trouble of a whole exchange.
 TROUBLE: tuple[dict[str, Any], ...] = (
@@ -92,6 +93,12 @@ class Report:
 
     problems: list[str] = field(default_factory=list)
     checked: Counter[str] = field(default_factory=Counter)
+    changes: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_CHANGES))
+    """The last changes of knobs."""
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.problems)} problems:", *self.problems[:MAX_PROBLEMS]]
+        return "\n".join([*lines, "after these changes of knobs:", *self.changes])
 
     def add(self, what: str, problems: list[str]) -> None:
         source, *_, kind, _exchange, _symbol = what.split()
@@ -124,10 +131,14 @@ class Soak:
             kinds = victim_trouble(name)
             if name != self.protected and self.chance.random() < 0.7:
                 kinds = TROUBLE
-            await self.sandbox.set(name, **(STEADY | self.chance.choice(kinds)))
+            await self.change(name, self.chance.choice(kinds))
             await asyncio.sleep(self.chance.uniform(*CHANGE_SECONDS))
             if self.chance.random() < 0.5:
-                await self.sandbox.set(name, **STEADY)
+                await self.change(name, {})
+
+    async def change(self, name: str, knobs: dict[str, Any]) -> None:
+        await self.sandbox.set(name, **(STEADY | knobs))
+        self.report.changes.append(f"{time.time():.2f} {name} {knobs}")
 
     async def ask(self) -> None:
         """Ask all REST endpoints in random order, and check the answers."""
@@ -253,8 +264,7 @@ async def soak(sandbox: Sandbox, seconds: float) -> None:
             await run_for(seconds, [asyncio.create_task(work) for work in works], run.report)
     counts = ", ".join(f"{count} {source}" for source, count in sorted(run.report.checked.items()))
     print(f"seed {seed}, {protected} protected: checked {counts}")  # noqa: T201
-    found = "\n".join(run.report.problems[:MAX_PROBLEMS])
-    assert not run.report.problems, f"seed {seed}, {len(run.report.problems)} problems:\n{found}"
+    assert not run.report.problems, f"seed {seed}, {run.report}"
 
 
 async def run_for(seconds: float, works: list[asyncio.Task[None]], report: Report) -> None:
