@@ -36,8 +36,9 @@ GATEWAY_MODULES = {
 STREAM_MODULES = {"src.web.websocket", "src.web.server_events"}  # counted with the streams package
 
 # Lines of code, without blank lines, comments and docstrings. The page has a budget in bytes:
-# tests/web/test_dashboard.py. The goal for the core is 4,500: see docs/decisions.md.
-MAX_LINES = {"core": 7_000, "streams": 1_800, "sandbox": 2_100}
+# tests/web/test_dashboard.py. The goals are 4,500, 1,300 and 1,200:
+# see docs/decisions.md. Until a part is there, its limit only falls.
+MAX_LINES = {"core": 6_850, "streams": 1_605, "sandbox": 1_889}
 
 # Libraries that only these modules import.
 OWNERS = {
