@@ -400,6 +400,7 @@ async def test_candles_are_refreshed_when_they_close(
         ("bybit", "binance"),
         ohlcv_ttl_seconds=100,
         cache_memory_ttl=100,
+        streaming=False,  # a stream would keep the candles up to date
         trades_ttl_seconds=CANARY_TTL,
     )
     clock.advance(60 - clock.time() % 60 + 20)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from src.exchanges.profiles import PROFILES
 from tests.conftest import Live
 from tests.recordings import expected
 from tests.recordings.expected import check
@@ -75,10 +76,12 @@ async def test_candles_are_served_as_recorded(recording: Recording) -> None:
         timeframe = recording.timeframe
         path = f"/ohlcv/{symbol}"
         answer = await ask(live, recording, path, limit=MAX_ROWS, timeframe=timeframe)
-        recorded = expected.candles(recording)
+        # The recording of Kraken has one candle more than its documented 720.
+        most = PROFILES[recording.exchange].candle_page
+        recorded = expected.candles(recording)[-most:]
         assert answer["candles"] == [[row[0], *map(float, row[1:])] for row in recorded]
         client = live.gateway.manager[recording.exchange].client
-        assert answer["candles"] == await client.fetch_ohlcv(symbol, timeframe, limit=MAX_ROWS)
+        assert answer["candles"] == await client.fetch_ohlcv(symbol, timeframe, limit=most)
 
 
 @pytest.mark.parametrize("recording", of_kind("trades"))

@@ -19,9 +19,11 @@ from websockets.asyncio.client import connect
 
 from config import setting_names
 from src.cache.entry import Key
+from src.exchanges.profiles import PROFILES
 from src.sandbox.server import Sandbox
 from src.store.redis import RedisUnavailable
 from src.streams import bus
+from src.streams.dialer import Dialer
 from src.streams.topics import MarketDataEvent, Topic
 from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, free_port, sample
 from tests.streams.test_hub import (
@@ -257,6 +259,7 @@ async def test_failing_replicas_do_not_alternate(
     _, clients = await both_watch(start, join, redis)
     changes = {to: sample("stream_lease_changes_total", to=to) for to in ("taken", "lost")}
     tried = sandbox.count("kraken", "/v2")
+    started = clock.elapsed
     await sandbox.set("kraken", status=503, only="/v2", drop="cut")
     async with time_passes(clock):
         for client in clients:
@@ -269,7 +272,8 @@ async def test_failing_replicas_do_not_alternate(
     assert [
         [item["state"] for item in client.got if item["type"] == "status"] for client in clients
     ] == [["stale"]] * 2
-    assert sandbox.count("kraken", "/v2") - tried <= 24
+    attempts = (clock.elapsed - started) / Dialer(PROFILES["kraken"], clock).interval
+    assert sandbox.count("kraken", "/v2") - tried <= 2 * attempts + 2
     assert all(
         sample("stream_lease_changes_total", to=to) - before <= 2 for to, before in changes.items()
     )
