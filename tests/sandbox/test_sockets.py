@@ -991,7 +991,7 @@ async def test_late_pushes_have_the_old_price(
     """A delayed push has the price of the time at which it was due."""
     peer = await dial(name)
     await peer.request(request(name, topic(name, "BTC")))
-    first, prices = await peer.next_price(), list[float]()
+    first, prices = price(await peer.read()), list[float]()
     clock.now += 60
     await sandbox.set(name, push_ms=5, latency_ms=LATE)
     await drain_pushes(peer)

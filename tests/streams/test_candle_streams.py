@@ -90,10 +90,10 @@ async def test_a_stream_pushes_the_growing_candle_and_its_close(
     client = await join(live)
     answer = await client.subscribe(symbol, channel="ohlcv", exchange=exchange, timeframe="1m")
     assert answer["errors"] == {}
+    first = await client.next(lambda message: message.get("data", {}).get("source") == "stream")
+    assert (first["channel"], first["timeframe"]) == ("ohlcv", "1m")
+    assert first["data"]["candles"][-1][0] == first["data"]["closed_until"] == minute
     async with time_passes(clock, 0.25):
-        first = await client.next(lambda message: message.get("data", {}).get("source") == "stream")
-        assert (first["channel"], first["timeframe"]) == ("ohlcv", "1m")
-        assert first["data"]["candles"][-1][0] == first["data"]["closed_until"] == minute
         last = await client.next(
             lambda message: (
                 message["type"] in ("snapshot", "update")
@@ -194,16 +194,16 @@ async def test_gaps_after_a_reconnect_are_fetched(
         only=SOCKET_PATHS[exchange],
     )
     clock.advance(130)
-    await sandbox.set(exchange, push_ms=20)
-    async with time_passes(clock, 0.05):
+    async with time_passes(clock):
         await eventually(lambda: not inside(live).topics[topic].live)
+        await sandbox.set(exchange, push_ms=20)
         await eventually(lambda: inside(live).topics[topic].live)
         while (document := await ohlcv(live, exchange))["source"] != "stream":
             pass
     times = [row[0] for row in document["candles"]]
     assert times == list(range(times[0], times[-1] + 1, MINUTE))
-    fetched = await ohlcv(live, exchange, max_age=0)
-    assert final(fetched)[-50:] == final(document)[-50:]
+    fetched = await ohlcv(live, exchange, max_age=0)  # maybe after another close
+    assert all(row in fetched["candles"] for row in final(document)[-50:])
 
 
 async def test_streams_keep_candles_correct_while_rest_fails(

@@ -8,6 +8,7 @@ import pytest
 
 from src.exchanges.profiles import PROFILES, SocketLimits
 from src.sandbox.server import Sandbox
+from src.streams.dialer import Dialer
 from src.streams.topics import Topic
 from tests.conftest import FakeClock, Live, StartGateway, eventually
 from tests.streams.test_hub import BTC, Join, inside, join, time_passes
@@ -147,4 +148,5 @@ async def test_refused_sockets_connect_soon_and_within_the_limit(
     attempts = sum(socket.reconnects for socket in inside(live).sockets_of(exchange)) - 3
     assert 2 < attempts <= max(60 / 2, count * 60 / seconds) + 3
     await sandbox.set(exchange, rate_limit=-1)
-    assert await seconds_until(clock, lambda: open_count() == 3) < 5
+    interval = Dialer(PROFILES[exchange], clock).interval  # 4.2 s on kraken
+    assert await seconds_until(clock, lambda: open_count() == 3) < interval + 3

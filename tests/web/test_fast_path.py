@@ -51,7 +51,7 @@ class Pair:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         self._thread.start()
-        assert self._ready.wait(30)
+        assert self._ready.wait(120)
         self.clients = [httpx.Client(base_url=live.url) for live in self._lives]
 
     async def _run(self) -> None:
