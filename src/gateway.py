@@ -354,6 +354,9 @@ class Gateway:
 
     def _entry(self, key: Key, data: MarketData, fetched: Fetched[Any]) -> Entry:
         freshness = freshness_of(self.settings, key, fetched, data)
+        data.requested_at = int(fetched.sent_at * 1000)
+        if fetched.server_time:
+            data.server_time = fetched.server_time
         times = (fetched.started, fetched.received)
         entry = self.cache.create_entry(key, encode(data), *times, freshness)
         read_body(entry)

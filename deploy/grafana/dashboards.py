@@ -120,6 +120,10 @@ STREAM_AGE = (
     "histogram_quantile(QUANTILE, sum by (le)"
     " (rate(virtuoso_stream_event_age_seconds_bucket[$__rate_interval]))) >= 0"
 )
+LAG = (
+    "histogram_quantile(0.99, sum by (exchange, le)"
+    " (rate(virtuoso_POINT_lag_seconds_bucket[$__rate_interval]))) >= 0"
+)
 AGE_OF_ALL = AGE.replace("route, ", "")
 ANSWERED: Steps = {None: "red", 0.999: "green"}
 UNDER_HALF_A_SECOND: Steps = {None: "red", 0.99: "green"}
@@ -322,6 +326,15 @@ def service() -> Parts:
             {
                 "p50": STREAM_AGE.replace("QUANTILE", "0.5"),
                 "p99": STREAM_AGE.replace("QUANTILE", "0.99"),
+            },
+        ),
+        graph(
+            "Lag behind the exchange, p99", units.Seconds,
+            "Time from the exchange's own time until receipt, and until a pushed value is published"
+            " to feeds. 0 if the exchange's clock is ahead.",
+            {
+                "{{exchange}} receipt": LAG.replace("POINT", "receipt"),
+                "{{exchange}} delivery": LAG.replace("POINT", "delivery"),
             },
         ),
         graph(

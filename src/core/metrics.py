@@ -229,6 +229,18 @@ trades_dropped_total = _counter(
 stream_event_age_seconds = _histogram(
     "stream_event_age_seconds", "Time from receipt until publishing to a feed.", buckets=FAST
 )
+receipt_lag_seconds = _histogram(
+    "receipt_lag_seconds",
+    "Time from the exchange's own time to receipt.",
+    "exchange",
+    buckets=FAST[3:],
+)
+delivery_lag_seconds = _histogram(
+    "delivery_lag_seconds",
+    "Time from the exchange's own time of a pushed value to publishing to feeds.",
+    "exchange",
+    buckets=FAST[3:],
+)
 stream_lease_changes_total = _counter(
     "stream_lease_changes",
     "Topics that this replica began or stopped to watch for all.",
@@ -255,6 +267,13 @@ def initialise(exchanges: Sequence[str], kinds: Sequence[str], routes: Sequence[
     _create_series(circuit_rejected_total, exchanges)
     _create_series(circuit_transitions_total, exchanges, STATES)
     _create_series(stream_reconnects_total, exchanges, STREAM_CAUSES)
+    _create_series(receipt_lag_seconds, exchanges)
+    _create_series(delivery_lag_seconds, exchanges)
+
+
+def observe_lag(histogram: Histogram, exchange: str, time_ms: int, now: float) -> None:
+    """Record the time since `time_ms` of an exchange's clock; 0 if that clock is ahead of ours."""
+    histogram.labels(exchange).observe(max(0.0, now - time_ms / 1000))
 
 
 async def measure_loop_lag(clock: Clock) -> None:

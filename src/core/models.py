@@ -69,8 +69,14 @@ class MarketData(Document):
     """The exchange that sent the data."""
     fetched_at: int
     """When the gateway received the data, in UTC milliseconds."""
+    requested_at: int | None = None
+    """When the gateway requested the data, in UTC milliseconds. Absent if it was pushed."""
+    server_time: int | None = None
+    """When the exchange answered the request, in UTC milliseconds of its clock.
+
+    Whole seconds if only the HTTP header has it. Absent if the data was pushed."""
     timestamp: int | None = None
-    """The exchange's own time in UTC milliseconds. Absent if the exchange sent none."""
+    """The exchange's own time of the data in UTC milliseconds. Absent if the exchange sent none."""
     source: Literal["rest", "stream"] = "rest"
     """`rest`: the gateway requested the data. `stream`: the exchange pushed it."""
     stale: bool = False

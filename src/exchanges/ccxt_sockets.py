@@ -294,6 +294,8 @@ class _Observer:
         self._listener = listener
         self._guard = BookGuard(profile.find_book_update if kind == "orderbook" else None)
         self._closing: int | None = None  # start of the candle that the current message closes
+        self._message_time: int | None = None  # of the current message
+        self.candle_times: dict[str, int] = {}  # name -> time of the newest message (UTC ms)
         self.closed: dict[str, int] = {}  # name -> start of the last candle that was closed
         self.candles: dict[str, dict[int, list[Any]]] = {}  # name -> start -> forwarded state
         self.joined: dict[str, tuple[Any, Any]] = {}  # name -> newest ticker, bid and ask
@@ -339,6 +341,8 @@ class _Observer:
         refusal = find_refusal(data) if find_refusal else None
         if refusal is not None:
             self._report_refusal(connection, refusal)
+        if self._timeframe:
+            self._message_time = _to_ms(self._ccxt, data.get(self._profile.candle_time))
         if self._timeframe and self._profile.closed_candle:
             self._closing = self._profile.closed_candle(data)
         try:
@@ -434,10 +438,13 @@ class _Observer:
         if self._closing is not None:
             self.closed[name] = max(self._closing, self.closed.get(name, 0))
             self._closing = None
+        if self._message_time and not is_late(self._message_time, self.candle_times.get(name)):
+            self.candle_times[name] = self._message_time
         value = {
             "timeframe": self._timeframe,
             "rows": rows,
             "closed": self.closed.get(name),
+            "timestamp": self.candle_times.get(name),
         }
         self._listener.received(name, value, steady=True)
 
@@ -485,6 +492,12 @@ def newest_states(known: dict[int, list[Any]], rows: Iterable[Any]) -> dict[int,
 def is_late(timestamp: int | None, newest: int | None) -> bool:
     """Return True if a value is older than the newest one, by the exchange's time (UTC ms)."""
     return bool(timestamp and newest and 0 < newest - timestamp <= MAX_LATE_MS)
+
+
+def _to_ms(client: CcxtClient, time: object) -> int | None:
+    """Return UTC milliseconds of a time that is in milliseconds or ISO 8601."""
+    ms: int | None = time if isinstance(time, int) else client.parse8601(time)
+    return ms
 
 
 def _newer(ticker: dict[str, Any], last: dict[str, Any] | None) -> dict[str, Any]:

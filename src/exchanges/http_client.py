@@ -4,6 +4,7 @@ ccxt keeps the last status and headers in attributes that all tasks share, and r
 length. Here each task finds its own `Answer` in a context variable.
 """
 
+import re
 import ssl
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -19,6 +20,7 @@ MAX_MARKETS_BYTES = 64 * 1024 * 1024  # a list of 1,695 markets has 1.9 MB, and 
 MAX_SOCKETS = 100
 MAX_DIFFERENCE_SECONDS = 3600.0  # a Date further from our clock is wrong: a cache may have sent it
 BODY_START_BYTES = 4000  # Cloudflare's page has its code after 1,500 bytes
+BODY_END_BYTES = 100  # Bybit's time is in the last 21 bytes
 
 
 @dataclass(slots=True)
@@ -31,9 +33,31 @@ class Answer:
     is_json: bool = False
     body_start: bytes = b""
     """Beginning of the body, in lower case."""
+    body_end: bytes = b""
+
+    def server_time(self, pattern: bytes, now: float) -> int | None:
+        """Return when the server answered, in UTC milliseconds of its clock.
+
+        The group of `pattern` in the end of the body is the time. Without a pattern it is the
+        Date header, which has whole seconds. `now` is in UTC seconds. None if there is no time, or
+        if it is too far from `now`: a cache may have sent it.
+        """
+        seconds = parse_date(self.headers.get("Date", ""))
+        if pattern:
+            found = re.search(pattern, self.body_end)
+            seconds = int(found[1]) / 1000 if found else 0.0
+        return round(seconds * 1000) if abs(seconds - now) < MAX_DIFFERENCE_SECONDS else None
 
 
 answer: ContextVar[Answer | None] = ContextVar("answer", default=None)
+
+
+def parse_date(date: str) -> float:
+    """Return the UTC seconds of a Date header, 0 if it has none."""
+    try:
+        return parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError):
+        return 0.0
 
 
 def clock_difference(date: str, sent: float, received: float) -> float:
@@ -42,10 +66,7 @@ def clock_difference(date: str, sent: float, received: float) -> float:
     `date` is the response's Date header, which has whole seconds. `sent` and `received` are UTC
     seconds of our clock.
     """
-    try:
-        second = parsedate_to_datetime(date).timestamp()
-    except (TypeError, ValueError):
-        return 0.0
+    second = parse_date(date)
     ahead = min(max(0.0, second - received), second + 1 - sent)
     return ahead if abs(ahead) < MAX_DIFFERENCE_SECONDS else 0.0
 
@@ -71,6 +92,7 @@ class BoundedResponse(aiohttp.ClientResponse):
             text = self._body.strip()
             current.is_json = text[:1] + text[-1:] in (b"{}", b"[]")
             current.body_start = text[:BODY_START_BYTES].lower()
+            current.body_end = text[-BODY_END_BYTES:]
         return await super().read()
 
 

@@ -51,6 +51,10 @@ class Fetched(Generic[T]):
     received: float
     requested_at: float = 0.0
     """When the call started, in UTC seconds on the exchange's clock."""
+    sent_at: float = 0.0
+    """The same on our clock."""
+    server_time: int | None = None
+    """When the exchange answered, in UTC milliseconds of its clock. None if it did not say."""
 
 
 @dataclass
@@ -300,7 +304,12 @@ class ExchangeManager:
         received_at = self.clock.time()
         sent_at = received_at - (received - started)
         ahead = clock_difference(call.answer.headers.get("Date", ""), sent_at, received_at)
-        return Fetched(value, started, received, sent_at + ahead)
+        pattern = PROFILES[call.exchange].body_time
+        server_time = call.answer.server_time(pattern, received_at)
+        if pattern and server_time:  # the whole seconds of the Date header would show a false lag
+            lag = metrics.receipt_lag_seconds
+            metrics.observe_lag(lag, call.exchange, server_time, received_at)
+        return Fetched(value, started, received, sent_at + ahead, sent_at, server_time)
 
     async def _fetch(self, call: ExchangeCall[T], exchange: Exchange) -> T:
         # Not wait_for: the call has to stay in this task, which holds the context variable.

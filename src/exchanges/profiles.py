@@ -163,6 +163,10 @@ class Profile:
     """Response header with the remaining requests; `0` means that the budget is spent."""
     reset_header: str = ""
     """Response header with the end of a rate limit in Unix milliseconds."""
+    body_time: bytes = b""
+    """Regular expression that finds the time (UTC ms) of an answer in the end of its body.
+
+    Empty if bodies have no such time: the Date header has it in whole seconds."""
     error_rules: tuple[ErrorRule, ...] = ()
     """Checked before `COMMON_RULES`."""
     has_partial_errors: bool = False
@@ -196,6 +200,8 @@ class Profile:
     unsubscribe: Unsubscribe
     watch_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Kind of data -> further parameters of the subscription."""
+    candle_time: str = ""
+    """Member of a message with pushed candles that has the exchange's time."""
     ticker_time: str = ""
     """Field of a pushed ticker with the exchange's time, if ccxt ignores it."""
     find_book_update: FindBookUpdate | None = None
@@ -302,6 +308,8 @@ BYBIT = Profile(
     since_parameter="start",
     remaining_header="X-Bapi-Limit-Status",
     reset_header="X-Bapi-Limit-Reset-Timestamp",
+    # https://bybit-exchange.github.io/docs/v5/guide#response: "Current timestamp (ms)".
+    body_time=rb'"time": ?(\d{13})}$',
     error_rules=BYBIT_RULES,
     proofs={"orderbook": b'"s":"%s"', "ohlcv": b'"symbol":"%s"', "trades": b'"list":[]'},
     topics={
@@ -317,6 +325,7 @@ BYBIT = Profile(
     find_book_update=bybit_book_update,
     is_market_trade=bybit_is_market_trade,
     closed_candle=bybit_closed_candle,
+    candle_time="ts",
     separate_top_types=frozenset({"spot"}),
 )
 
@@ -415,6 +424,7 @@ BINANCE = Profile(
     book_depth=100,
     unsubscribe=binance_unsubscribe,
     closed_candle=binance_closed_candle,
+    candle_time="E",
     find_refusal=binance_refusal,
     is_market_trade=binance_is_market_trade,
     last_trade_fields=("closeTime", "C"),
@@ -536,6 +546,7 @@ KRAKEN = Profile(
     socket_limits=dict.fromkeys(MARKET_TYPES, KRAKEN_SOCKET_LIMITS),
     connection_limit=(150, 600),  # "approximately", by its CDN
     watch_params=KRAKEN_WATCH_PARAMS,
+    candle_time="timestamp",
     ticker_time="timestamp",
     # `o` is the open of the day that began at 00:00 UTC, and ccxt computes the others from it.
     undefined_rest_fields=("open", "change", "percentage", "average"),

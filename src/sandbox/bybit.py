@@ -28,7 +28,7 @@ class Bybit(Exchange):
     price_factor = 1.00015
     listing = tuple(pair for pair in COMMON_PAIRS if pair.base not in {"TON", "XTZ"})
     listing += pairs(["MNT"], "USDT")
-    envelope = '{"retCode":0,"retMsg":"OK","result":%s,"retExtInfo":{},"time":%%(ms)d}'
+    envelope = '{"retCode":0,"retMsg":"OK","result":%s,"retExtInfo":{},"time":%%(answer_ms)d}'
     swap_listing = SWAPS
     # https://bybit-exchange.github.io/docs/v5/market/: kline, orderbook and recent-trade
     max_rows = MappingProxyType({"candles": 1_000, "book": 200, "trades": 60})

@@ -348,7 +348,7 @@ class Exchange:
         ms = request.market.book_ms if kind == "book" else request.ms
         fields: Fields = {"ms": ms, "close_ms": ms, "second": ms // 1000, "last_ms": ms}
         fields["last_candle"] = fields["second"]
-        fields["category"] = request.param("category")
+        fields |= {"category": request.param("category"), "answer_ms": request.ms}
         if requested:
             fields |= self.fields(requested[0])
         if kind == "candles" and lists["rows"]:  # recorded: `last` is the last complete candle

@@ -114,6 +114,8 @@ def merge(series: dict[str, Any], pushed: Mapping[str, Any], limit: int) -> bool
         rows = [*(known for known in rows if known[0] < row[0]), row]
         if row[0] < pushed["closed_until"]:
             closed_until = row[0] + length
+    for name in ("requested_at", "server_time"):  # of the request before
+        series.pop(name, None)
     series |= {name: pushed[name] for name in ("fetched_at", "timestamp") if name in pushed}
     series |= {"candles": rows[-limit:], "closed_until": closed_until}
     series |= {"source": "stream", "stale": series.pop("stale")}  # `stale` is the last member

@@ -224,6 +224,9 @@ class TopicRegistry:
             return False
         if not self._is_new(state, data):
             return True
+        if data.timestamp:
+            lag = metrics.receipt_lag_seconds
+            metrics.observe_lag(lag, topic.exchange, data.timestamp, received_at / 1000)
         data.source = "stream"
         if channel.is_incremental and state.liveness.is_resubscribed:
             state.sequence += 1  # data before the new subscription is missing
@@ -294,6 +297,9 @@ class TopicRegistry:
         state.has_gap = True
         if is_pushed and not state.topic.channel.is_incremental:
             self._cache(state, event)
+        if is_pushed and event.exchange_time and state.feeds:
+            lag, exchange = metrics.delivery_lag_seconds, state.topic.exchange
+            metrics.observe_lag(lag, exchange, event.exchange_time, self._clock.time())
         is_complete = True
         for count, feed in list(state.feeds.items()):
             age = self._clock.time() - event.receive_time / 1000

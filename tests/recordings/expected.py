@@ -18,6 +18,7 @@ ROUNDING = 1e-9  # relative; of computed values
 
 # Members of answers that a recording does not have.
 NOT_RECORDED = {"symbol", "exchange", "datetime", "fetched_at", "source", "stale"}
+NOT_RECORDED |= {"requested_at", "server_time"}
 
 # Names of assets that the exchange uses alone, and the common ones.
 RENAMED = {

@@ -366,7 +366,9 @@ def changes(example: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "timestamp",
         "datetime",
         "nonce",
-    }:  # absent if the exchange sent none
+        "requested_at",
+        "server_time",
+    }:  # absent if the exchange sent none, or pushed the data
         yield {other: value for other, value in example.items() if other != name}
 
 
