@@ -37,6 +37,8 @@ CCXT_CHANNELS = {
 CLOSE_TIMEOUT_SECONDS = 1.0
 # How much older than its bid and ask a ticker may be: a market may have no trade for this long.
 MAX_TICKER_LAG_MS = 600_000
+# How much older than its ticker bid and ask may be. Each trade changes the best orders, too.
+MAX_TOP_LAG_MS = 3_000
 # How much older than the newest value a late one may be. An even older one means that the clock of
 # the exchange was corrected.
 MAX_LATE_MS = 60_000
@@ -476,6 +478,9 @@ class _Observer:
         lag_ms = (top["timestamp"] or 0) - (ticker["timestamp"] or 0)
         if lag_ms > MAX_TICKER_LAG_MS:
             return  # the last price stopped arriving: the silence leads to a new subscription
+        if lag_ms < -MAX_TOP_LAG_MS:  # after a pause of the socket, the ticker came first
+            metrics.stream_dropped_total.labels("late").inc()
+            return
         joined = join_top(with_last_trade(self._profile, ticker), top)
         self._listener.received(name, joined, steady=top is not last_top)
 

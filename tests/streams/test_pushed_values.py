@@ -145,6 +145,36 @@ async def test_late_ticker_does_not_replace_a_newer_one(
     assert served["timestamp"] >= newest["timestamp"]
 
 
+@pytest.mark.parametrize(
+    ("exchange", "symbol", "top"),
+    [("bybit", BTC, "orderbook.1."), ("binance", SWAP, "bookTicker")],
+)
+async def test_ticker_is_not_joined_with_an_old_bid_and_ask(
+    start: StartGateway,
+    join: Join,
+    sandbox: Sandbox,
+    clock: FakeClock,
+    exchange: str,
+    symbol: str,
+    top: str,
+) -> None:
+    """After a pause, a ticker that arrives before its bid and ask waits for them."""
+    live = await start(market_types="spot,swap")
+    client = await join(live)
+    await client.subscribe(symbol, exchange=exchange)
+    await next_push(client)
+    await sandbox.set(exchange, freeze=True)
+    clock.advance(4)
+    dropped = sample("stream_dropped_total", reason="late")
+    await sandbox.set(exchange, push_ms=20, mute=top, price=1.5)
+    await eventually(lambda: sample("stream_dropped_total", reason="late") > dropped)
+    await sandbox.set(exchange, push_ms=20, price=1.5)
+    while (ticker := (await next_push(client))["data"])["price"] < ticker["bid"] * 0.9:
+        pass  # sent before the pause
+    pushed = [message["data"] for message in client.got if "data" in message]
+    assert all(0.9 < data["price"] / data["ask"] < 1.1 for data in pushed if data["ask"])
+
+
 @pytest.mark.parametrize("exchange", EXCHANGES)
 async def test_reconnect_repeats_no_trades(
     start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock, exchange: str
