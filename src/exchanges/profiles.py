@@ -387,11 +387,6 @@ def binance_refusal(message: Mapping[str, Any]) -> Refusal | None:
     return Refusal(number=str(message.get("id"))) if "error" in message else None
 
 
-def binance_is_market_trade(row: Mapping[str, Any]) -> bool:
-    """Reject trades of the insurance fund and auto-deleveraging, which swaps have."""
-    return bool(row.get("X", "MARKET") == "MARKET")
-
-
 # https://developers.binance.com/docs/binance-spot-api-docs/web-socket-streams: five messages per
 # second and connection, including pings and pongs, and 1,024 streams per connection. Three messages
 # per second leave room for a ping and a pong. Swaps have ten messages per second.
@@ -416,7 +411,7 @@ BINANCE = Profile(
     topics={
         "ticker": ("{lowercaseId}@ticker", "{lowercaseId}@bookTicker"),
         "orderbook": ("{lowercaseId}@depth@100ms",),
-        "trades": ("{lowercaseId}@trade",),
+        "trades": ("{lowercaseId}@aggTrade",),
         "ohlcv": ("{lowercaseId}@kline_{interval}",),
     },
     socket_limits=dict.fromkeys(MARKET_TYPES, BINANCE_SOCKET_LIMITS),
@@ -426,15 +421,16 @@ BINANCE = Profile(
     closed_candle=binance_closed_candle,
     candle_time="E",
     find_refusal=binance_refusal,
-    is_market_trade=binance_is_market_trade,
     last_trade_fields=("closeTime", "C"),
     separate_rest_top_types=frozenset({"swap"}),
     separate_top_types=frozenset({"swap"}),
     numbers_per_socket=True,
     # The default ticker stream of ccxt has no bid and ask. By default ccxt spreads subscriptions
-    # over fifty sockets, and its limit counts subscriptions that have ended.
+    # over fifty sockets, and its limit counts subscriptions that have ended. Aggregate trades are
+    # those of REST, with the same ids, and the only stream of trades that is documented for swaps.
     socket_options={
         "watchTickers": {"name": "ticker"},
+        "watchTradesForSymbols": {"name": "aggTrade"},
         "streamLimits": {"spot": 1, "linear": 1},
         "subscriptionLimitByStream": {"spot": 10**9, "linear": 10**9},
     },

@@ -34,10 +34,10 @@ BOOK_LEVELS = 100
 """Levels of a book that pushes keep up to date. The real exchange pushes all levels."""
 MAX_STREAMS = 1_024
 """Streams of one socket."""
-PUBLIC_STREAMS = {"depth", "bookTicker", "trade"}
+PUBLIC_STREAMS = {"depth", "bookTicker"}
 """Streams of swaps that are served at /public. All others are served at /market (ccxt 4.5.90)."""
 CHANNELS = {"ticker": "ticker", "miniTicker": "mini", "bookTicker": "top"}
-CHANNELS |= {"depth": "book", "trade": "trades"}
+CHANNELS |= {"depth": "book", "aggTrade": "trades"}
 INTERVALS = {"1s": 1, "1m": 60, "3m": 180, "5m": 300, "15m": 900, "30m": 1_800, "1h": 3_600}
 INTERVALS |= {"2h": 7_200, "4h": 14_400, "6h": 21_600, "8h": 28_800, "12h": 43_200}
 INTERVALS |= {"1d": 86_400, "3d": 259_200, "1w": 604_800}
@@ -72,7 +72,7 @@ SPOT_RECORDS = """
 
 /api/v3/aggTrades trades
 [$rows]
- {"a":$number,"f":$number,"l":$number,"p":"$price","q":"$amount","T":$ms,"m":$is_buyer_maker}
+ {"a":$number,"f":1$number,"l":1$number,"p":"$price","q":"$amount","T":$ms,"m":$is_buyer_maker}
 """
 
 
@@ -191,13 +191,9 @@ candles
  "L":-1,"o":"$open","c":"$close","h":"$high","l":"$low","v":"$volume","n":$count,
  "x":$is_closed,"q":"$turnover","V":"0","Q":"0","B":"0"}}
 
-trades.swap
- {"e":"trade","E":$push_ms,"s":"$id","X":"$origin","t":$number,"p":"$price","q":"$amount",
- "T":$ms,"m":$is_buyer_maker}
-
 trades
- {"e":"trade","E":$push_ms,"s":"$id","M":true,"t":$number,"p":"$price","q":"$amount","T":$ms,
- "m":$is_buyer_maker}
+ {"e":"aggTrade","E":$push_ms,"s":"$id","a":$number,"p":"$price","q":"$amount","f":1$number,
+ "l":1$number,"T":$ms,"m":$is_buyer_maker}
 """
 
     def fields(self, pair: Pair) -> Fields:

@@ -78,6 +78,7 @@ timeout 200
     # https://bybit-exchange.github.io/docs/v5/ws/connect: at most 500 connections in 5 minutes.
     connection_limit = (500, 300)
     pushes_swap_deltas = True
+    pushes_block_trades = True
     drift = (
         ('"status":"Trading"', '"status":"Auction"'),
         ('"settleCoin":"[^"]*",', ""),

@@ -233,6 +233,7 @@ class Exchange:
     candle_snapshot = 1
     """Candles that the first push of a subscription contains."""
     pushes_swap_deltas = False
+    pushes_block_trades = False
     """True if pushes of a swap's ticker contain only the fields that changed."""
     connection_limit = (0, 0)
     """New sockets per address, and the seconds in which they are counted."""
@@ -436,7 +437,7 @@ class Exchange:
         push_format = push_format or self.push_formats[topic.channel]
         times: Fields = {"ms": ms, "iso": iso_time(ms)}
         fields = self.fields(topic.pair) | {"name": topic.name} | times | fields
-        fields = {"origin": "MARKET", "is_block": "false"} | fields
+        fields = {"is_block": "false"} | fields
         if not push_format.text:  # each row is a message
             return [push_format.row % (fields | row) for row in lists["rows"]]
         return [push_format.fill(fields, lists)]

@@ -155,8 +155,9 @@ class Socket:
         first = max(pushed, last - MAX_TRADES) + 1
         self.pushed[key] = max(pushed, last)
         rows = market.trades(topic.pair, range(first, last + 1))
-        if topic.pair.is_swap and market.is_odd(topic.pair, "odd_trades"):
-            rows = [row | special_trade(row) for row in rows]
+        is_odd = topic.pair.is_swap and market.is_odd(topic.pair, "odd_trades")
+        if is_odd and self.exchange.pushes_block_trades:
+            rows = [row | block_trade(row) for row in rows]
         ms = int(market.now * 1000)
         return self.exchange.push(topic, ms, {"push_ms": ms}, rows=rows) if rows else []
 
@@ -230,15 +231,12 @@ class Socket:
             await self.ws.send_str(message)
 
 
-def special_trade(row: Fields) -> Fields:
-    """Return what makes one of ten trades of a swap one that was not made on the market.
-
-    Binance marks trades of its insurance fund (Lean.Binance issue 28), Bybit marks block trades.
-    """
+def block_trade(row: Fields) -> Fields:
+    """Return what makes one of ten trades of a swap one that was not made on the market."""
     if row["number"] % 10 != 3:
         return {}
     price = f"{float(row['price']) * 0.9:.8f}"
-    return {"price": price, "origin": "INSURANCE_FUND", "is_block": "true"}
+    return {"price": price, "is_block": "true"}
 
 
 def candle_row(market: Market, topic: Topic, number: int) -> Fields:

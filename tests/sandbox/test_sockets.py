@@ -206,7 +206,9 @@ async def connect(sandbox: Sandbox) -> AsyncIterator[Connect]:
             "fetchMarkets": {"types": ["spot", "linear"]},
             "fetchCurrencies": False,
         }
-        options |= {"watchTickers": {"name": tickers}} if name == "binance" else {}
+        if name == "binance":
+            options["watchTickers"] = {"name": tickers}
+            options["watchTrades"] = {"name": "aggTrade"}
         client = getattr(import_module(f"ccxt.pro.{name}"), name)(
             {"enableRateLimit": False, "options": {} if name == "kraken" else options}
         )
@@ -739,23 +741,23 @@ async def test_a_lost_delta_breaks_the_checksum_of_kraken(
     ("name", "wanted", "path"),
     [
         ("bybit", "publicTrade.BTCUSDT", "/v5/public/linear"),
-        ("binance", "btcusdt@trade", "/public/ws/0"),
+        ("binance", "btcusdt@aggTrade", "/market/ws/0"),
     ],
 )
-async def test_swaps_have_trades_that_were_not_made_on_the_market(
+async def test_swaps_have_odd_trades(
     sandbox: Sandbox, dial: Dial, name: str, wanted: str, path: str
 ) -> None:
-    """The exchanges mark them. Others have no amount, no price, or come twice."""
+    """Some have no amount, no price, or come twice. Bybit marks block trades."""
     pushes = await messages_with(sandbox, dial, name, wanted, "odd_trades", path)
     rows = [row for push in pushes for row in push.get("data", [push])]
-    special = [row for row in rows if row.get("X") == "INSURANCE_FUND" or row.get("BT") is True]
+    special = [row for row in rows if row.get("BT") is True]
     usual = [row for row in rows if row not in special]
     prices = [float(row["p"]) for row in usual if float(row["p"])]
-    assert special
+    assert bool(special) == (name == "bybit")
     assert all(0.89 < float(row["p"]) / prices[0] < 0.91 for row in special)
     assert 0.0 in {float(row["p"]) for row in rows}
     assert 0.0 in {float(row.get("q") or row["v"]) for row in rows}
-    numbers = [row.get("t") or row["i"] for row in rows]
+    numbers = [row.get("a") or row["i"] for row in rows]
     assert len(set(numbers)) < len(numbers)
 
 
@@ -844,8 +846,8 @@ async def test_binance_limits_the_streams_of_a_socket(dial: Dial) -> None:
 
 
 async def test_binance_serves_the_streams_of_swaps_by_category(dial: Dial) -> None:
-    """Books, best prices and trades are at /public, all others at /market."""
-    for path, known, unknown in (("/public", "depth", "ticker"), ("/market", "kline_1m", "trade")):
+    """Books and best prices are at /public, all others at /market."""
+    for path, known, unknown in (("/public", "depth", "ticker"), ("/market", "aggTrade", "depth")):
         peer = await dial("binance", f"{path}/ws/0")
         assert await peer.request(request("binance", f"btcusdt@{known}")) == accepted("binance")
         assert "error" in await peer.request(request("binance", f"btcusdt@{unknown}"))

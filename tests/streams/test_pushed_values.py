@@ -196,13 +196,38 @@ async def test_reconnect_repeats_no_trades(
     assert ids
 
 
+@pytest.mark.parametrize(
+    ("exchange", "symbol"),
+    [("bybit", BTC), ("bybit", SWAP), ("binance", BTC), ("binance", SWAP), ("kraken", BTC)],
+)
+async def test_a_trade_has_the_same_id_by_rest_and_in_the_stream(
+    start: StartGateway,
+    join: Join,
+    sandbox: Sandbox,
+    clock: FakeClock,
+    exchange: str,
+    symbol: str,
+) -> None:
+    """The pushed trades are among those of REST, with the same ids, prices and amounts."""
+    live = await start(market_types="spot,swap")
+    client = await join(live)
+    await sandbox.set(exchange, rate_limit=-1, push_ms=20)
+    await client.subscribe(symbol, channel="trades", exchange=exchange)
+    async with time_passes(clock):
+        await client.next(lambda message: message.get("data", {}).get("source") == "stream")
+    pushed = client.got[-1]["data"]["trades"]
+    path = f"/trades/{symbol}?exchange={exchange}&limit=60&max_age=0"
+    trades = (await live.get(path)).json()["trades"]
+    assert pushed
+    assert [trade for trade in pushed if trade not in trades] == []
+
+
 @pytest.mark.parametrize("symbol", [BTC, SWAP])
 @pytest.mark.parametrize(
     ("exchange", "row", "odd"),
     [
-        ("binance", {"e": "trade", "s": "BTCUSDT"}, {"X": "INSURANCE_FUND"}),
-        ("binance", {"e": "trade", "s": "BTCUSDT"}, {"q": "0"}),
-        ("binance", {"e": "trade", "s": "BTCUSDT"}, {"p": "0"}),
+        ("binance", {"e": "aggTrade", "s": "BTCUSDT"}, {"q": "0"}),
+        ("binance", {"e": "aggTrade", "s": "BTCUSDT"}, {"p": "0"}),
         ("bybit", {"topic": "publicTrade.BTCUSDT"}, {"BT": True}),
         ("bybit", {"topic": "publicTrade.BTCUSDT"}, {"v": "0"}),
     ],
@@ -217,7 +242,7 @@ async def test_odd_trades_are_not_pushed(
     row: dict[str, str],
     odd: dict[str, Any],
 ) -> None:
-    """Trades of an insurance fund, block trades and trades without amount or price are dropped."""
+    """Block trades and trades without amount or price are dropped."""
     live = await start(market_types="spot,swap")
     client = await join(live)
     await client.subscribe(symbol, channel="trades", exchange=exchange)
@@ -227,11 +252,11 @@ async def test_odd_trades_are_not_pushed(
     ms = int(clock.time() * 1000)
     trade: dict[str, Any] = {"p": "97000", "T": ms}
     if exchange == "binance":
-        trade |= {"t": 1, "q": "3.2", "E": ms, "m": True}
+        trade |= {"a": 1, "q": "3.2", "E": ms, "m": True}
     else:
         trade |= {"i": "1", "v": "3.2", "s": "BTCUSDT", "S": "Buy", "BT": False}
     before = dropped(exchange)
-    for change in (odd, {"t": 2, "i": "2"}):
+    for change in (odd, {"a": 2, "i": "2"}):
         changed = trade | change
         body = row | (changed if exchange == "binance" else {"type": "snapshot", "data": [changed]})
         for socket in sandbox.listeners[exchange].sockets:
