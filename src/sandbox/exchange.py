@@ -4,52 +4,49 @@ Wire formats are texts with fields, in records that an empty line separates. The
 record is its name: the path and kind of a REST answer, or the channel of a push. The indented lines
 are the text of one row, which is repeated; the other lines are the text around the rows. The fields
 come from the market (`Market.ticker`, `trade`, `candle`), the pair (`Exchange.fields`) and the
-request (`Exchange.answer`).
+request (`Exchange.answer`). `<spot text>` and `<swap text>` are parts for one type of market only.
+
+The rows of a kind of REST answer are made by its function in `ROWS`.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import orjson
 
 from src.sandbox.knobs import Knobs
-from src.sandbox.market import (
-    COMMON_PAIRS,
-    TRADE_SECONDS,
-    Fields,
-    Market,
-    Pair,
-    iso_time,
-    pairs,
-)
+from src.sandbox.market import TRADE_SECONDS, Fields, Market, Pair, Rows, iso_time, pairs
 
+MARKET_TYPES = ("spot", "swap")
 MAX_ROWS = 5_000
 HALT_SECONDS = 3 * 86_400
 """Time since the last trade of a halted market."""
 
 
 class RefusalError(Exception):
-    """A request is refused. Arguments: status, body and headers; for a socket only a text."""
+    """A request is refused. The argument is the name of an error, or for a socket its text."""
+
+    def __init__(
+        self,
+        reason: str,
+        headers: Mapping[str, str] | None = None,
+        until: float | None = None,
+        parameter: str = "",
+    ) -> None:
+        """State the end of the failure (Unix time) and the wrong parameter in the answer."""
+        super().__init__(reason)
+        self.headers = headers
+        self.until = until
+        self.parameter = parameter
 
 
 def names_in(params: Mapping[str, str]) -> list[str]:
     """Return the markets in the parameters of a request: one, a JSON list or a comma list."""
     texts = (params[name] for name in ("symbol", "symbols", "pair") if name in params)
     return re.findall(r"\w+", next(texts, ""))
-
-
-def odd_candles(rows: list[Fields], pair: Pair, market: Market) -> list[Fields]:
-    """Return candles in the order on the wire, as the knobs want them."""
-    if pair in market.halted or market.is_odd(pair, "empty_candles"):
-        return []
-    if rows and market.is_odd(pair, "duplicate_candle"):  # hummingbot pull request 6889
-        last = max(rows, key=lambda row: row["ms"])
-        more = last | {"volume": f"{float(last['volume']) * 1.5:.8f}"}
-        rows.insert(rows.index(last) + 1, more)
-    return rows
 
 
 @dataclass(frozen=True)
@@ -100,27 +97,15 @@ class Request:
         units = ((10**17, 10**9), (10**11, 1_000), (0, 1))  # ns, ms (after 1973), s
         return None if number is None else number / next(n for least, n in units if number >= least)
 
-    def periods(self, market: Market, seconds: float, most: int) -> range:
-        """Return the numbers of the trades or candles that are requested."""
+    def periods(self, market: Market, seconds: float, most: int, earliest: float = 0) -> range:
+        """Return the numbers of the trades or candles that are requested.
+
+        For a time before the listing of a market, exchanges send its first candles.
+        """
         start = self.seconds("start", "startTime", "since")
+        start = None if start is None else max(start, earliest)
         end = self.seconds("end", "endTime")
         return market.periods(seconds, self.limit(500, most), start, end)
-
-
-def with_candle_knobs(request: Request, seconds: int) -> Request:
-    """Return the request as `candle_delay_ms` and `candles_from_ms` change it.
-
-    Binance and Bybit finalise candles up to some hundred milliseconds after their close. For a
-    time before the listing of a market, they send its first candles.
-    """
-    market = request.market
-    since_close = (market.now - market.offset(seconds)) % seconds
-    if since_close * 1000 < request.knobs.candle_delay_ms:
-        market = replace(market, now=market.now - since_close - 0.001)
-    params = dict(request.params)
-    for name in params.keys() & {"start", "startTime"}:
-        params[name] = str(max(int(params[name]), request.knobs.candles_from_ms))
-    return replace(request, market=market, params=params)
 
 
 class Format(NamedTuple):
@@ -137,18 +122,21 @@ class Format(NamedTuple):
         return self.text % filled
 
 
-def parse_formats(records: str, envelope: str = "%s", separator: str = "") -> dict[str, Format]:
-    """Parse the records that the module's docstring describes. Return the formats by name.
+def parse_formats(records: str, envelope: str = "%s") -> dict[tuple[str, str], Format]:
+    """Parse the records that the module's docstring describes.
 
-    `envelope` contains `%s` where the message goes. `separator` joins the lines of a message.
+    Return the formats by market type and name. `envelope` contains `%s` where the message goes.
     """
     formats = {}
-    for record in records.strip().split("\n\n"):
-        header, *lines = re.sub(r"\$(\w+)", r"%(\1)s", record).splitlines()
-        name, _, kind = header.partition(" ")
-        text = envelope % separator.join(line for line in lines if line[0] != " ")
-        row = "".join(line.strip() for line in lines if line[0] == " ")
-        formats[name] = Format(kind, text, row)
+    for market_type in MARKET_TYPES:
+        text = re.sub(rf"<{market_type}\s([^>]*)>", r"\1", records)
+        text = re.sub(r"<\w+\s[^>]*>", "", text)
+        for record in re.sub(r"\$(\w+)", r"%(\1)s", text).strip().split("\n\n"):
+            header, *lines = record.splitlines()
+            name, _, kind = header.partition(" ")
+            message = envelope % "".join(line for line in lines if line[0] != " ")
+            row = "".join(line.strip() for line in lines if line[0] == " ")
+            formats[market_type, name] = Format(kind, message, row)
     return formats
 
 
@@ -212,14 +200,17 @@ class Exchange:
     """Weeks start on Monday. Public report: ccxt issue 25046."""
     max_rows: Mapping[str, int]
     """The most rows of an answer, by its kind."""
-    listing: tuple[Pair, ...] = COMMON_PAIRS
+    listing: tuple[Pair, ...]
     swap_listing: tuple[Pair, ...] = ()
     trading_status = ""
     """Status of a market without restrictions."""
     intervals: Mapping[str, int]
     """Lengths of candles in seconds, by the value of the parameter."""
-    error_records = ""
-    """The kind of a record is the status, and how many seconds the failure is said to last."""
+    error_lines = ""
+    """Name, status and text of each error. A status may have the seconds that the failure is said
+    to last (`418+600`). Indented lines continue a text."""
+    error_format: tuple[str, str]
+    """An expression for texts of errors, and the answer with them. Other texts are sent as such."""
     drift: tuple[tuple[str, str], ...] = ()
     """Expressions for parts of answers, and their replacements for the knob `drift`."""
     envelope = "%s"
@@ -233,8 +224,8 @@ class Exchange:
     candle_snapshot = 1
     """Candles that the first push of a subscription contains."""
     pushes_swap_deltas = False
-    pushes_block_trades = False
     """True if pushes of a swap's ticker contain only the fields that changed."""
+    pushes_block_trades = False
     connection_limit = (0, 0)
     """New sockets per address, and the seconds in which they are counted."""
     message_limits: tuple[tuple[str, int], ...] = ()
@@ -252,7 +243,10 @@ class Exchange:
         """List `filler` more markets than usual."""
         self.filler = pairs((f"F{number:04d}" for number in range(1, filler + 1)), "USDT")
         self.configure(Knobs())
-        self.errors = parse_formats(self.error_records, separator=" ")
+        self.errors = {}
+        for line in self.error_lines.strip().replace("\n ", " ").splitlines():
+            name, status, text = re.sub(r"\$(\w+)", r"%(\1)s", line).split(" ", 2)
+            self.errors[name] = (status, re.sub(*self.error_format, text))
         self.rest_formats = parse_formats(self.rest_records, self.envelope)
         self.push_formats = parse_formats(self.push_records)
         self.reset_limits()
@@ -291,23 +285,17 @@ class Exchange:
             known[name] for known in (self.spot, self.swaps) for name in ids & known.keys()
         )
 
-    def refusal(
-        self,
-        name: str,
-        now: float = 0.0,
-        headers: Mapping[str, str] | None = None,
-        until: float | None = None,
-        parameter: str = "",
-    ) -> RefusalError:
-        """Return an error answer in the format of the exchange."""
-        record = self.errors.get(name) or self.errors["rate_limit"]
-        status, _, seconds = record.kind.partition(" ")
-        until = now + int(seconds or 0) if until is None else until
-        fields = {"until": int(until), "until_ms": int(until * 1000), "parameter": parameter}
-        fields["now_ms"] = int(now * 1000)
-        body = record.text % fields
+    def error(
+        self, refusal: RefusalError, now: float
+    ) -> tuple[int, object, Mapping[str, str] | None]:
+        """Return status, body and headers of an error answer in the format of the exchange."""
+        status, text = self.errors.get(str(refusal)) or self.errors["rate_limit"]
+        status, _, seconds = status.partition("+")
+        until = now + int(seconds or 0) if refusal.until is None else refusal.until
+        times = {"now_ms": int(now * 1000), "until": int(until), "until_ms": int(until * 1000)}
+        body = text % (times | {"parameter": refusal.parameter})
         is_json = body.startswith("{")
-        return RefusalError(int(status), orjson.Fragment(body) if is_json else body, headers)
+        return int(status), orjson.Fragment(body) if is_json else body, refusal.headers
 
     def reset_limits(self) -> None:
         self.limits: defaultdict[str, Limit] = defaultdict(Limit)
@@ -323,18 +311,18 @@ class Exchange:
 
     def answer(self, request: Request) -> tuple[str, dict[str, str]]:
         """Return the body, which is JSON, and the headers. Raise `RefusalError` otherwise."""
-        answer_format = self.rest_formats.get(request.path)
+        answer_format = self.rest_formats.get((self.market_type(request), request.path))
         if answer_format is None:
-            raise self.refusal("unknown_path")
+            raise RefusalError("unknown_path")
         # In a list of markets, an unknown one is refused by `requested_pairs`.
         is_in_list = request.knobs.error == "no_symbol" and request.knobs.pair
         if request.knobs.error and request.is_concerned and not is_in_list:
-            raise self.refusal(request.knobs.error, request.market.now)
+            raise RefusalError(request.knobs.error)
         try:
             headers = {} if request.knobs.rate_limit < 0 else self.charge(request)
             text = self.filled(answer_format, request)
         except ValueError as error:
-            raise self.refusal("bad_parameter", request.market.now, parameter=str(error)) from None
+            raise RefusalError("bad_parameter", parameter=str(error)) from None
         if "drift" in request.knobs.odd and request.is_concerned:
             for expression, replacement in self.drift:
                 text = re.sub(expression, replacement, text, count=1)
@@ -344,75 +332,46 @@ class Exchange:
         kind = answer_format.kind
         requested = self.requested_pairs(request)
         lists = self.rows(kind, request, requested)
-        if kind == "candles":
-            lists["rows"] = odd_candles(lists["rows"], requested[0], request.market)
         ms = request.market.book_ms if kind == "book" else request.ms
-        fields: Fields = {"ms": ms, "close_ms": ms, "second": ms // 1000, "last_ms": ms}
-        fields["last_candle"] = fields["second"]
-        fields |= {"category": request.param("category"), "answer_ms": request.ms}
+        fields: Fields = {"ms": ms, "close_ms": ms, "second": ms // 1000, "answer_ms": request.ms}
+        fields |= {"category": request.param("category"), "last_ms": ms, "last_candle": ms // 1000}
         if requested:
             fields |= self.fields(requested[0])
-        if kind == "candles" and lists["rows"]:  # recorded: `last` is the last complete candle
-            fields["last_candle"] = lists["rows"][-2:][0]["second"]
-        if kind == "trades" and lists["rows"]:
-            fields["last_ms"] = lists["rows"][-1]["ms"]
+        if kind in {"candles", "trades"} and lists["rows"]:
+            last_candle = lists["rows"][-2:][0]["second"]  # recorded: the last complete one
+            fields |= {"last_ms": lists["rows"][-1]["ms"], "last_candle": last_candle}
         return answer_format.fill(fields, lists)
 
-    def rows(self, kind: str, request: Request, requested: list[Pair]) -> dict[str, list[Fields]]:
+    def rows(self, kind: str, request: Request, requested: list[Pair]) -> Rows:
         """Return the rows of an answer, by the field that they fill in."""
-        market = request.market
-        match kind:
-            case "markets":
-                return {"rows": [self.listed_fields(pair, request) for pair in requested]}
-            case "tickers":
-                return {"rows": [self.fields(pair) | market.ticker(pair) for pair in requested]}
-            case "candles":
-                seconds = self.interval_seconds(request)
-                request = with_candle_knobs(request, seconds)
-                market = request.market
-                numbers = self.candle_numbers(request, seconds)
-                rows = [market.candle(requested[0], number, seconds) for number in numbers]
-                first_ms = request.knobs.candles_from_ms
-                return {"rows": [row for row in rows if row["ms"] >= first_ms]}
-            case "trades":
-                numbers = request.periods(
-                    market.traded(requested[0]), TRADE_SECONDS, self.most_rows(kind, request)
-                )
-                return {"rows": market.trades(requested[0], numbers)}
-            case "book":
-                levels = request.limit(100, self.most_rows(kind, request))
-                return market.book(requested[0], levels, market.step).rows
-        return {}
+        return ROWS[kind](self, request, requested)
 
     def most_rows(self, kind: str, _request: Request) -> int:
         return self.max_rows[kind]
 
-    def candle_numbers(self, request: Request, seconds: int) -> range:
-        return request.periods(request.market, seconds, self.most_rows("candles", request))
+    def candle_numbers(self, request: Request, market: Market, seconds: int) -> range:
+        most = self.most_rows("candles", request)
+        return request.periods(market, seconds, most, request.knobs.candles_from_ms / 1000)
 
-    def listed_fields(self, pair: Pair, request: Request) -> Fields:
-        """Return the fields of a market in a list."""
-        fields = self.fields(pair)
+    def status(self, pair: Pair, request: Request) -> str:
+        """Return the status of a market, in the exchange's own words."""
         statuses = request.knobs.statuses
-        status = statuses.get(fields["id"], statuses.get("*", self.trading_status))
-        return fields | {"status": status}
-
-    def interval_seconds(self, request: Request) -> int:
-        seconds = self.intervals.get(request.param("interval"))
-        if seconds is None:
-            raise self.refusal("bad_interval", request.market.now)
-        return seconds
+        return statuses.get(self.fields(pair)["id"], statuses.get("*", self.trading_status))
 
     def requested_pairs(self, request: Request) -> list[Pair]:
         """Return the markets in the parameters, or all."""
         known = self.known_pairs(request)
         if request.unknown_names(known):
-            raise self.refusal("no_symbol", request.market.now)
+            raise RefusalError("no_symbol")
         return [known[name] for name in request.names or known]
+
+    def market_type(self, request: Request) -> str:
+        """Return the type of the markets that a request can ask for: `spot` or `swap`."""
+        return "spot"
 
     def known_pairs(self, request: Request) -> Mapping[str, Pair]:
         """Return the markets a request can ask for, by the names it can use."""
-        return self.spot
+        return self.swaps if self.market_type(request) == "swap" else self.spot
 
     def reply(self, message: Fields, path: str, topics: dict[str, Topic]) -> list[Fields]:
         """Return the replies to a message of a socket, and change the socket's topics.
@@ -432,12 +391,69 @@ class Exchange:
 
     def push(self, topic: Topic, ms: int, fields: Fields, **lists: list[Fields]) -> list[str]:
         """Return the messages that push data of a topic."""
-        variant = "swap" if topic.pair.is_swap else fields.get("type")
-        push_format = self.push_formats.get(f"{topic.channel}.{variant}")
-        push_format = push_format or self.push_formats[topic.channel]
+        push_format = self.push_formats["swap" if topic.pair.is_swap else "spot", topic.channel]
         times: Fields = {"ms": ms, "iso": iso_time(ms)}
         fields = self.fields(topic.pair) | {"name": topic.name} | times | fields
         fields = {"is_block": "false"} | fields
         if not push_format.text:  # each row is a message
             return [push_format.row % (fields | row) for row in lists["rows"]]
         return [push_format.fill(fields, lists)]
+
+
+def market_rows(exchange: Exchange, request: Request, requested: list[Pair]) -> Rows:
+    rows = [
+        exchange.fields(pair) | {"status": exchange.status(pair, request)} for pair in requested
+    ]
+    return {"rows": rows}
+
+
+def ticker_rows(exchange: Exchange, request: Request, requested: list[Pair]) -> Rows:
+    return {"rows": [exchange.fields(pair) | request.market.ticker(pair) for pair in requested]}
+
+
+def candle_rows(exchange: Exchange, request: Request, requested: list[Pair]) -> Rows:
+    """Return candles as the knobs want them.
+
+    Binance and Bybit finalise candles up to some hundred milliseconds after their close.
+    """
+    pair = requested[0]
+    market = request.market
+    seconds = exchange.intervals.get(request.param("interval"))
+    if seconds is None:
+        raise RefusalError("bad_interval")
+    since_close = (market.now - market.offset(seconds)) % seconds
+    if since_close * 1000 < request.knobs.candle_delay_ms:
+        market = replace(market, now=market.now - since_close - 0.001)
+    numbers = exchange.candle_numbers(request, market, seconds)
+    if pair in market.halted or market.is_odd(pair, "empty_candles"):
+        return {"rows": []}
+    rows = [market.candle(pair, number, seconds) for number in numbers]
+    rows = [row for row in rows if row["ms"] >= request.knobs.candles_from_ms]
+    if rows and market.is_odd(pair, "duplicate_candle"):  # hummingbot pull request 6889
+        rows.append(rows[-1] | {"volume": f"{float(rows[-1]['volume']) * 1.5:.8f}"})
+    return {"rows": rows}
+
+
+def trade_rows(exchange: Exchange, request: Request, requested: list[Pair]) -> Rows:
+    most = exchange.most_rows("trades", request)
+    numbers = request.periods(request.market.traded(requested[0]), TRADE_SECONDS, most)
+    return {"rows": request.market.trades(requested[0], numbers)}
+
+
+def book_rows(exchange: Exchange, request: Request, requested: list[Pair]) -> Rows:
+    levels = request.limit(100, exchange.most_rows("book", request))
+    return request.market.book(requested[0], levels, request.market.step).rows
+
+
+def no_rows(_exchange: Exchange, _request: Request, _requested: list[Pair]) -> Rows:
+    return {}
+
+
+ROWS: dict[str, Callable[[Exchange, Request, list[Pair]], Rows]] = {
+    "markets": market_rows,
+    "tickers": ticker_rows,
+    "candles": candle_rows,
+    "trades": trade_rows,
+    "book": book_rows,
+    "time": no_rows,
+}

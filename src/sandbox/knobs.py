@@ -4,31 +4,13 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-Failure = Literal[
-    "",
-    "rate_limit",
-    "pair_limit",
-    "throttled",
-    "banned",
-    "firewall",
-    "busy",
-    "unavailable",
-    "timeout",
-    "no_symbol",
-]
-Oddity = Literal[
-    "locked_book",
-    "crossed_book",
-    "empty_book",
-    "one_sided_book",
-    "empty_candles",
-    "duplicate_candle",
-    "odd_trades",
-    "duplicates",
-    "late",
-    "lost_delta",
-    "drift",
-]
+LimitFailure = Literal["rate_limit", "pair_limit", "throttled", "banned", "firewall"]
+Failure = Literal["", "busy", "unavailable", "timeout", "no_symbol"] | LimitFailure
+BookOddity = Literal["locked_book", "crossed_book", "empty_book", "one_sided_book"]
+PushOddity = Literal["duplicates", "late", "lost_delta"]
+Oddity = (
+    Literal["empty_candles", "duplicate_candle", "odd_trades", "drift"] | BookOddity | PushOddity
+)
 
 
 class Knobs(BaseModel, extra="forbid", frozen=True):

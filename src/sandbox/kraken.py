@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 from src.sandbox.exchange import Exchange, RefusalError, Request, Topic
 from src.sandbox.knobs import Knobs
-from src.sandbox.market import COINS, MAJORS, Fields, Pair, iso_time, pairs
+from src.sandbox.market import COINS, MAJORS, Fields, Market, Pair, iso_time, pairs
 
 BURST = 15
 """Requests. One more is allowed per second."""
@@ -27,7 +27,7 @@ PREFIXED_QUOTES = {"EUR": "ZEUR", "USD": "ZUSD", "XBT": "XXBT"}
 CHANNELS = {"ticker": "ticker", "book": "book", "trade": "trades", "ohlc": "candles"}
 INTERVALS = {"1": 60, "5": 300, "15": 900, "30": 1_800, "60": 3_600, "240": 14_400}
 INTERVALS |= {"1440": 86_400, "10080": 604_800, "21600": 1_296_000}
-UNKNOWN = '"EQuery:Unknown asset pair"'
+UNKNOWN = "EQuery:Unknown asset pair"
 DEPTHS = (10, 25, 100, 500, 1_000)
 OPTIONS: dict[str, tuple[str, object, tuple[object, ...], str]] = {
     "book": ("depth", 10, DEPTHS, "Subscription depth not supported"),
@@ -57,49 +57,25 @@ class Kraken(Exchange):
     intervals = INTERVALS
     envelope = '{"error":[],"result":%s}'
     # Errors are documented to arrive with the status 200. A lockout lasts 15 minutes.
-    error_records = f"""
-unknown_path 404
-{{"error":["EGeneral:Unknown method"]}}
-
-no_symbol 200
-{{"error":[{UNKNOWN}]}}
-
-bad_interval 200
-{{"error":["EGeneral:Invalid arguments"]}}
-
-bad_parameter 200
-{{"error":["EGeneral:Invalid arguments"]}}
-
-connection_limit 429
-<html><head><title>Error 1015</title></head><body>You are being rate limited</body></html>
-
-geo_block 403
-<html><head><title>Access denied</title></head><body>Error 1009</body></html>
-
-rate_limit 200
-{{"error":["EAPI:Rate limit exceeded"]}}
-
-pair_limit 200
-{{"error":["EGeneral:Too many requests"]}}
-
-throttled 200 60
-{{"error":["EService: Throttled: $until"]}}
-
-banned 200
-{{"error":["EGeneral:Temporary lockout"]}}
-
-firewall 520
-<html><head><title>api.kraken.com | 520: Web server is returning an unknown error</title></head>
-<body>Cloudflare Ray ID</body></html>
-
-busy 200
-{{"error":["EService:Busy"]}}
-
-unavailable 200
-{{"error":["EService:Unavailable"]}}
-
-timeout 200
-{{"error":["EService:Timeout"]}}
+    error_format = (r"^(E\w+:.*)", r'{"error":["\1"]}')
+    error_lines = f"""
+unknown_path 404 EGeneral:Unknown method
+no_symbol 200 {UNKNOWN}
+bad_interval 200 EGeneral:Invalid arguments
+bad_parameter 200 EGeneral:Invalid arguments
+connection_limit 429 <html><head><title>Error 1015</title></head>
+ <body>You are being rate limited</body></html>
+geo_block 403 <html><head><title>Access denied</title></head><body>Error 1009</body></html>
+rate_limit 200 EAPI:Rate limit exceeded
+pair_limit 200 EGeneral:Too many requests
+throttled 200+60 EService: Throttled: $until
+banned 200 EGeneral:Temporary lockout
+firewall 520 <html><head>
+ <title>api.kraken.com | 520: Web server is returning an unknown error</title></head>
+ <body>Cloudflare Ray ID</body></html>
+busy 200 EService:Busy
+unavailable 200 EService:Unavailable
+timeout 200 EService:Timeout
 """
     drift = (
         ('"status":"online"', '"status":"auction"'),
@@ -192,30 +168,30 @@ trades
         unknown = request.unknown_names(self.names)
         known = {self.names[name]: None for name in request.names if name not in unknown}
         if unknown and not known:
-            raise self.refusal("no_symbol", request.market.now)
+            raise RefusalError("no_symbol")
         return list(known or self.spot.values())
 
     def answer(self, request: Request) -> tuple[str, dict[str, str]]:
         if request.url_length > MAX_URL_LENGTH:
-            raise self.refusal("firewall")
+            raise RefusalError("firewall")
         text, headers = super().answer(request)
         if request.unknown_names(self.names):  # recorded: the error is beside the known markets
-            text = text.replace('"error":[]', f'"error":[{UNKNOWN}]', 1)
+            text = text.replace('"error":[]', f'"error":["{UNKNOWN}"]', 1)
         return text, headers
 
     def charge(self, request: Request) -> dict[str, str]:
         """Allow one request per second after a burst of 15, and fewer of one pair."""
         now = request.market.now
         if not self.limits[""].take(now, request.knobs.rate_limit or BURST, 1.0):
-            raise self.refusal("rate_limit")
+            raise RefusalError("rate_limit")
         of_pair = self.limits[f"{request.path} {request.names}"]
         if request.path in PAIR_PATHS and not of_pair.take(now, PAIR_BURST, PAIR_PER_SECOND):
-            raise self.refusal("pair_limit")
+            raise RefusalError("pair_limit")
         return {}
 
-    def candle_numbers(self, request: Request, seconds: int) -> range:
+    def candle_numbers(self, request: Request, market: Market, seconds: int) -> range:
         since = request.seconds("since") or 0
-        periods = request.market.periods(seconds, MAX_CANDLES)
+        periods = market.periods(seconds, MAX_CANDLES)
         first = max(periods.start, int(since // seconds) + 1)
         return range(min(first, periods.stop - 1), periods.stop)  # the last is always sent
 

@@ -22,6 +22,8 @@ from zlib import crc32
 
 Fields = dict[str, Any]
 """The fields of a message on the wire, or of one of its rows."""
+Rows = dict[str, list[Fields]]
+"""Lists of rows, by the field of the message that they fill in."""
 Levels = dict[str, str]
 """One side of an order book: price -> amount."""
 Time = float | None
@@ -258,7 +260,7 @@ class Book(NamedTuple):
         return self.step * BOOK_STEP_MS
 
     @property
-    def rows(self) -> dict[str, list[Fields]]:
+    def rows(self) -> Rows:
         return {"bids": _rows(self.bids), "asks": _rows(self.asks)}
 
     @property

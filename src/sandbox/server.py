@@ -131,8 +131,7 @@ class Listener:
         if response is None and is_socket:
             if not self.has_too_many_connections():
                 return await self.serve_socket(request)
-            refusal = self.exchange.refusal("connection_limit", self.now())
-            response = respond(*refusal.args)
+            response = self.refuse(RefusalError("connection_limit"))
         response = response or self.answer(request, knobs)
         exchange_time = self.now() + knobs.clock_skew_ms / 1000
         response.headers.update({"Date": formatdate(exchange_time, usegmt=True), **knobs.headers})
@@ -148,7 +147,7 @@ class Listener:
     def override(self, knobs: Knobs, is_socket: bool) -> web.Response | None:
         """Return what the knobs answer in place of the exchange, if anything."""
         if knobs.geo_block:
-            return respond(*self.exchange.refusal("geo_block").args)
+            return self.refuse(RefusalError("geo_block"))
         if knobs.redirect:
             return respond(302, "", {"Location": knobs.redirect})
         if knobs.size:
@@ -164,8 +163,11 @@ class Listener:
         try:
             text, headers = self.exchange.answer(call)
         except RefusalError as refusal:
-            return respond(*refusal.args)
+            return self.refuse(refusal)
         return respond(200, orjson.Fragment(text), headers)
+
+    def refuse(self, refusal: RefusalError) -> web.Response:
+        return respond(*self.exchange.error(refusal, self.now()))
 
     def market(self, knobs: Knobs) -> Market:
         return self.exchange.market(self.now(), knobs, self.set_at)

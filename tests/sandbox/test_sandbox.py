@@ -603,6 +603,13 @@ async def test_binance_swap_books_have_fixed_sizes(get: Get) -> None:
     assert (status, '"code":-4021' in text) == (400, True)
 
 
+async def test_binance_swap_books_have_times(get: Get) -> None:
+    """A book of a swap has the time of its last change (`T`) and of the message (`E`)."""
+    for prefix, times in (("/api/v3", set()), ("/fapi/v1", {"E", "T"})):
+        _, text, _ = await get("binance", f"{prefix}/depth?symbol=BTCUSDT&limit=5")
+        assert json.loads(text).keys() == {"lastUpdateId", "bids", "asks"} | times
+
+
 async def test_binance_lists_a_symbol_that_is_not_ascii(get: Get) -> None:
     """The swap of a recorded list can be requested."""
     status, text, _ = await get("binance", "/fapi/v1/ticker/bookTicker?symbol=测试测试USDT")
