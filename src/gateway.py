@@ -18,7 +18,7 @@ from src.cache.cache import Cache, Loaded, Outcome
 from src.cache.entry import Entry, Freshness, Key, Param, Served, encode
 from src.core import errors, metrics
 from src.core.clock import Clock
-from src.core.errors import CallerError, GatewayError, MarketsLoading, NoPrice, Overloaded
+from src.core.errors import CallerError, GatewayError, MarketsLoading, Overloaded
 from src.core.models import MarketData
 from src.exchanges.manager import ExchangeManager, Fetched, is_swap
 from src.exchanges.market_loader import MarketLoader
@@ -47,7 +47,7 @@ NEW_MARKET_SECONDS = 3.0
 MAINTENANCE = f"{PREFIX}maintenance"  # Redis hash: task -> UTC seconds of its last success
 
 # An error of one of these classes stands for all exchanges if all of them have the same.
-SAME_FOR_ALL = (CallerError, errors.GeoBlocked, NoPrice, Overloaded)
+SAME_FOR_ALL = (CallerError, errors.GeoBlocked, errors.MarketHalted, Overloaded)
 BatchKey = tuple[str, str]  # a ticker in a batch: its symbol, and its exchange or ""
 Attempts = dict[Key, GatewayError]
 
@@ -348,7 +348,7 @@ class Gateway:
         """Load one key. A refusal is returned, because the cache remembers it."""
         try:
             fetched = await fetch(self.manager, key)
-        except (CallerError, NoPrice) as error:
+        except CallerError as error:
             return error
         return self._entry(key, fetched.value, fetched)
 
@@ -391,7 +391,7 @@ class Gateway:
             served = Served.from_entry(youngest, "stale_error", self.clock.monotonic())
             return _answer(served, keys, max_age)
         error = _combine(list(attempts.values()), max_age)
-        result = "negative" if isinstance(error, CallerError | NoPrice) else "miss"
+        result = "negative" if isinstance(error, CallerError) else "miss"
         metrics.cache_requests_total.labels(result).inc()
         return error
 
@@ -430,7 +430,7 @@ def _combine(failures: list[GatewayError], max_age: float | None) -> GatewayErro
             for error in failures
         ],
     }
-    if max_age is not None and first.status == 502 and not isinstance(first, NoPrice):
+    if max_age is not None and first.status == 502:
         return errors.TooOld(f"nothing newer than {max_age:g} s was available: {details}", **extra)
     is_same = len({error.code for error in failures}) == 1
     if len(failures) == 1 or (is_same and isinstance(first, SAME_FOR_ALL)):

@@ -30,7 +30,7 @@ from src.cache.redis_tier import RedisTier
 from src.core import metrics
 from src.core.background import report_error
 from src.core.clock import Clock
-from src.core.errors import CallerError, DeadlineExceeded, GatewayError, NoPrice, Overloaded, TooOld
+from src.core.errors import CallerError, DeadlineExceeded, GatewayError, Overloaded, TooOld
 from src.store.redis import RedisStore, RedisUnavailable
 
 log = logging.getLogger(__name__)
@@ -367,7 +367,7 @@ class Cache:
         if entry is not None:
             self._put_newest(entry)
             self._refusals.pop(key, None)
-        elif isinstance(value, CallerError | NoPrice):
+        elif isinstance(value, CallerError):
             self._refusals[key] = value
         if entry is not None or is_locked:
             self.redis.write(key, entry, last=is_locked)

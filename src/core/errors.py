@@ -20,7 +20,6 @@ GatewayError
 |   `-- HeadersTooLarge           431 headers_too_large
 `-- UpstreamError             502 upstream_error: the exchange, or the connection to it, failed
     |-- BadUpstreamData           502 bad_upstream_data
-    |-- NoPrice                   502 no_price
     |-- ExchangeUnavailable       502 exchange_unavailable
     |-- ExchangeTimeout           504 exchange_timeout
     |-- DeadlineExceeded          504 deadline_exceeded
@@ -212,13 +211,6 @@ class BadUpstreamData(UpstreamError, title="The exchange sent implausible data")
     scope = "market"
 
 
-class NoPrice(UpstreamError, title="The market has no price"):
-    """The market is listed but has never traded. This is not a failure of the exchange."""
-
-    default_retry_after = 60
-    scope = "call"
-
-
 class ExchangeUnavailable(UpstreamError, title="The exchange is unavailable"):
     """The exchange cannot be reached, or reports that it is down."""
 
@@ -294,7 +286,11 @@ class Maintenance(Unavailable, title="The exchange is in maintenance"):
 
 
 class MarketHalted(Unavailable, title="The market is halted"):
-    """The exchange halted trading in the market within the last day, so its prices are old."""
+    """The market does not trade, so it has no current price. The exchange did not fail.
+
+    Its status says so, or its ticker: no trade ever, or neither orders nor a recent trade. `extra`
+    then has `last_trade_at` (UTC ms), if the exchange sends it.
+    """
 
     default_retry_after = 60
     scope = "market"

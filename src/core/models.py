@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from src.core import metrics
-from src.core.errors import BadUpstreamData, NoPrice
+from src.core.errors import BadUpstreamData, MarketHalted
 from src.core.metrics import trades_dropped_total
 
 TIMEFRAMES = {  # seconds
@@ -117,7 +117,7 @@ class Ticker(MarketData):
     def from_ccxt(cls, raw: Raw, exchange: str, symbol: str, fetched_at: int) -> Self:
         """Convert a ccxt ticker. Values that are not finite numbers become None.
 
-        Raises `NoPrice` if the market has never traded or is halted, and `BadUpstreamData` if the
+        Raises `MarketHalted` if the market has no current price, and `BadUpstreamData` if the
         ticker is for another symbol, has no price or a bid above the ask.
         """
         values: dict[str, Any] = {name: _to_number(raw.get(name)) for name in _TICKER_NUMBERS}
@@ -335,14 +335,15 @@ def _bad_data(exchange: str, symbol: str, fault: str) -> BadUpstreamData:
     return BadUpstreamData(f"{exchange} {fault}", exchange=exchange, symbol=symbol)
 
 
-def _no_price(exchange: str, symbol: str, reason: str) -> NoPrice:
-    return NoPrice(f"{symbol} {reason} on {exchange}", exchange=exchange, symbol=symbol)
+def _halted(exchange: str, symbol: str, reason: str, **extra: int) -> MarketHalted:
+    detail = f"{symbol} {reason} on {exchange}"
+    return MarketHalted(detail, exchange=exchange, symbol=symbol, **extra)
 
 
 def _check_prices(exchange: str, symbol: str, values: Mapping[str, Any]) -> None:
     last, bid, ask = values["last"], values["bid"], values["ask"]
     if last in (None, 0) and values["baseVolume"] == 0:
-        raise _no_price(exchange, symbol, "has never traded")
+        raise _halted(exchange, symbol, "has never traded")
     if last is None or last <= 0:
         raise _bad_data(exchange, symbol, "sent no usable price")
     if bid is not None and ask is not None and ask < bid:
@@ -352,12 +353,13 @@ def _check_prices(exchange: str, symbol: str, values: Mapping[str, Any]) -> None
 def _check_not_halted(
     exchange: str, symbol: str, traded_at: int | None, volume: float | None, now_ms: int
 ) -> None:
-    """Raise `NoPrice` if a market without orders has not traded lately: its price is old."""
+    """Raise `MarketHalted` if a market without orders has not traded lately: its price is old."""
     if traded_at is not None and now_ms - traded_at > HALTED_MS:
         moment = datetime.fromtimestamp(traded_at / 1000, UTC).isoformat(timespec="seconds")
-        raise _no_price(exchange, symbol, f"has no orders, and no trade since {moment},")
+        reason = f"has no orders, and no trade since {moment},"
+        raise _halted(exchange, symbol, reason, last_trade_at=traded_at)
     if traded_at is None and volume == 0:
-        raise _no_price(exchange, symbol, "has no orders, and no trade within 24 hours,")
+        raise _halted(exchange, symbol, "has no orders, and no trade within 24 hours,")
 
 
 def _to_number(value: Any) -> float | None:

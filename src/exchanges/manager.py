@@ -188,8 +188,8 @@ class ExchangeManager:
             unknown = _build_tickers({}, name, requested)  # an error without any rows
             fetched = Fetched(unknown, started, self.clock.monotonic())
         for symbol, ticker in fetched.value.items():
-            if isinstance(ticker, errors.UnknownSymbol):
-                self.pauses.add_unknown(Target(name, "tickers", symbol), ticker)
+            if isinstance(ticker, errors.UnknownSymbol | errors.MarketHalted):
+                self.pauses.record(Target(name, "tickers", symbol), ticker)
         return replace(fetched, value=values | fetched.value)
 
     async def raw_order_book(self, name: str, symbol: str, limit: int) -> dict[str, Any]:
@@ -403,7 +403,7 @@ def _observe(call: ExchangeCall[Any], outcome: str, reason: str, seconds: float)
 
 
 def _outcome_of(error: errors.GatewayError) -> str:
-    if isinstance(error, errors.CallerError | errors.NoPrice | errors.MarketHalted):
+    if isinstance(error, errors.CallerError | errors.MarketHalted):
         return "rejected"
     return str(getattr(error, "cause", "error"))
 
@@ -431,7 +431,7 @@ def _build_tickers(
             continue
         try:
             built[symbol] = Ticker.from_ccxt(raw[symbol], exchange, symbol, fetched_at)
-        except (errors.BadUpstreamData, errors.NoPrice) as error:
+        except (errors.BadUpstreamData, errors.MarketHalted) as error:
             built[symbol] = error
     return built
 
@@ -441,6 +441,6 @@ def _build_plausible_tickers(
 ) -> dict[str, Ticker | errors.GatewayError]:
     """Convert a list of tickers. Raises `BadUpstreamData` if none of them is plausible."""
     built = _build_tickers(raw, exchange, symbols, fetched_at)
-    if not any(isinstance(ticker, Ticker | errors.NoPrice) for ticker in built.values()):
+    if not any(isinstance(ticker, Ticker | errors.MarketHalted) for ticker in built.values()):
         raise errors.BadUpstreamData(f"{exchange} sent no plausible ticker", exchange=exchange)
     return built

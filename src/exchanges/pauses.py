@@ -74,6 +74,7 @@ class Pauses:
             exchange=target.exchange,
             symbol=target.symbol or None,
             retry_after=pause.error.retry_after and pause.end - self._clock.monotonic(),
+            **pause.error.extra,
         )
         error.scope = CALL  # it was counted when it arrived
         return error

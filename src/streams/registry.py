@@ -11,7 +11,7 @@ from src.cache.entry import encode
 from src.core import metrics
 from src.core.background import repeat
 from src.core.clock import Clock
-from src.core.errors import BadUpstreamData, GatewayError, NoPrice
+from src.core.errors import BadUpstreamData, GatewayError, MarketHalted
 from src.core.models import MarketData, Trade, Trades
 from src.exchanges.ccxt_sockets import is_late
 from src.exchanges.http_client import open_socket_session
@@ -219,7 +219,7 @@ class TopicRegistry:
         received_at = int(self._clock.time() * 1000)
         try:
             data = channel.parse(raw, topic.exchange, topic.symbol, received_at)
-        except (BadUpstreamData, NoPrice):
+        except (BadUpstreamData, MarketHalted):
             metrics.stream_dropped_total.labels("implausible").inc()
             return False
         if not self._is_new(state, data):

@@ -61,6 +61,8 @@ class Problem(Document):
     """Listed symbols similar to the requested one."""
     earliest: int | None = None
     """Start of the oldest candle that can be requested, in UTC milliseconds."""
+    last_trade_at: int | None = None
+    """Time of the last trade of a halted market in UTC milliseconds."""
 
 
 class TickerBatch(Document):

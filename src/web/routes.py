@@ -227,10 +227,9 @@ def _split(symbols: str, minimum: int = 1) -> list[str]:
 LIST_ERRORS = (*GUARDED, errors.UnknownExchange, errors.InvalidParameter)
 SYMBOL_ERRORS = (*LIST_ERRORS, errors.UnknownSymbol)
 # Not the error of every fetch. A price mismatch is one of several attempts.
-NOT_FETCHED = (errors.NoPrice, errors.TooManyStreams, errors.PriceMismatch)
+NOT_FETCHED = (errors.TooManyStreams, errors.PriceMismatch)
 FETCH_ERRORS = [error for error in error_classes(errors.UpstreamError) if error not in NOT_FETCHED]
 DATA_ERRORS: Errors = (*SYMBOL_ERRORS, errors.RequestRejected, *FETCH_ERRORS)
-PRICE_ERRORS: Errors = (*DATA_ERRORS, errors.NoPrice)
 TOO_MANY = (errors.TooManyStreams, errors.TooManySubscriptions, errors.TooManyConnections)
 NOT_QUOTED = (errors.MarketsLoading, errors.Maintenance, errors.MarketHalted)
 STREAM_ERRORS = (*SYMBOL_ERRORS, *NOT_QUOTED, *TOO_MANY)
@@ -246,7 +245,7 @@ async def open_websocket(connection: WebSocket) -> None:
 def add_routes(app: DescribedApp, settings: Settings) -> None:
     """Add all routes to the app that the settings switch on."""
     add = partial(app.add_operation, needs_key=bool(settings.api_keys), tags=["market data"])
-    add("/ticker/{symbol:path}", get_ticker, models.Ticker, PRICE_ERRORS, has_etag=True)
+    add("/ticker/{symbol:path}", get_ticker, models.Ticker, DATA_ERRORS, has_etag=True)
     add("/tickers", get_tickers, TICKERS, LIST_ERRORS, has_etag=True)
     add("/orderbook/{symbol:path}", get_order_book, models.OrderBook, DATA_ERRORS, has_etag=True)
     add("/ohlcv/{symbol:path}", get_ohlcv, models.Candles, DATA_ERRORS, has_etag=True)

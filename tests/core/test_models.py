@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from src.cache.entry import encode
-from src.core.errors import BadUpstreamData, NoPrice
+from src.core.errors import BadUpstreamData, MarketHalted
 from src.core.models import Candles, Grid, OrderBook, Ticker, Trades
 from tests.conftest import sample
 
@@ -96,8 +96,8 @@ def test_huge_integers_are_null_or_bad_data() -> None:
 
 @pytest.mark.parametrize("last", [None, 0.0])
 def test_market_that_never_traded_has_no_price(last: float | None) -> None:
-    """No price and no volume is `NoPrice`, which does not open a breaker."""
-    with pytest.raises(NoPrice):
+    """No price and no volume is `MarketHalted`, which does not open a breaker."""
+    with pytest.raises(MarketHalted):
         ticker(last=last, baseVolume=0.0)
 
 

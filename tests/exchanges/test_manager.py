@@ -985,13 +985,13 @@ async def test_calls_are_counted_by_exchange_operation_and_outcome(
 async def test_market_without_a_price_does_not_trip_the_breaker(
     start: StartGateway, sandbox: Sandbox
 ) -> None:
-    """A market without price and volume returns 502, is cached, and keeps the breaker closed."""
+    """A market that never traded is not requested again, and keeps the breaker closed."""
     live = await start(cb_threshold=1)
     ticker = {"symbol": "BTCUSDT", "lastPrice": "0.00", "volume": "0.00", "closeTime": 1}
     await sandbox.set("binance", body=json.dumps(ticker), rate_limit=-1)
     for _ in range(3):
         answer = await live.get("/ticker/BTC/USDT?exchange=binance")
-        assert (answer.status_code, answer.json()["code"]) == (502, "no_price")
+        assert (answer.status_code, answer.json()["code"]) == (503, "market_halted")
     assert sandbox.count("binance", "24hr") == 1
     assert live.gateway.manager["binance"].breaker.state == "closed"
 

@@ -8,7 +8,7 @@ import websockets
 
 from src.exchanges.profiles import PROFILES
 from src.sandbox.server import Sandbox
-from tests.conftest import Live, StartGateway
+from tests.conftest import FakeClock, Live, StartGateway
 
 MARKETS = [
     ("bybit", "BTC/USDT"),
@@ -85,20 +85,29 @@ async def test_swaps_have_bid_and_ask(start: StartGateway, sandbox: Sandbox) -> 
 
 
 @pytest.mark.parametrize("exchange", PROFILES)
-async def test_halted_market_has_no_price(
-    start: StartGateway, sandbox: Sandbox, exchange: str
+async def test_market_without_orders_and_trades_is_halted(
+    start: StartGateway, sandbox: Sandbox, clock: FakeClock, exchange: str
 ) -> None:
-    """Without orders and trades, an old price is not served as a current one (A13)."""
+    """An old price is not served as a current one, and not requested again for a minute (A13)."""
     live = await start()
     market = "XBTUSDT" if exchange == "kraken" else "BTCUSDT"
     await sandbox.set(exchange, halted=[market])
     for path in ("/ticker/BTC-USDT?", "/tickers?symbols=BTC-USDT,ETH-USDT&"):
         answer = (await live.get(f"{path}exchange={exchange}&max_age=0")).json()
         problem = answer.get("errors", {}).get("BTC/USDT", answer)
-        assert problem["code"] == "no_price", problem
+        assert (problem["code"], problem["status"]) == ("market_halted", 503), problem
         assert "no trade" in problem["detail"]
+        days = (clock.time() - problem.get("last_trade_at", 0) / 1000) / 86_400
+        assert exchange != "binance" or 2.9 < days < 3.1
     another = (await live.get("/ticker/BTC-USDT")).json()
     assert another["exchange"] != exchange
+    sandbox.clear_counts()
+    await live.get(f"/ticker/BTC-USDT?exchange={exchange}&max_age=0")
+    assert sandbox.count(exchange) == 0
+    clock.advance(60)
+    await sandbox.set(exchange)
+    ticker = (await live.get(f"/ticker/BTC-USDT?exchange={exchange}")).json()
+    assert ticker["price"] > 0
 
 
 async def test_quiet_market_with_orders_has_the_time_of_its_last_trade(

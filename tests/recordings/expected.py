@@ -94,9 +94,11 @@ UNSERVED = (
         "unknown_symbol", "Kraken's synthetic pairs have no symbol", lambda s, _: ":BTNL" in s
     ),
     Unserved("unknown_symbol", "ccxt calls REP and REPV2 REP", lambda s, _: s.startswith("REPV1/")),
-    Unserved("no_price", "never traded, so 0 is no price", lambda _, row: not float(row["last"])),
     Unserved(
-        "no_price",
+        "market_halted", "never traded, so 0 is no price", lambda _, row: not float(row["last"])
+    ),
+    Unserved(
+        "market_halted",
         "halted: no orders, and no trade for a long time",
         lambda s, row: ":" not in s and row.get("bid", 1) is row.get("ask", 1) is None,
     ),

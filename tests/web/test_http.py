@@ -439,7 +439,7 @@ async def test_implausible_ticker_does_not_spoil_a_list(
     codes = {symbol: problem["code"] for symbol, problem in batch["errors"].items()}
     assert codes == {
         "ETH/USDT": "bad_upstream_data",
-        "SOL/USDT": "no_price",
+        "SOL/USDT": "market_halted",
         "XRP/USDT": "unknown_symbol",
     }
     assert live.gateway.manager["bybit"].breaker.state == "closed"

@@ -258,7 +258,7 @@ async def ask_while_all_fail(
         body='{"symbol":"BTCUSDT","lastPrice":"0","volume":"0","closeTime":1}',
     )
     await sandbox.set("bybit", rate_limit=-1, body='{"retCode":0,"result":{"list":[]}}')
-    assert await answers.request(live, "getTicker", query="exchange=binance") == "no_price"
+    assert await answers.request(live, "getTicker", query="exchange=binance") == "market_halted"
     for exchange in sandbox.urls:
         await sandbox.set(exchange, rate_limit=-1, status=500)
     clock.advance(3600)
