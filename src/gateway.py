@@ -5,15 +5,15 @@ All entry points use this module, so they share one entry per exchange, kind, sy
 
 import asyncio
 import contextlib
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
+from operator import methodcaller
 from typing import Any
 
 from cachetools import TTLCache
 
 from config import Settings
+from src import kinds
 from src.cache.cache import Cache, Loaded, Outcome
 from src.cache.entry import Entry, Freshness, Key, Param, Served, encode
 from src.core import errors, metrics
@@ -22,16 +22,7 @@ from src.core.errors import CallerError, GatewayError, MarketsLoading, Overloade
 from src.core.models import MarketData
 from src.exchanges.manager import ExchangeManager, Fetched, is_swap
 from src.exchanges.market_loader import MarketLoader
-from src.kinds import (
-    fetch,
-    freshness_of,
-    is_available,
-    is_series,
-    read_body,
-    shared_key,
-    ttl_of,
-    view,
-)
+from src.kinds import KINDS
 from src.last_prices import LastPrices
 from src.store.redis import PREFIX, RedisStore, RedisUnavailable
 
@@ -70,10 +61,10 @@ class MaintenanceLog(dict[str, float]):
     async def recall(self) -> None:
         """Read what Redis has."""
         with contextlib.suppress(RedisUnavailable, ValueError):
-            times = await self._store.run(
-                "maintenance", lambda redis: redis.hgetall(MAINTENANCE), RECALL_TIMEOUT_SECONDS
-            )
-            self.update({_text(task): float(_text(time)) for task, time in times.items()})
+            read = methodcaller("hmget", MAINTENANCE, metrics.TASKS)
+            times = await self._store.run("maintenance", read, RECALL_TIMEOUT_SECONDS)
+            found = zip(metrics.TASKS, times, strict=True)
+            self.update({task: float(time) for task, time in found if time})
 
 
 class Gateway:
@@ -88,9 +79,7 @@ class Gateway:
         self.manager = ExchangeManager(settings, self.store, clock)
         self.loader = MarketLoader(self.manager, self.store, snapshots or {})
         self.manager.pauses.on_unknown_symbol = self.loader.request_refresh
-        self.cache = Cache(
-            settings, self.store, clock, ttl_of=partial(ttl_of, settings), load=self._load
-        )
+        self.cache = Cache(settings, self.store, clock, self._load)
         # Requests for newest candles that were not answered from memory alone.
         self.series: TTLCache[Key, int] = TTLCache(
             MAX_SERIES, SERIES_SECONDS, timer=clock.monotonic
@@ -124,9 +113,9 @@ class Gateway:
         if answer.entry is None or not params:
             return answer
         key = answer.entry.key
-        if is_series(key):
+        if kinds.is_series(key):
             self.series[key] = self.series.get(key, 0) + 1
-        part = view(answer.entry, params)
+        part = kinds.view(answer.entry, params)
         served = Served.from_entry(part, answer.result, self.clock.monotonic())
         return served._replace(keys=answer.keys, params=params)
 
@@ -196,7 +185,7 @@ class Gateway:
             entry = self.cache.memory.find_fresh(key)
             if entry is not None:
                 return None if self.last_prices.find_mismatch(entry, keys) else entry
-            if is_available(self.manager, key):
+            if kinds.is_available(self.manager, key):
                 return None
         return None
 
@@ -219,24 +208,15 @@ class Gateway:
         return sum(isinstance(outcome, Served) for outcome in outcomes.values())
 
     def add_pushed(
-        self,
-        key: Key,
-        body: bytes,
-        born: float,
-        *,
-        share: bool,
-        freshness: Freshness | None = None,
-        max_ttl: float = math.inf,
+        self, key: Key, body: bytes, born: float, freshness: Freshness, *, share: bool
     ) -> None:
         """Store an answer that was pushed at `born` (monotonic seconds).
 
-        If `share` is true, it is written to Redis as well. Without `freshness`, its TTL is the one
-        of its kind, up to `max_ttl`.
+        If `share` is true, it is written to Redis as well. It is fresh for at most the TTL of its
+        kind.
         """
-        entry = self.cache.create_entry(key, body, born, born, freshness)
-        read_body(entry)
-        entry.ttl = min(entry.ttl, max_ttl)
-        self.last_prices.record(entry)
+        ttl = min(freshness.ttl, kinds.ttl_of(self.settings, key))
+        entry = self._create_entry(key, body, (born, born), freshness._replace(ttl=ttl))
         self.cache.add(entry, share=share)
 
     async def look_for_new_markets(
@@ -267,7 +247,7 @@ class Gateway:
         symbol = self.markets.canonical(text)
         markets = {name: self.markets.find(name, symbol) for name in names}
         keys = [
-            shared_key(name, kind, market.symbol, params)
+            kinds.shared_key(name, kind, market.symbol, params)
             for name, market in markets.items()
             if market
         ]
@@ -279,10 +259,6 @@ class Gateway:
             text = f"the market list is not loaded yet: {missing}; ask again shortly"
             raise MarketsLoading(text, symbol=symbol)
         raise self.markets.explain_missing(symbol, names)
-
-    def is_ready(self) -> bool:
-        """Return True if the market list of at least one exchange is loaded."""
-        return bool(self.markets.loaded_at)
 
     async def start(self) -> None:
         """Create the clients, start background work, and wait a bounded time for market lists.
@@ -347,26 +323,39 @@ class Gateway:
     async def _load_one(self, key: Key) -> Entry | GatewayError:
         """Load one key. A refusal is returned, because the cache remembers it."""
         try:
-            fetched = await fetch(self.manager, key)
+            fetched = await kinds.fetch(self.manager, key)
         except CallerError as error:
             return error
         return self._entry(key, fetched.value, fetched)
 
     def _entry(self, key: Key, data: MarketData, fetched: Fetched[Any]) -> Entry:
-        freshness = freshness_of(self.settings, key, fetched, data)
+        ttl = kinds.ttl_of(self.settings, key)
+        freshness = KINDS[key.kind].freshness(key, data, fetched.requested_at, ttl)
         data.requested_at = int(fetched.sent_at * 1000)
         if fetched.server_time:
             data.server_time = fetched.server_time
         times = (fetched.started, fetched.received)
-        entry = self.cache.create_entry(key, encode(data), *times, freshness)
-        read_body(entry)
+        return self._create_entry(key, encode(data), times, freshness)
+
+    def _create_entry(
+        self, key: Key, body: bytes, times: tuple[float, float], freshness: Freshness
+    ) -> Entry:
+        """Create an entry of an answer from an exchange, and remember its price.
+
+        `times` are those of the request and the answer.
+        """
+        entry = Entry.create(key, body, *times, freshness.ttl)
+        entry.closed_until = freshness.closed_until
+        if not entry.closed_until:
+            entry.shorten_ttl(self.settings.ttl_jitter_ratio)
+        kinds.read_body(entry)
         self.last_prices.record(entry)
         return entry
 
     def choose(self, keys: Sequence[Key], max_age: float | None) -> Key:
         """Return the first key that memory or its exchange can answer now, or else the first."""
         for key in keys:
-            if self.cache.has_fresh(key, max_age) or is_available(self.manager, key):
+            if self.cache.has_fresh(key, max_age) or kinds.is_available(self.manager, key):
                 return key
         return keys[0]
 
@@ -439,7 +428,3 @@ def _combine(failures: list[GatewayError], max_age: float | None) -> GatewayErro
     if is_timeout or isinstance(failures[-1], errors.DeadlineExceeded):
         return errors.DeadlineExceeded(f"the time of the request ran out: {details}", **extra)
     return errors.NoExchangeAvailable(details, **extra)
-
-
-def _text(raw: bytes | str) -> str:
-    return raw if isinstance(raw, str) else raw.decode()

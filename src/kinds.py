@@ -55,10 +55,13 @@ class Kind:
     """
     cut: Callable[[dict[str, Any], tuple[Any, ...]], dict[str, Any]] = lambda document, _: document
     """Returns the part of a shared answer that a client's parameters ask for."""
-    freshness: Callable[[Key, Any, float, float], Freshness] | None = None
+    freshness: Callable[[Key, Any, float, float], Freshness] = lambda _, __, ___, ttl: Freshness(
+        ttl
+    )
     """Returns how long an answer is fresh, given its key, when it was requested and its TTL.
 
-    The time is in UTC seconds on the exchange's clock. None: the TTL is the one of the setting.
+    The time is in UTC seconds on the exchange's clock. Sets the members of the data that depend on
+    it.
     """
     price: Callable[[Mapping[str, Any]], float | None]
     """Returns the current price in an answer, None if there is none."""
@@ -255,25 +258,13 @@ def _size_of(key: Key) -> int:
     return int(key.params[0] or 1) if KINDS[key.kind].has_levels else 1
 
 
-def freshness_of(
-    settings: Settings, key: Key, fetched: Fetched[Any], data: MarketData
-) -> Freshness | None:
-    """Return how long fetched data is fresh. None: as long as the setting says.
-
-    Sets the members of the data that depend on the time of the request.
-    """
-    rule = KINDS[key.kind].freshness
-    return rule and rule(key, data, fetched.requested_at, ttl_of(settings, key))
-
-
-def series_freshness(settings: Settings, key: Key, closed_until: int, now_ms: int) -> Freshness:
+def series_freshness(key: Key, closed_until: int, now_ms: int) -> Freshness:
     """Return how long candles are fresh whose newest final candle a stream has reported.
 
     Times are UTC milliseconds.
     """
     closes_at = closed_until + TIMEFRAMES[str(key.params[0])] * 1000
-    seconds = (closes_at + CLOSE_MARGIN_MS - now_ms) / 1000
-    return Freshness(min(ttl_of(settings, key), seconds), closed_until)
+    return Freshness((closes_at + CLOSE_MARGIN_MS - now_ms) / 1000, closed_until)
 
 
 def is_series(key: Key) -> bool:

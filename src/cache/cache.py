@@ -16,15 +16,7 @@ from typing import NamedTuple
 from cachetools import TTLCache
 
 from config import Settings
-from src.cache.entry import (
-    FINAL_TTL_SECONDS,
-    ROUNDING_SECONDS,
-    Entry,
-    Freshness,
-    Key,
-    Served,
-    etag_of,
-)
+from src.cache.entry import FINAL_TTL_SECONDS, ROUNDING_SECONDS, Entry, Key, Served
 from src.cache.memory import Memory
 from src.cache.redis_tier import RedisTier
 from src.core import metrics
@@ -100,54 +92,26 @@ class Flight:
 class Cache:
     """The two tiers for all kinds of data.
 
-    `ttl_of` returns the seconds an answer of a key is fresh. `load` fetches keys of one exchange
-    and kind; its refusals are values, all other errors are raised.
+    `load` fetches keys of one exchange and kind; its refusals are values, all other errors are
+    raised.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        store: RedisStore,
-        clock: Clock,
-        *,
-        ttl_of: Callable[[Key], float],
-        load: Load,
-    ) -> None:
+    def __init__(self, settings: Settings, store: RedisStore, clock: Clock, load: Load) -> None:
         self._clock = clock
-        self._ttl_of = ttl_of
         self._load = load
-        self._jitter = settings.ttl_jitter_ratio
-        self._memory_ttl = settings.cache_memory_ttl
-        self._stale_seconds = settings.stale_seconds
-        self._revalidate_seconds = settings.revalidate_seconds
+        self._settings = settings
         keep_seconds = max(settings.stale_seconds, settings.revalidate_seconds)
-        self.memory = Memory(settings.cache_memory_size, self._memory_ttl, keep_seconds, clock)
+        self.memory = Memory(
+            settings.cache_memory_size, settings.cache_memory_ttl, keep_seconds, clock
+        )
         self._refusals: TTLCache[Key, GatewayError] = TTLCache(
             MAX_REFUSALS, settings.negative_ttl_seconds, timer=clock.monotonic
         )
-        self.redis = RedisTier(
-            store,
-            clock,
-            keep_seconds=keep_seconds,
-            lock_seconds=settings.exchange_timeout_seconds,
-        )
+        self.redis = RedisTier(store, clock, keep_seconds, settings.exchange_timeout_seconds)
         self._flights: dict[Key, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # also flights that a clear has detached
         self._load_slots = asyncio.Semaphore(settings.max_concurrent)
         self._generation = 0
-
-    def create_entry(
-        self,
-        key: Key,
-        body: bytes,
-        born: float,
-        received: float,
-        freshness: Freshness | None = None,
-    ) -> Entry:
-        """Create an entry, by default with the TTL of its key, reduced at random."""
-        if freshness is not None:
-            return Entry(key, body, etag_of(body), born, received, *freshness)
-        return Entry.create(key, body, born, received, self._ttl_of(key), self._jitter)
 
     def has_fresh(self, key: Key, max_age: float | None = None) -> bool:
         """Return True if memory has a fresh entry younger than `max_age` seconds."""
@@ -157,7 +121,7 @@ class Cache:
         """Return an entry that may replace a failed load, up to STALE_SECONDS after its TTL."""
         entry = self.memory.get(key)
         now = self._clock.monotonic()
-        if entry is None or entry.age(now) >= entry.ttl + self._stale_seconds:
+        if entry is None or entry.age(now) >= entry.ttl + self._settings.stale_seconds:
             return None
         return entry if max_age is None or entry.age(now) < max_age else None
 
@@ -266,7 +230,7 @@ class Cache:
         entry = self.memory.get(key)
         if entry is None or entry.closed_until:
             return None
-        if not 0 <= entry.age(now) - entry.ttl < self._revalidate_seconds:
+        if not 0 <= entry.age(now) - entry.ttl < self._settings.revalidate_seconds:
             return None
         return Served.from_entry(entry, "stale_revalidate", now)
 

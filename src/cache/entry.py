@@ -44,12 +44,12 @@ class Key(NamedTuple):
 
 
 class Freshness(NamedTuple):
-    """How long an answer is fresh by a rule of its kind."""
+    """How long an answer is fresh."""
 
     ttl: float
     """Seconds from the request."""
-    closed_until: int
-    """UTC milliseconds: what the data says about the time before is final."""
+    closed_until: int = 0
+    """UTC milliseconds: what the data says about the time before is final. 0 if nothing is."""
 
 
 NO_KEY = Key("", "", "")  # of answers that are not cached under a key, such as batches
@@ -85,18 +85,9 @@ class Entry:
     """Parts of the entry that answer other parameters, see `kinds.view`."""
 
     @classmethod
-    def create(
-        cls, key: Key, body: bytes, born: float, received: float, ttl: float, jitter: float = 0.0
-    ) -> Self:
-        """Create an entry whose TTL is shortened by up to the share `jitter`.
-
-        The share depends on the content, so that entries that were loaded together do not expire
-        together.
-        """
-        etag = etag_of(body)
-        return cls(
-            key, body, etag, born, received, ttl * (1 - jitter * int(etag[1:5], 16) / 0xFFFF)
-        )
+    def create(cls, key: Key, body: bytes, born: float, received: float, ttl: float) -> Self:
+        """Create an entry with the tag of its body."""
+        return cls(key, body, etag_of(body), born, received, ttl)
 
     @classmethod
     def join(cls, body: bytes, parts: Sequence["Entry"]) -> Self:
@@ -104,7 +95,15 @@ class Entry:
         born = min(part.born for part in parts)
         received = min(part.received for part in parts)
         ttl = min(part.born - born + part.ttl for part in parts)
-        return cls(NO_KEY, body, etag_of(body), born, received, ttl)
+        return cls.create(NO_KEY, body, born, received, ttl)
+
+    def shorten_ttl(self, jitter: float) -> None:
+        """Shorten the TTL by up to the share `jitter`.
+
+        The share depends on the content, so that entries that were loaded together do not expire
+        together.
+        """
+        self.ttl *= 1 - jitter * int(self.etag[1:5], 16) / 0xFFFF
 
     def with_body(self, body: bytes) -> Self:
         """Return a part of the entry, with the same times."""
@@ -126,9 +125,9 @@ class Entry:
         """Return the seconds since the data was requested."""
         return max(0.0, now - self.born)
 
-    def is_fresh(self, now: float, limit: float | None = None) -> bool:
-        """Return True if the entry is younger than its TTL and `limit` seconds."""
-        return self.age(now) < (self.ttl if limit is None else min(self.ttl, limit))
+    def is_fresh(self, now: float) -> bool:
+        """Return True if the entry is younger than its TTL."""
+        return self.age(now) < self.ttl
 
     def is_newer_than(self, other: "Entry") -> bool:
         """Return True if the data is newer than that of an entry that was received now.

@@ -69,12 +69,7 @@ class RedisTier:
     """
 
     def __init__(
-        self,
-        store: RedisStore,
-        clock: Clock,
-        *,
-        keep_seconds: float,
-        lock_seconds: float,
+        self, store: RedisStore, clock: Clock, keep_seconds: float, lock_seconds: float
     ) -> None:
         """Redis removes an entry `keep_seconds` after its TTL, a lock after `lock_seconds`."""
         self._store = store

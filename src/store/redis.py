@@ -10,7 +10,6 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
-from operator import methodcaller
 from typing import Any, TypeVar
 
 from redis.asyncio import Redis, RedisCluster, Sentinel
@@ -24,7 +23,6 @@ from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
 from config import split_hosts
 from src.core import metrics
-from src.core.background import repeat
 from src.core.circuit_breaker import CircuitBreaker, Policy
 from src.core.clock import Clock
 
@@ -45,7 +43,9 @@ BREAKER_POLICY = Policy(
     max_open_seconds=BREAKER_MAX_OPEN_SECONDS,
     neutral=(ResponseError,),  # Redis answered: it is full, read-only, or the type is wrong
 )
-PING_SECONDS = 5.0
+PING_SECONDS = 5.0  # between two pings
+DELETE_KEYS = 500  # keys that one command scans or deletes
+DELETE_SECONDS = 20.0  # for all of them; each command has the timeout of the connection as well
 
 
 class RedisUnavailable(Exception):
@@ -117,26 +117,13 @@ class RedisStore:
 
         Scans and deletes in small steps, so that Redis is not blocked.
         """
-        removed = 0
-        for node in await self.run("scan", _list_primaries):
-            cursor = None
-            while cursor != 0:
-                scan = partial(_scan, node=node, cursor=cursor or 0, pattern=PREFIX + pattern)
-                cursor, keys = await self.run("scan", scan)
-                if keys:
-                    removed += await self.run("unlink", methodcaller("unlink", *keys))
-        return removed
+        return await self.run("clear", partial(_delete_matching, PREFIX + pattern), DELETE_SECONDS)
 
-    async def ping_forever(self) -> None:
-        """Ping Redis forever, so that the breaker follows its state without other commands."""
-        if self.configured:
-            await repeat("redis", self._ping)
-
-    async def _ping(self) -> None:
+    async def ping(self) -> None:
+        """Send a command, so that the breaker follows the state of Redis without requests."""
         with contextlib.suppress(RedisUnavailable):
             # No request waits for a ping, and a cluster may need several answers.
             await self.run("ping", _check, seconds=1)
-        await asyncio.sleep(PING_SECONDS)
 
     @contextlib.asynccontextmanager
     async def pubsub(self) -> AsyncIterator[PubSub]:
@@ -237,7 +224,7 @@ async def _run_command(seconds: float, command: Command[T], client: RedisClient)
             await client.initialize()  # before the client chooses the node of its first command
         result = await command(client)
         # Before Python 3.12, `asyncio.wait_for` in redis-py may swallow a cancellation. Without
-        # this check, a loop such as `ping_forever`, and so the process, would never end.
+        # this check, a loop that uses Redis, and so the process, would never end.
         if _count_cancellations() > cancellations:
             raise asyncio.CancelledError
         return result
@@ -251,26 +238,17 @@ def _count_cancellations() -> int:
 async def _check(client: RedisClient) -> None:
     """Raise `RedisError` unless Redis can be used."""
     try:
-        if isinstance(client, RedisCluster):
-            await client.get(PREFIX)  # nodes of a broken cluster still answer PING
-        else:
-            await client.ping()
+        await client.get(PREFIX)  # nodes of a broken cluster still answer PING
     except ResponseError as error:  # any error reply means that Redis is unavailable
         raise RedisError(type(error).__name__) from None
 
 
-async def _list_primaries(client: RedisClient) -> list[ClusterNode | None]:
-    """Return the primaries of a cluster, or one None for a single server."""
-    return [*client.get_primaries()] if isinstance(client, RedisCluster) else [None]
-
-
-async def _scan(
-    client: RedisClient, node: ClusterNode | None, cursor: int, pattern: str
-) -> tuple[int, list[Any]]:
-    target: dict[str, Any] = {} if node is None else {"target_nodes": node}
-    position: Any
-    position, keys = await client.scan(cursor, match=pattern, count=500, **target)
-    return position if node is None else position[node.name], keys
+async def _delete_matching(pattern: str, client: RedisClient) -> int:
+    keys = [key async for key in client.scan_iter(match=pattern, count=DELETE_KEYS)]
+    removed = 0
+    for start in range(0, len(keys), DELETE_KEYS):
+        removed += await client.unlink(*keys[start : start + DELETE_KEYS])
+    return removed
 
 
 def _log_change(old: str, new: str, cause: str | None) -> None:

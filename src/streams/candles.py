@@ -94,8 +94,8 @@ class CandleKeeper:
 
     def _store(self, key: Key, series: Mapping[str, Any], born: float, *, share: bool) -> None:
         now_ms = int(self._gateway.clock.time() * 1000)
-        freshness = series_freshness(self._gateway.settings, key, series["closed_until"], now_ms)
-        self._gateway.add_pushed(key, orjson.dumps(series), born, share=share, freshness=freshness)
+        freshness = series_freshness(key, series["closed_until"], now_ms)
+        self._gateway.add_pushed(key, orjson.dumps(series), born, freshness, share=share)
 
 
 def merge(series: dict[str, Any], pushed: Mapping[str, Any], limit: int) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from src.cache.entry import encode
+from src.cache.entry import Freshness, encode
 from src.core import metrics
 from src.core.background import repeat
 from src.core.clock import Clock
@@ -314,5 +314,5 @@ class TopicRegistry:
         if state.topic.channel.has_timeframe:
             self.candles.merge(event, share=spread)
             return
-        ttl = state.liveness.fresh_seconds
-        self.gateway.add_pushed(state.topic.key, event.data, event.born, share=spread, max_ttl=ttl)
+        freshness = Freshness(state.liveness.fresh_seconds)
+        self.gateway.add_pushed(state.topic.key, event.data, event.born, freshness, share=spread)

@@ -151,7 +151,7 @@ async def get_markets(
     """List the markets, each with the exchanges that list it."""
     gateway = gateway_of(request)
     name = None if exchange is None else gateway.markets.check_exchange(exchange)
-    if not gateway.is_ready():
+    if not gateway.markets.loaded_at:
         raise errors.MarketsLoading("no market list is loaded yet; try again shortly")
     markets = gateway.markets.select(name, base and base.upper(), quote and quote.upper())
     return responses.json({"count": len(markets), "markets": markets})
@@ -193,7 +193,7 @@ async def get_live() -> Response:
 
 async def get_ready(request: Request) -> Response:
     """Return 200 as soon as one market list is loaded, so that symbols can be answered."""
-    if gateway_of(request).is_ready():
+    if gateway_of(request).markets.loaded_at:
         return responses.json({"status": "ready"})
     return responses.json({"status": "loading"}, 503)
 

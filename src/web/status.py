@@ -149,8 +149,7 @@ def update_gauges(gateway: Gateway, streams: StreamHub | None) -> None:
     if gateway.store.configured:
         metrics.cache_tier_up.labels("redis").set(gateway.store.up)
     for task, succeeded_at in gateway.maintenance.items():
-        if task in metrics.TASKS:
-            metrics.maintenance_last_success_timestamp_seconds.labels(task).set(succeeded_at)
+        metrics.maintenance_last_success_timestamp_seconds.labels(task).set(succeeded_at)
     for name in gateway.manager.names:
         exchange = gateway.manager[name]
         metrics.exchange_in_flight.labels(name).set(exchange.in_flight)

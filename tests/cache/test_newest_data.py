@@ -3,7 +3,7 @@
 import orjson
 import pytest
 
-from src.cache.entry import Key
+from src.cache.entry import Freshness, Key
 from src.sandbox.server import Sandbox
 from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually
 
@@ -23,7 +23,7 @@ async def push(live: Live, path: str, ahead_ms: int) -> None:
     del value["source"], value["stale"]
     body = orjson.dumps(value | {"source": "stream", "stale": False})
     born = live.gateway.clock.monotonic()
-    live.gateway.add_pushed(KEYS[path], body, born, share=True)
+    live.gateway.add_pushed(KEYS[path], body, born, Freshness(60), share=True)
 
 
 @pytest.mark.parametrize("path", KEYS)

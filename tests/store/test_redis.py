@@ -708,9 +708,8 @@ async def test_clear_without_redis_clears_memory_and_raises(
 
 def test_entry_is_read_from_redis_as_written(clock: FakeClock) -> None:
     """The times of an entry are exact to the millisecond."""
-    entry = Entry.create(
-        KEY, b'{"stale":false}', clock.monotonic() - 3, clock.monotonic() - 2, TTL, 0.1
-    )
+    entry = Entry.create(KEY, b'{"stale":false}', clock.monotonic() - 3, clock.monotonic() - 2, TTL)
+    entry.shorten_ttl(0.1)
     entry.closed_until = 1_796_063_220_000
     read = Entry.parse(KEY, entry.dump(clock), clock)
     assert read is not None

@@ -18,6 +18,7 @@ from redis.asyncio import RedisCluster
 from redis.exceptions import RedisError
 
 from src.cache.redis_tier import CLEARS
+from src.core.background import repeat
 from src.core.clock import SystemClock
 from src.sandbox.server import Sandbox
 from src.store.redis import BREAKER_MAX_OPEN_SECONDS, PREFIX, RedisStore, RedisUnavailable
@@ -534,7 +535,7 @@ async def test_incomplete_cluster_is_down(own_cluster: Group, clock: FakeClock) 
     assert not any(connection.is_connected for node in nodes for connection in node._connections)
     await eventually(lambda: "cluster_state:fail" in own_cluster.servers[0].cluster("INFO"))
     second = RedisStore(own_cluster.url, clock, TIMEOUT)
-    pinging = asyncio.create_task(second.ping_forever())
+    pinging = asyncio.create_task(repeat("redis", second.ping))
     await eventually(lambda: not second.up)
     pinging.cancel()
     await second.close()
@@ -571,7 +572,7 @@ async def test_wrong_url_is_handled_as_an_outage(
         assert time.perf_counter() - started < SLOWEST
         texts += [repr(caught.value), repr(store), repr(store.client)]
     clock.advance(BREAKER_MAX_OPEN_SECONDS)
-    pinging = asyncio.create_task(store.ping_forever())
+    pinging = asyncio.create_task(repeat("redis", store.ping))
     await eventually(lambda: not store.up)
     pinging.cancel()
     await store.close()

@@ -553,7 +553,7 @@ async def test_readiness_requires_a_market_list(
         waiting = await live.get(path)
         assert (waiting.status_code, waiting.json()["code"]) == (503, "markets_loading")
     await sandbox.reset()
-    await eventually(live.gateway.is_ready)
+    await eventually(lambda: live.gateway.markets.loaded_at)
     assert (await live.get("/health/ready")).status_code == 200
 
 

@@ -183,7 +183,7 @@ async def test_unknown_server_is_served_with_plain_asgi_messages(lively: Sandbox
     """Without the server's objects, REST, `/stream` and `/ws` work with the messages of ASGI."""
     await lively.set("kraken", rate_limit=-1, push_ms=50)
     async with serve(make_settings(lively), SystemClock(), shortcut=False) as live:
-        await eventually(live.gateway.is_ready)
+        await eventually(lambda: live.gateway.markets.loaded_at)
         assert (await live.get(TICKER)).status_code == 200
         await check_stream(live.client, live.url)
         await check_websocket(live.url)
