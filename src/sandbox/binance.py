@@ -1,7 +1,6 @@
 """binance: REST and raw streams. Spot is below /api/v3, linear perpetuals are below /fapi/v1."""
 
 import math
-from types import MappingProxyType
 
 from src.sandbox.exchange import Exchange, RefusalError, Request, Topic
 from src.sandbox.market import COMMON_PAIRS, SWAPS, Fields, Pair, pairs
@@ -50,7 +49,6 @@ class Binance(Exchange):
     listing = COMMON_PAIRS + pairs(["BNB"], "BTC") + pairs(["BNB"], "EUR")
     # Recorded in 2026: a swap whose symbol is not ASCII.
     swap_listing = SWAPS + pairs(["测试测试"], "USDT", is_swap=True)
-    max_rows = MappingProxyType({"candles": 1_000, "book": 5_000, "trades": 1_000})
     trading_status = "TRADING"
     intervals = INTERVALS
     # Documented: 403 (firewall), 418 and 429 (limits), 503 and the codes. The text of a ban has the
@@ -77,12 +75,8 @@ unavailable 503 Service Unavailable
 timeout 408 -1007 Timeout waiting for response from backend server.
  Send status unknown; execution status unknown.
 """
-    drift = (
-        ('"status":"TRADING"', '"status":"AUCTION"'),
-        ('"permissions":[^]]*],', ""),
-        ('"weightedAvgPrice":"[^"]*",', ""),
-        ('"volume"', '"baseVolume"'),
-    )
+    drift_removes = ("permissions", "weightedAvgPrice")
+    drift_renames = "volume"
     malformed = '{"id":null,"error":{"code":3,"msg":"Invalid json"}}'
     # https://developers.binance.com/docs/binance-spot-api-docs/web-socket-streams: 300 connections
     # in 5 minutes, and 5 messages per second; for swaps 10. Then the socket is closed.
@@ -112,15 +106,15 @@ timeout 408 -1007 Timeout waiting for response from backend server.
  {"symbol":"$id","bidPrice":"$bid","bidQty":"$bid_size","askPrice":"$ask","askQty":"$ask_size"
  <swap ,"time":$ms>}
 
-<spot /api/v3><swap /fapi/v1>/klines candles
+<spot /api/v3><swap /fapi/v1>/klines candles <spot 1000><swap 1500>
 [$rows]
  [$ms,"$open","$high","$low","$close","$volume",$end,"$turnover",$count,"0","0","0"]
 
-<spot /api/v3><swap /fapi/v1>/depth book
+<spot /api/v3><swap /fapi/v1>/depth book 5000
 {"lastUpdateId":$ms,<swap "E":$ms,"T":$ms,>"bids":[$bids],"asks":[$asks]}
  ["$price","$amount"]
 
-<spot /api/v3><swap /fapi/v1>/aggTrades trades
+<spot /api/v3><swap /fapi/v1>/aggTrades trades 1000
 [$rows]
  {"a":$number,"f":1$number,"l":1$number,"p":"$price","q":"$amount","T":$ms,"m":$is_buyer_maker}
 """
@@ -165,18 +159,14 @@ trades
         is_swap = self.market_type(request) == "swap"
         if is_of_trades and is_swap and self.status(requested[0], request) != self.trading_status:
             raise RefusalError("no_status")
+        if request.path == "/fapi/v1/depth" and request.limit(500) not in SWAP_DEPTHS:
+            raise RefusalError("bad_depth")
         return requested
 
     def answer(self, request: Request) -> tuple[str, dict[str, str]]:
         text, headers = super().answer(request)
         is_one_ticker = "/ticker/" in request.path and "symbol" in request.params
         return text[1:-1] if is_one_ticker else text, headers
-
-    def most_rows(self, kind: str, request: Request) -> int:
-        is_swap = self.market_type(request) == "swap"
-        if kind == "book" and is_swap and request.limit(500) not in SWAP_DEPTHS:
-            raise RefusalError("bad_depth")
-        return 1_500 if kind == "candles" and is_swap else self.max_rows[kind]
 
     def charge(self, request: Request) -> dict[str, str]:
         """Count the weight of a minute, then answer 429. Ban clients that continue."""
@@ -230,8 +220,7 @@ trades
             raise RefusalError(name)
         interval = stream.removeprefix("kline_")
         if pair and interval in INTERVALS and interval != stream:
-            seconds = INTERVALS[interval]
-            return Topic(name, "candles", pair, seconds=seconds, interval=interval)
+            return Topic(name, "candles", pair, interval)
         channel = CHANNELS.get(stream)
         if pair is None or channel is None:
             raise RefusalError(name)

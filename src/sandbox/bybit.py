@@ -1,10 +1,10 @@
 """bybit: REST and public sockets of API version 5, for spot markets and linear perpetuals."""
 
+import re
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from src.sandbox.exchange import Exchange, RefusalError, Request, Topic
-from src.sandbox.market import COMMON_PAIRS, SIDES, SWAPS, Fields, Pair, Rows, pairs
+from src.sandbox.market import COMMON_PAIRS, SWAPS, Fields, Pair, Rows, pairs
 
 REQUESTS_PER_WINDOW = 600
 WINDOW_SECONDS = 5
@@ -13,7 +13,7 @@ MAX_SPOT_ARGS = 10
 """Topics of one message for spot. More are answered with "args size >10" (bybit-api issue 174)."""
 MAX_ARGS_LENGTH = 21_000
 """Characters of all topics of a socket."""
-DEPTHS = {"1": 1, "50": 50, "200": 200, "1000": 1_000}
+DEPTHS = {"1", "50", "200", "1000"}
 INTERVALS = {str(minutes): minutes * 60 for minutes in (1, 3, 5, 15, 30, 60, 120, 240, 360, 720)}
 INTERVALS |= {"D": 86_400, "W": 604_800}
 CHANNELS = {"tickers": "ticker", "orderbook": "book", "publicTrade": "trades", "kline": "candles"}
@@ -28,9 +28,6 @@ class Bybit(Exchange):
     listing += pairs(["MNT"], "USDT")
     envelope = '{"retCode":0,"retMsg":"OK","result":%s,"retExtInfo":{},"time":%%(answer_ms)d}'
     swap_listing = SWAPS
-    # https://bybit-exchange.github.io/docs/v5/market/: kline, orderbook and recent-trade
-    max_rows = MappingProxyType({"candles": 1_000, "book": 200, "trades": 60})
-    max_swap_rows = MappingProxyType({"candles": 1_000, "book": 500, "trades": 1_000})
     trading_status = "Trading"
     intervals = INTERVALS
     # Documented: 10006 (endpoint), 403 (address, for 10 minutes), 10000, 10001 and 10016.
@@ -59,12 +56,9 @@ timeout 200 10000 Server Timeout
     connection_limit = (500, 300)
     pushes_swap_deltas = True
     pushes_block_trades = True
-    drift = (
-        ('"status":"Trading"', '"status":"Auction"'),
-        ('"settleCoin":"[^"]*",', ""),
-        ('"turnover24h":"[^"]*",', ""),
-        ('"volume24h"', '"baseVolume24h"'),
-    )
+    drift_removes = ("settleCoin", "turnover24h")
+    drift_renames = "volume24h"
+    # https://bybit-exchange.github.io/docs/v5/market/: rows of kline, orderbook and recent-trade
     rest_records = """
 /v5/market/time time
 {"timeSecond":"$second","timeNano":"%(ms)d000000"}
@@ -82,15 +76,15 @@ timeout 200 10000 Server Timeout
  "lowPrice24h":"$low","volume24h":"$volume","turnover24h":"$turnover","bid1Price":"$bid",
  "bid1Size":"$bid_size","ask1Price":"$ask","ask1Size":"$ask_size"}
 
-/v5/market/kline candles
+/v5/market/kline candles 1000
 {"category":"$category","symbol":"$id","list":[$rows]}
  ["$ms","$open","$high","$low","$close","$volume","$turnover"]
 
-/v5/market/orderbook book
+/v5/market/orderbook book <spot 200><swap 500>
 {"s":"$id","b":[$bids],"a":[$asks],"ts":$ms,"u":$ms,"seq":$ms}
  ["$price","$amount"]
 
-/v5/market/recent-trade trades
+/v5/market/recent-trade trades <spot 60><swap 1000>
 {"category":"$category","list":[$rows]}
  {"execId":"$number","symbol":"$id","price":"$price","size":"$amount","side":"$side_title",
  "time":"$ms"}
@@ -138,20 +132,14 @@ trades
                 for row in lists["rows"]
                 if (row["status"] == status if status else row["status"] != "PreLaunch")
             ]
-        if kind == "tickers":  # recorded: the best price of an empty side is an empty text
-            lists["rows"] = [row | self.empty_sides(row) for row in lists["rows"]]
         if kind in {"candles", "trades"}:  # the latest ones come first
             lists["rows"].sort(key=lambda row: row["ms"], reverse=True)
         return lists
 
-    @staticmethod
-    def empty_sides(row: Fields) -> Fields:
-        sides = [side for side in SIDES if not float(row[side])]
-        return {name: "" for side in sides for name in (side, f"{side}_size")}
-
-    def most_rows(self, kind: str, request: Request) -> int:
-        is_swap = self.market_type(request) == "swap"
-        return (self.max_swap_rows if is_swap else self.max_rows)[kind]
+    def answer(self, request: Request) -> tuple[str, dict[str, str]]:
+        text, headers = super().answer(request)
+        # Recorded: the best price of an empty side is an empty text.
+        return re.sub(r'("(bid|ask)1(Price|Size)"):"0\.0+"', r'\1:""', text), headers
 
     def charge(self, request: Request) -> dict[str, str]:
         """Allow 600 requests per 5 seconds, then refuse all requests for 10 minutes."""
@@ -179,7 +167,7 @@ trades
                 message["args"], path, topics if verb == "subscribe" else {}
             )
         except RefusalError as error:
-            return [reply | {"success": False, "ret_msg": str(error)}]
+            return [reply | {"success": False, "ret_msg": error.reason}]
         self.change_topics(topics, verb, changed)
         return [reply]
 
@@ -202,10 +190,8 @@ trades
     def topic(self, name: str, path: str) -> Topic:
         kind, *options, symbol = name.split(".")
         known = self.spot if path.endswith("spot") else self.swaps
-        allowed = {"orderbook": DEPTHS, "kline": INTERVALS}.get(kind, {"": 0})
+        allowed = {"orderbook": DEPTHS, "kline": INTERVALS.keys()}.get(kind, {""})
         option = ".".join(options)
         if symbol not in known or kind not in CHANNELS or option not in allowed:
             raise RefusalError(f"error:handler not found,topic:{name}")
-        depth = DEPTHS.get(option, 0)
-        seconds = INTERVALS.get(option, 0)
-        return Topic(name, CHANNELS[kind], known[symbol], depth, seconds, option)
+        return Topic(name, CHANNELS[kind], known[symbol], option)

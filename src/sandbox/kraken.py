@@ -1,7 +1,6 @@
 """kraken: REST with the old names of some assets, and sockets of version 2."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from src.sandbox.exchange import Exchange, RefusalError, Request, Topic
 from src.sandbox.knobs import Knobs
@@ -16,7 +15,6 @@ PAIR_PER_SECOND = 0.8
 PAIR_PATHS = ("/0/public/OHLC", "/0/public/Trades")
 MAX_URL_LENGTH = 4_096
 """Longer URLs are refused by Cloudflare, as users report."""
-MAX_CANDLES = 720
 # Names that ccxt changes (its `commonCurrencies`): kraken's LUNA is LUNC elsewhere.
 ASSET_NAMES = {"BTC": "XBT", "DOGE": "XDG", "LUNC": "LUNA", "LUNA": "LUNA2"}
 SOCKET_NAMES = {"XBT": "BTC", "XDG": "DOGE"}
@@ -24,17 +22,19 @@ SOCKET_NAMES = {"XBT": "BTC", "XDG": "DOGE"}
 PREFIXED_ASSETS = {"BTC", "ETH", "XRP", "LTC", "XLM", "XMR"}
 PREFIXED_QUOTES = {"EUR": "ZEUR", "USD": "ZUSD", "XBT": "XXBT"}
 """Recorded: markets of the prefixed assets in these have names such as XXBTZUSD and XETHXXBT."""
-CHANNELS = {"ticker": "ticker", "book": "book", "trade": "trades", "ohlc": "candles"}
 INTERVALS = {"1": 60, "5": 300, "15": 900, "30": 1_800, "60": 3_600, "240": 14_400}
 INTERVALS |= {"1440": 86_400, "10080": 604_800, "21600": 1_296_000}
 UNKNOWN = "EQuery:Unknown asset pair"
 DEPTHS = (10, 25, 100, 500, 1_000)
-OPTIONS: dict[str, tuple[str, object, tuple[object, ...], str]] = {
-    "book": ("depth", 10, DEPTHS, "Subscription depth not supported"),
-    "ohlc": ("interval", 1, tuple(map(int, INTERVALS)), "Subscription ohlc interval not supported"),
-    "ticker": ("event_trigger", "trades", ("trades", "bbo"), "Event trigger not supported"),
+MINUTES = tuple(map(int, INTERVALS))
+TRIGGERS = ("trades", "bbo")
+CHANNELS: dict[str, tuple[str, str, object, tuple[object, ...], str]] = {
+    "book": ("book", "depth", 10, DEPTHS, "Subscription depth not supported"),
+    "ohlc": ("candles", "interval", 1, MINUTES, "Subscription ohlc interval not supported"),
+    "ticker": ("ticker", "event_trigger", "trades", TRIGGERS, "Event trigger not supported"),
+    "trade": ("trades", "", None, (None,), ""),
 }
-"""Name, default and values of the option of a channel, and the refusal of other values."""
+"""Our name, and name, default and values of the option, and the refusal of other values."""
 SNAPSHOT_CANDLES = 10
 """Recorded on 2026-09-10 and 2026-10-06: the snapshot has only the last ten minutes."""
 STATUS = '{"api_version":"v2","connection_id":1,"system":"online","version":"2.0.0"}'
@@ -51,8 +51,6 @@ class Kraken(Exchange):
     # Tokenized assets have lower-case letters.
     listing += pairs(["LUNC", "LUNA"], "USDT") + pairs(["LUNC", "LUNA", "AAPLx"], "USD")
     week_offset = 0
-    # https://docs.kraken.com/api/docs/rest-api: get-order-book and get-recent-trades
-    max_rows = MappingProxyType({"candles": 720, "book": 500, "trades": 1_000})
     trading_status = "online"
     intervals = INTERVALS
     envelope = '{"error":[],"result":%s}'
@@ -77,12 +75,8 @@ busy 200 EService:Busy
 unavailable 200 EService:Unavailable
 timeout 200 EService:Timeout
 """
-    drift = (
-        ('"status":"online"', '"status":"auction"'),
-        ('"tick_size":"[^"]*",', ""),
-        ('"p":[^]]*],', ""),
-        ('"t":', '"trades":'),
-    )
+    drift_removes = ("tick_size", "p")
+    drift_renames = "t"
     greeting = f'{{"channel":"status","type":"update","data":[{STATUS}]}}'
     malformed = '{"error":"Malformed request","method":"","success":false}'
     # https://docs.kraken.com/exchange/api-reference/spot-websocket-v2/ohlc: "updates are generated
@@ -95,6 +89,7 @@ timeout 200 EService:Timeout
     pushes_only_trades = True
     has_checksums = True
     candle_snapshot = SNAPSHOT_CANDLES
+    # https://docs.kraken.com/api/docs/rest-api: rows of get-order-book and get-recent-trades
     rest_records = """
 /0/public/Time time
 {"unixtime":$second}
@@ -110,15 +105,15 @@ timeout 200 EService:Timeout
  "v":["$today_volume","$volume"],"p":["$today_average","$average"],"t":[$today_count,$count],
  "l":["$today_low","$low"],"h":["$today_high","$high"],"o":"$today_open"}
 
-/0/public/OHLC candles
+/0/public/OHLC candles 720
 {"$id":[$rows],"last":$last_candle}
  [$second,"$open","$high","$low","$close","$average","$volume",$count]
 
-/0/public/Depth book
+/0/public/Depth book 500
 {"$id":{"bids":[$bids],"asks":[$asks]}}
  ["$price","$amount",$second]
 
-/0/public/Trades trades
+/0/public/Trades trades 1000
 {"$id":[$rows],"last":"%(last_ms)d000000"}
  ["$price","$amount",$second,"$side_letter","m","",$number]
 """
@@ -161,9 +156,6 @@ trades
         altnames = {self.fields(pair)["altname"]: pair for pair in self.spot.values()}
         self.names = self.spot | altnames
 
-    def known_pairs(self, request: Request) -> Mapping[str, Pair]:
-        return self.names if "pair" in request.params else self.spot
-
     def requested_pairs(self, request: Request) -> list[Pair]:
         unknown = request.unknown_names(self.names)
         known = {self.names[name]: None for name in request.names if name not in unknown}
@@ -191,7 +183,7 @@ trades
 
     def candle_numbers(self, request: Request, market: Market, seconds: int) -> range:
         since = request.seconds("since") or 0
-        periods = market.periods(seconds, MAX_CANDLES)
+        periods = market.periods(seconds, request.most)
         first = max(periods.start, int(since // seconds) + 1)
         return range(min(first, periods.stop - 1), periods.stop)  # the last is always sent
 
@@ -210,11 +202,13 @@ trades
                 topic = self.topic(symbol, params, known)
                 self.check_change(topics, verb, topic)
             except RefusalError as error:
-                replies.append(common | {"error": str(error), "success": False, "symbol": symbol})
+                replies.append(common | {"error": error.reason, "success": False, "symbol": symbol})
                 continue
             self.change_topics(topics, verb, [topic])
             result = {"channel": params["channel"], "snapshot": True, "symbol": symbol}
-            replies.append(common | {"result": {**result, **topic.options}, "success": True})
+            if topic.option is not None:
+                result[CHANNELS[params["channel"]][1]] = topic.option
+            replies.append(common | {"result": result, "success": True})
         return replies
 
     def socket_names(self) -> dict[str, Pair]:
@@ -238,16 +232,11 @@ trades
         channel = params["channel"]
         if channel not in CHANNELS:
             raise RefusalError("Subscription name invalid")
-        topic = Topic(symbol, CHANNELS[channel], known[symbol])
-        name, default, allowed, refusal = OPTIONS.get(channel, ("", None, (None,), ""))
+        kind, name, default, allowed, refusal = CHANNELS[channel]
         value = params.get(name, default)
         if value not in allowed:
             raise RefusalError(refusal)
-        if channel == "ohlc":
-            topic = topic._replace(seconds=INTERVALS[str(value)], interval=str(value))
-        if channel == "book":
-            topic = topic._replace(depth=value)
-        return topic._replace(options={name: value} if name else {})
+        return Topic(symbol, kind, known[symbol], value)
 
     def check_change(self, topics: Mapping[str, Topic], verb: str, topic: Topic) -> None:
         """Refuse a second subscription, also with another depth or event trigger.
@@ -257,7 +246,8 @@ trades
         """
         if verb == "unsubscribe" and topic.key not in topics:
             raise RefusalError("Subscription Not Found")
-        market = (topic.channel, topic.name, topic.interval)
-        known = {(other.channel, other.name, other.interval) for other in topics.values()}
-        if verb == "subscribe" and market in known:
+        same = [other for other in topics.values() if other[:2] == topic[:2]]
+        if topic.channel == "candles":  # a market can have several intervals
+            same = [other for other in same if other.option == topic.option]
+        if verb == "subscribe" and same:
             raise RefusalError("Already subscribed")

@@ -178,17 +178,10 @@ def _day(pair: Pair, number: int) -> Bar:
     first = _dollar_price(pair.base, number) / _dollar_price(pair.quote, number)
     last = _dollar_price(pair.base, number + 1) / _dollar_price(pair.quote, number + 1)
     seed = _seeds(pair.id)[-1]
-    up = _noise(seed, number)
-    down = _noise(seed, -number)
-    volume = _noise(seed + 1, number)
     span, units = _habits(pair)
-    return Bar(
-        first,
-        max(first, last) * (1 + span * (1.2 + up) / 2.2),
-        min(first, last) * (1 - span * (1.2 + down) / 2.2),
-        last,
-        int(units * (1 + 0.5 * volume)),
-    )
+    high = max(first, last) * (1 + span * (1.2 + _noise(seed, number)) / 2.2)
+    low = min(first, last) * (1 - span * (1.2 + _noise(seed, -number)) / 2.2)
+    return Bar(first, high, low, last, int(units * (1 + 0.5 * _noise(seed + 1, number))))
 
 
 @lru_cache(maxsize=4_096)
@@ -211,10 +204,8 @@ def _parts(pair: Pair, level: int, number: int) -> list[Bar]:
     top = 1 + int(random() * (count - 3))
     if is_minute:
         points[top : top + 2] = [whole.high, whole.low]
-        return [
-            Bar(point, point, point, point, amount)
-            for point, amount in zip(points, amounts, strict=True)
-        ]
+        trades = zip(points, amounts, strict=True)
+        return [Bar(price, price, price, price, amount) for price, amount in trades]
     bars = []
     for first, last, amount in zip(points, points[1:], amounts, strict=False):
         above = (whole.high - max(first, last)) * random() * NOISE
@@ -322,18 +313,13 @@ class Market:
         """Return the number of the current step of the order books."""
         return int(self.now * BOOK_STEPS_PER_SECOND)
 
-    @property
-    def book_ms(self) -> int:
-        """Return the time of the current step, in Unix milliseconds."""
-        return self.step * BOOK_STEP_MS
-
     def factor_of(self, pair: Pair) -> float:
         """Return the factor of the prices of trades."""
         return self.factor if pair in self.last_trades else self.factor * self.shift
 
     def last_trade(self, pair: Pair) -> int:
         """Return the number of the last trade."""
-        return int(min(self.now, self.last_trades.get(pair, self.now)) / TRADE_SECONDS)
+        return int(self.traded(pair).now / TRADE_SECONDS)
 
     def bar(self, pair: Pair, start: float, end: float) -> Bar | None:
         """Return the trades from a time until before another, if there are any.
@@ -366,27 +352,22 @@ class Market:
             close = _bar(pair, len(LEVELS), last).close
             bar = Bar(close, close, close, close, 0)
         factor = self.factor_of(pair)
-        names = ("open", "high", "low", "close")
-        row: Fields = {name: pair.price(factor * getattr(bar, name)) for name in names}
         average = factor * (bar.high + bar.low + bar.close) / 3
-        row |= {"average": pair.price(average), "count": count}
+        row = {name: pair.price(factor * value) for name, value in bar._asdict().items()}
         turnover = f"{average * bar.volume / UNITS:.8f}"
-        return row | {"volume": _amount(bar.volume), "turnover": turnover}
+        row |= {"average": pair.price(average), "volume": _amount(bar.volume), "turnover": turnover}
+        return row | {"count": count}
 
     def ticker(self, pair: Pair) -> Fields:
         """Return the current prices, and the figures of the last 24 hours and of today (UTC)."""
-        minute = self.now // 60 * 60
-        row = self.figures(pair, minute - DAY_SECONDS, self.now + TRADE_SECONDS)
-        today = self.now // DAY_SECONDS * DAY_SECONDS
-        row |= {
-            f"today_{name}": value
-            for name, value in self.figures(pair, today, self.now + TRADE_SECONDS).items()
-        }
-        row["last"] = row["close"]
-        change = float(row["last"]) - float(row["open"])
+        end = self.now + TRADE_SECONDS
+        row = self.figures(pair, self.now // 60 * 60 - DAY_SECONDS, end)
+        today = self.figures(pair, self.now // DAY_SECONDS * DAY_SECONDS, end)
+        row |= {f"today_{name}": value for name, value in today.items()}
+        change = float(row["close"]) - float(row["open"])
         ratio = change / float(row["open"])
         row |= {"change": pair.price(change), "ratio": ratio, "percent": ratio * 100}
-        row["start"] = int(self.now * 1000) - DAY_SECONDS * 1000
+        row |= {"last": row["close"], "start": int(self.now * 1000) - DAY_SECONDS * 1000}
         for side, levels in zip(SIDES, self.sides(pair, 1), strict=True):
             best = next(iter(levels.items()), (pair.price(0), _amount(0)))
             row[side], row[f"{side}_size"] = best
@@ -442,27 +423,14 @@ class Market:
 
     def trade(self, pair: Pair, number: int) -> Fields:
         """Return one trade. Trades are numbered by time, see `periods`."""
-        noise = _noise(_seeds(pair.id)[1], number)
-        row: Fields = {"number": number, "second": number * TRADE_SECONDS, "ms": number * 500}
-        if noise > 0:
-            row |= {
-                "side": "buy",
-                "side_title": "Buy",
-                "side_letter": "b",
-                "is_buyer_maker": "false",
-            }
-        else:
-            row |= {
-                "side": "sell",
-                "side_title": "Sell",
-                "side_letter": "s",
-                "is_buyer_maker": "true",
-            }
-        row["iso"] = iso_time(row["ms"])
+        side = "buy" if _noise(_seeds(pair.id)[1], number) > 0 else "sell"
+        row: Fields = {"side": side, "side_title": side.title(), "side_letter": side[0]}
+        row["is_buyer_maker"] = "true" if side == "sell" else "false"
+        ms = number * 500
+        row |= {"number": number, "second": ms / 1000, "ms": ms, "iso": iso_time(ms)}
         trade = _bar(pair, len(LEVELS), number)
-        row["price"] = pair.price(self.factor_of(pair) * trade.close)
-        row["amount"] = _amount(trade.volume)
-        return row
+        price = pair.price(self.factor_of(pair) * trade.close)
+        return row | {"price": price, "amount": _amount(trade.volume)}
 
     def candle(self, pair: Pair, number: int, seconds: int) -> Fields:
         """Return one candle. The current candle closes at the current price."""

@@ -12,10 +12,9 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import signal
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
 
@@ -245,18 +244,24 @@ class Sandbox:
         }
         self.calls = {name: listener.calls for name, listener in self.listeners.items()}
         self.requests = {name: listener.requests for name, listener in self.listeners.items()}
+        self.app = web.Application()
+        self.app.router.add_get("/control", self.show_state)
+        self.app.router.add_post("/control/{name}", self.set_knobs)
+        self.app.cleanup_ctx.append(self.serve_exchanges)
 
     async def start(self) -> None:
-        app = web.Application()
-        app.router.add_get("/control", self.show_state)
-        app.router.add_post("/control/{name}", self.set_knobs)
-        self.control, self.port = await listen(app, self.host, self.port)
-        await asyncio.gather(*(listener.open() for listener in self.listeners.values()))
+        self.control, self.port = await listen(self.app, self.host, self.port)
 
     async def stop(self) -> None:
         """Close all ports and connections."""
-        closing = [listener.close() for listener in self.listeners.values()]
-        await asyncio.gather(self.control.cleanup(), *closing)
+        await self.control.cleanup()
+
+    async def serve_exchanges(self, _app: web.Application) -> AsyncIterator[None]:
+        """Listen as long as the control server."""
+        await asyncio.gather(*[listener.open() for listener in self.listeners.values()])
+        logger.info("sandbox listens: control %s, exchanges %s", self.control_url, self.urls)
+        yield
+        await asyncio.gather(*[listener.close() for listener in self.listeners.values()])
 
     @property
     def urls(self) -> dict[str, str]:
@@ -266,10 +271,10 @@ class Sandbox:
     @property
     def settings(self) -> dict[str, str]:
         """Return the settings with which the gateway uses these exchanges."""
-        settings = {f"{name.upper()}_REST_URL": url for name, url in self.urls.items()}
-        for name, url in self.urls.items():
-            settings[f"{name.upper()}_WS_URL"] = url.replace("http", "ws")
-        return settings
+        rest = {f"{name.upper()}_REST_URL": url for name, url in self.urls.items()}
+        return rest | {
+            name.replace("REST", "WS"): url.replace("http", "ws") for name, url in rest.items()
+        }
 
     @property
     def control_url(self) -> str:
@@ -315,25 +320,15 @@ class Sandbox:
         return await self.show_state(request)
 
 
-async def serve(host: str, port: int, filler: int) -> None:
-    """Run until SIGINT or SIGTERM."""
-    stopped = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    sandbox = Sandbox(host, port, filler=filler)
-    await sandbox.start()
-    logger.info("sandbox listens: control %s, exchanges %s", sandbox.control_url, sandbox.urls)
-    await stopped.wait()
-    await sandbox.stop()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Simulate exchanges.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9100, help="control; exchanges use the next 3")
     parser.add_argument("--filler", type=int, default=0, help="additional markets per exchange")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    options = parser.parse_args()
+    sandbox = Sandbox(options.host, options.port, filler=options.filler)
     try:
-        asyncio.run(serve(**vars(parser.parse_args())))
+        web.run_app(sandbox.app, host=options.host, port=options.port, access_log=None, print=None)
     except OSError as error:
         raise SystemExit(f"the sandbox cannot listen: {error}") from None

@@ -13,7 +13,7 @@ import orjson
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from src.sandbox.exchange import Exchange, Topic
-from src.sandbox.market import TRADE_SECONDS, Book, Fields, Market, iso_time
+from src.sandbox.market import Book, Fields, Market, iso_time
 
 MAX_STEPS = 30
 """Book steps that are pushed one by one after a pause. The first includes all earlier steps."""
@@ -116,16 +116,12 @@ class Socket:
         """Return the ticker, on kraken only after a trade or a change of the best prices."""
         ticker = market.ticker(topic.pair)
         ms = int(market.now * 1000)
-        event: object = ms
-        match topic.options.get("event_trigger"):
-            case "trades":
-                event = int(market.traded(topic.pair).now / TRADE_SECONDS)
-            case "bbo":
-                event = (ticker["bid"], ticker["ask"])
-            case _:
-                messages = self.exchange.push(topic, ms, ticker)
-                is_delta = self.exchange.pushes_swap_deltas and topic.pair.is_swap
-                return self.ticker_deltas(key, messages[0]) if is_delta else messages
+        best = (ticker["bid"], ticker["ask"])
+        event = {"trades": market.last_trade(topic.pair), "bbo": best}.get(topic.option)
+        if event is None:
+            messages = self.exchange.push(topic, ms, ticker)
+            is_delta = self.exchange.pushes_swap_deltas and topic.pair.is_swap
+            return self.ticker_deltas(key, messages[0]) if is_delta else messages
         last = self.pushed.get(key)
         self.pushed[key] = event
         is_active = topic.pair not in market.last_trades
@@ -150,7 +146,7 @@ class Socket:
         return [orjson.dumps(message | {"type": "delta", "data": changed}).decode()]
 
     def trade_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
-        last = int(market.traded(topic.pair).now / TRADE_SECONDS)
+        last = market.last_trade(topic.pair)
         pushed = self.pushed.get(key, last)
         first = max(pushed, last - MAX_TRADES) + 1
         self.pushed[key] = max(pushed, last)
@@ -166,11 +162,10 @@ class Socket:
         ms = int(market.now * 1000)
         sent: Fields = self.pushed.get(key, {})
         count = MAX_STEPS if sent else self.exchange.candle_snapshot
-        rows = [
-            candle_row(market, topic, number)
-            for number in market.periods(topic.seconds, count)
-            if number >= sent.get("number", 0)
-        ]
+        seconds = self.exchange.intervals[str(topic.option)]
+        periods = market.periods(seconds, count)
+        first = max(periods.start, sent.get("number", 0))
+        rows = [candle_row(market, topic, number, seconds) for number in range(first, periods.stop)]
         if self.exchange.pushes_only_trades:
             known = (sent.get("number"), sent.get("volume"))
             rows = [row for row in rows if (row["number"], row["volume"]) != known]
@@ -178,7 +173,7 @@ class Socket:
         if not rows:
             return []
         self.pushed[key] = rows[-1]
-        fields = {"push_ms": ms, "interval": topic.interval, "type": "update"}
+        fields = {"push_ms": ms, "interval": topic.option, "type": "update"}
         if not sent:
             return self.exchange.push(topic, ms, fields | {"type": "snapshot"}, rows=rows)
         if not self.exchange.pushes_only_trades:  # recorded: bybit's message has both candles
@@ -190,17 +185,17 @@ class Socket:
         """Return the updates of a book, after its snapshot if the exchange pushes one."""
         messages: list[str] = []
         now = market.step
+        depth = int(topic.option)
         book: Book | None = self.pushed.get(key)
         if book is None and self.exchange.pushes_snapshots:
-            book = market.book(topic.pair, topic.depth, now)
+            book = market.book(topic.pair, depth, now)
             messages += self.push_book("snapshot", topic, book, book)
         elif book is None:  # the snapshot that the client fetches by REST may be older
-            book = market.book(topic.pair, topic.depth, now - MAX_STEPS)
+            book = market.book(topic.pair, depth, now - MAX_STEPS)
         for step in range(max(book.step + 1, now - MAX_STEPS), now + 1):
-            new = market.book(topic.pair, topic.depth, step)
-            kind = "snapshot" if topic.depth == 1 else "delta"
-            update = self.push_book(kind, topic, book, new)
-            if not self.loses_delta(key, topic, market, book, new):
+            new = market.book(topic.pair, depth, step)
+            update = self.push_book("snapshot" if depth == 1 else "delta", topic, book, new)
+            if depth == 1 or not self.loses_delta(key, topic, market, book, new):
                 messages += update
             book = new
         self.pushed[key] = book
@@ -208,7 +203,7 @@ class Socket:
 
     def loses_delta(self, key: str, topic: Topic, market: Market, book: Book, new: Book) -> bool:
         """Return whether to skip this delta: the first one that changes the prices of the book."""
-        if not market.is_odd(topic.pair, "lost_delta") or topic.depth == 1:
+        if not market.is_odd(topic.pair, "lost_delta"):
             self.lost.discard(key)
             return False
         if key in self.lost or book.bids.keys() == new.bids.keys():
@@ -239,9 +234,9 @@ def block_trade(row: Fields) -> Fields:
     return {"price": price, "is_block": "true"}
 
 
-def candle_row(market: Market, topic: Topic, number: int) -> Fields:
+def candle_row(market: Market, topic: Topic, number: int, seconds: int) -> Fields:
     """Return a candle as REST has it, and whether it has closed."""
-    row = market.candle(topic.pair, number, topic.seconds)
+    row = market.candle(topic.pair, number, seconds)
     is_closed = row["end"] < market.now * 1000
     row["is_closed"] = "true" if is_closed else "false"
     return row | {

@@ -177,9 +177,9 @@ async def test_deep_check_describes_what_an_exchange_changed(
     environment = lively.settings | {"REDIS_HOST": "", "MARKET_TYPES": "spot,swap"}
     assert await run(monkeypatch, None, "check", "--deep", **environment) == maintenance.FAILED
     output = capsys.readouterr()
-    assert "binance exchangeInfo: new status 'AUCTION'\n" in output.err
+    assert "binance exchangeInfo: new status 'Auction'\n" in output.err
     assert "kraken Ticker: member 'p' is missing\n" in output.err
-    assert "bybit tickers: new member 'baseVolume24h' (not used)\n" in output.out
+    assert "bybit tickers: new member 'new_volume24h' (not used)\n" in output.out
     await lively.set("kraken", body="[]", only="Depth", rate_limit=-1)
     assert await run(monkeypatch, None, "check", "--deep", **environment) == maintenance.FAILED
     assert "kraken Depth: a row is a list instead of an object\n" in capsys.readouterr().err
