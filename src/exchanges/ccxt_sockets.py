@@ -297,6 +297,7 @@ class _Observer:
         self._guard = BookGuard(profile.find_book_update if kind == "orderbook" else None)
         self._closing: int | None = None  # start of the candle that the current message closes
         self._message_time: int | None = None  # of the current message
+        self._delta_times: dict[str, int] = {}  # topic -> time of its newest message (UTC ms)
         self.candle_times: dict[str, int] = {}  # name -> time of the newest message (UTC ms)
         self.closed: dict[str, int] = {}  # name -> start of the last candle that was closed
         self.candles: dict[str, dict[int, list[Any]]] = {}  # name -> start -> forwarded state
@@ -343,6 +344,12 @@ class _Observer:
         refusal = find_refusal(data) if find_refusal else None
         if refusal is not None:
             self._report_refusal(connection, refusal)
+        find_delta = self._profile.ticker_delta
+        topic, time = (find_delta(data) if find_delta else None) or ("", 0)
+        if is_late(time, self._delta_times.get(topic)):
+            metrics.stream_dropped_total.labels("late").inc()
+            return False
+        self._delta_times[topic] = time
         if self._timeframe:
             self._message_time = _to_ms(self._ccxt, data.get(self._profile.candle_time))
         if self._timeframe and self._profile.closed_candle:

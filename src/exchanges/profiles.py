@@ -50,6 +50,8 @@ class BookUpdate(NamedTuple):
     """Time of the update in ISO 8601, if ccxt ignores it."""
 
 
+TickerDelta = Callable[[Mapping[str, Any]], tuple[str, int] | None]
+"""Returns topic and time (UTC ms) of a message with the changed fields of a ticker."""
 FindBookUpdate = Callable[[Mapping[str, Any]], BookUpdate | None]
 """Returns the order book update that a message of the exchange contains."""
 
@@ -204,6 +206,8 @@ class Profile:
     """Member of a message with pushed candles that has the exchange's time."""
     ticker_time: str = ""
     """Field of a pushed ticker with the exchange's time, if ccxt ignores it."""
+    ticker_delta: TickerDelta | None = None
+    """None if each message has a whole ticker. A late delta would stay in ccxt's merged ticker."""
     find_book_update: FindBookUpdate | None = None
     """Finds numbers and checksums of order book updates that ccxt does not check."""
     closed_candle: ClosedCandle | None = None
@@ -265,6 +269,12 @@ def bybit_book_update(message: Mapping[str, Any]) -> BookUpdate | None:
     return BookUpdate(data["s"], message["type"] == "snapshot", number=data["u"])
 
 
+def bybit_ticker_delta(message: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Read `topic` and `ts`: https://bybit-exchange.github.io/docs/v5/websocket/public/ticker."""
+    topic = str(message.get("topic"))
+    return (topic, message["ts"]) if topic.startswith("tickers.") else None
+
+
 def bybit_is_market_trade(row: Mapping[str, Any]) -> bool:
     """Reject block trades, which are negotiated outside of the order book."""
     return not (row.get("BT") or row.get("isBlockTrade"))
@@ -322,6 +332,7 @@ BYBIT = Profile(
     connection_limit=(500, 300),
     book_depth=50,
     unsubscribe=bybit_unsubscribe,
+    ticker_delta=bybit_ticker_delta,
     find_book_update=bybit_book_update,
     is_market_trade=bybit_is_market_trade,
     closed_candle=bybit_closed_candle,

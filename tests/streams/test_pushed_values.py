@@ -145,6 +145,33 @@ async def test_late_ticker_does_not_replace_a_newer_one(
     assert served["timestamp"] >= newest["timestamp"]
 
 
+def has_time(message: dict[str, Any], timestamp: int) -> bool:
+    """Return True for a message with data of this time."""
+    return bool(message.get("data", {}).get("timestamp") == timestamp)
+
+
+async def test_late_changes_of_a_ticker_do_not_stay_in_the_next_one(
+    start: StartGateway, join: Join, sandbox: Sandbox, clock: FakeClock
+) -> None:
+    """The next message has only the fields that changed since the newest one."""
+    live = await start(market_types="spot,swap")
+    client = await join(live)
+    await client.subscribe(SWAP, exchange="bybit")
+    await next_push(client)
+    await sandbox.set("bybit", rate_limit=-1, push_ms=3_600_000)
+    clock.advance(7)
+    newest = (await next_push(client))["data"]
+    late = sample("stream_dropped_total", reason="late")
+    (socket,) = sandbox.listeners["bybit"].sockets
+    newest_ms = newest["timestamp"]
+    for time, fields in ((newest_ms - 5_000, {"lastPrice": "1.5"}), (newest_ms + 1, {})):
+        message = {"topic": "tickers.BTCUSDT", "type": "delta", "ts": time, "data": fields}
+        await socket.send(json.dumps(message))
+    last = await client.next(lambda message: has_time(message, newest_ms + 1))
+    assert last["data"]["price"] == newest["price"]
+    assert sample("stream_dropped_total", reason="late") == late + 1
+
+
 @pytest.mark.parametrize(
     ("exchange", "symbol", "top"),
     [("bybit", BTC, "orderbook.1."), ("binance", SWAP, "bookTicker")],
