@@ -7,6 +7,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 SANDBOX_PORT ?= 9100
 MINUTES ?= 10
+SOAK_SECONDS ?= 900
 
 .DEFAULT_GOAL := help
 .PHONY: help demo run test test-all format docs bench scale soak bench-stream bench-page stream-soak truth-soak drill
@@ -43,7 +44,7 @@ test: $(VENV)/.dev ## Check formatting, lint and types, and run all tests except
 # installs the tools.
 test-all: $(VENV)/.dev ## Run the long tests that `make test` leaves out
 	@$(MAKE) --silent $(VENV)/.page >/dev/null 2>&1 || echo "npm ci --prefix tests/page failed: the tests of the page are skipped"
-	$(PYTEST) --numprocesses 2 --dist loadgroup -m full
+	TRUTH_SOAK_SECONDS=$(SOAK_SECONDS) $(PYTEST) --numprocesses 2 --dist loadgroup -m full
 
 # Tests the committed code. PYTHONS_ARGS are Debian releases and --tests="arguments for pytest"; see
 # --help.
@@ -76,8 +77,9 @@ bench-page: $(VENV)/.dev ## Measure the page in a browser for MINUTES (10) per l
 stream-soak: $(VENV)/.dev ## Stream for five minutes while everything fails in turn; no update may be lost
 	VIRTUOSO_SOAK_SECONDS=300 $(PYTEST) -s tests/streams/test_stream_soak.py
 
+truth-soak: SOAK_SECONDS := 3600
 truth-soak: $(VENV)/.dev ## Compare every served number with the simulated market for an hour of random trouble
-	VIRTUOSO_SOAK_SECONDS=3600 $(PYTEST) -s -m full tests/streams/test_truth_soak.py
+	TRUTH_SOAK_SECONDS=$(SOAK_SECONDS) $(PYTEST) -s -m full tests/streams/test_truth_soak.py
 
 drill: $(VENV)/.dev ## Break every part of the deployment under load; writes docs/drills.md
 	@$(BIN)/python -m tests.deployment.drills

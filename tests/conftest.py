@@ -6,6 +6,7 @@ Only the clock and the addresses are replaced.
 import asyncio
 import itertools
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -36,6 +37,7 @@ from src.web.fast_path import FastPath
 
 NO_ENV_FILE = Path("/nonexistent/.env")
 TIMED_FOLDERS = 20  # number of folders in the summary of durations
+OPEN_FILES = 8192
 
 
 class FakeClock:
@@ -148,6 +150,13 @@ class RedisServer:
         self.process.kill()
         self.process.wait()
         self.client.close()
+
+
+def pytest_configure() -> None:
+    """Allow enough open files for a thousand clients: the gateway is in the same process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, enough), hard))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -929,7 +929,7 @@ async def test_server_sent_events_are_not_buffered(edge: StartEdge, lively: Sand
                     kinds.append(line[7:])
                 if line.startswith("data: "):
                     late.append(time.time() - json.loads(line[6:])["sent_at"] / 1000)
-                if kinds.count("update") == 5 and len(late) == len(kinds):
+                if kinds.count("update") == 3 and len(late) == len(kinds):
                     break
         assert kinds[0] == "snapshot"
         assert sorted(late)[len(late) // 2] < 1, late

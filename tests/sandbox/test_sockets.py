@@ -767,7 +767,7 @@ async def test_bybit_pushes_changed_fields_of_a_swap(dial: Dial, connect: Connec
     await peer.request(request("bybit", "tickers.BTCUSDT"))
     first = await peer.push()
     assert first["type"] == "snapshot"
-    peer.clock.step = 0.001
+    peer.clock.step = 0.05
     deltas = [await peer.push() for _ in range(20)]
     changed = [delta for delta in deltas if delta["type"] == "delta"]
     assert all(delta["data"].keys() < first["data"].keys() for delta in changed)
@@ -835,8 +835,9 @@ async def test_binance_closes_a_socket_with_too_many_messages(
     assert peer.ws.close_code == aiohttp.WSCloseCode.POLICY_VIOLATION
 
 
-async def test_binance_limits_the_streams_of_a_socket(dial: Dial) -> None:
+async def test_binance_limits_the_streams_of_a_socket(sandbox: Sandbox, dial: Dial) -> None:
     """A socket has at most 1,024 streams."""
+    await sandbox.set("binance", push_ms=LATE, rate_limit=-1)
     peer = await dial("binance")
     speeds = [f"btcusdt@depth@{number}ms" for number in range(1_025)]
     answer = await peer.request({"method": "SUBSCRIBE", "params": speeds, "id": 7})

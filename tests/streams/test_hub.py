@@ -1305,10 +1305,9 @@ async def test_empty_host_is_no_origin(start: StartGateway, origin: str) -> None
     reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(live.url).port)
     writer.write(head.encode())
     async with asyncio.timeout(60):
-        answer = await reader.read()
+        answer = await reader.readuntil(b'"code":"origin_refused"')
     writer.close()
     assert answer.startswith(b"HTTP/1.1 101"), answer
-    assert b'"code":"origin_refused"' in answer
 
 
 @pytest.mark.parametrize(
