@@ -17,6 +17,7 @@ from src.exchanges.ccxt_sockets import is_late
 from src.exchanges.http_client import open_socket_session
 from src.exchanges.profiles import PROFILES
 from src.gateway import Gateway
+from src.kinds import is_available
 from src.streams.bus import Bus
 from src.streams.candles import CandleKeeper
 from src.streams.dialer import Dialer
@@ -166,12 +167,11 @@ class TopicRegistry:
 
     def is_usable(self, topic: Topic) -> bool:
         """Return True if a topic is live, or if its exchange is available and connected."""
-        state = self.topics.get(topic)
-        if state is not None and state.live is not None:
+        if (state := self.topics.get(topic)) is not None and state.live is not None:
             return state.live
         socket = self.sockets.get(SocketKey.of(topic))
         is_connected = socket is None or socket.outage_cause is None
-        return self.gateway.manager.is_available(topic.exchange) and is_connected
+        return is_connected and is_available(self.gateway.manager, topic.key)
 
     def is_lost(self, state: TopicState, now: float) -> bool:
         """Return True if this replica's socket for the topic is lost.

@@ -1585,3 +1585,15 @@ async def test_shutdown_closes_connections(start: StartGateway, join: Join) -> N
         async for _ in lines:
             pass
     assert await client.closed() == (1001, "the gateway stops")
+
+
+async def test_subscription_avoids_a_halted_market(
+    start: StartGateway, join: Join, sandbox: Sandbox
+) -> None:
+    """Without `exchange`, the next exchange is subscribed while the market pauses at one."""
+    live = await start()
+    await sandbox.set("bybit", halted=["BTCUSDT"])
+    assert (await live.get("/ticker/BTC-USDT?exchange=bybit")).status_code == 503
+    client = await join(live)
+    await client.subscribe(BTC)
+    assert {topic.exchange for topic in inside(live).topics} == {"binance"}
