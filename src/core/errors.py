@@ -52,6 +52,7 @@ An unexpected exception is answered as `InternalError` (500 internal_error). Cod
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 RETRY_ADVICE = "try again later or use another exchange"
@@ -302,3 +303,11 @@ class NoExchangeAvailable(Unavailable, title="No exchange could answer"):
 
 class TooOld(Unavailable, title="Nothing new enough is available"):
     """Only a value older than `max_age` is available."""
+
+
+def error_classes(root: type[GatewayError]) -> Iterator[type[GatewayError]]:
+    """Yield an error class and its subclasses, without `Unavailable`, which is never raised."""
+    if root is not Unavailable:
+        yield root
+    for child in root.__subclasses__():
+        yield from error_classes(child)

@@ -89,12 +89,8 @@ class ExchangeCall(Generic[T]):
     @property
     def target(self) -> Target:
         """What the call is about. Without a symbol if it is about several markets."""
-        return Target(self.exchange, self.operation, self.symbol if self.is_single else "")
-
-    @property
-    def is_single(self) -> bool:
-        """True unless the call is for a list of tickers."""
-        return self.operation != "tickers"
+        symbol = "" if self.operation == "tickers" else self.symbol
+        return Target(self.exchange, self.operation, symbol)
 
 
 class ExchangeManager:

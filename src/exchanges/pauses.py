@@ -90,7 +90,7 @@ class Pauses:
         if error.scope == MARKET and not target.symbol:
             error.scope = SCOPES_OF_LISTS.get(type(error), CALL)
         if isinstance(error, errors.UnknownSymbol):
-            self.add_unknown(target, error)
+            self._add_unknown(target, error)
             return
         if error.scope != CALL:
             error.retry_after = self.length_of(error)
@@ -99,7 +99,7 @@ class Pauses:
         if error.scope == MARKET and isinstance(error, SPREADING):
             error.scope = EXCHANGE if self.is_widespread(target, error) else MARKET
 
-    def add_unknown(self, target: Target, error: errors.UnknownSymbol) -> None:
+    def _add_unknown(self, target: Target, error: errors.UnknownSymbol) -> None:
         """Remember that an exchange does not know a symbol, and ask for its new market list."""
         if target.symbol:
             error.symbol = target.symbol

@@ -7,7 +7,7 @@ from email.utils import parsedate_to_datetime
 import aiohttp
 
 from src.core import errors
-from src.core.errors import RETRY_ADVICE
+from src.core.errors import RETRY_ADVICE, error_classes
 from src.exchanges.ccxt_client import ccxt
 from src.exchanges.http_client import Answer, AnswerRefused
 from src.exchanges.profiles import COMMON_RULES, PROFILES, ErrorRule
@@ -36,20 +36,7 @@ TRANSLATION: dict[type[Exception], type[errors.GatewayError]] = {
     Exception: errors.BadUpstreamData,  # raised by ccxt's parsers for unexpected data
 }
 
-# The errors that a rule of a profile can stand for, by code.
-ERRORS: dict[str, type[errors.GatewayError]] = {
-    kind.code: kind
-    for kind in (
-        errors.UnknownSymbol,
-        errors.RequestRejected,
-        errors.MarketHalted,
-        errors.ExchangeBanned,
-        errors.ExchangeRateLimited,
-        errors.GeoBlocked,
-        errors.ExchangeUnavailable,
-        errors.ExchangeTimeout,
-    )
-}
+ERRORS = {kind.code: kind for kind in error_classes(errors.GatewayError)}
 
 # The first match decides.
 REASONS: dict[type[BaseException], str] = {
@@ -83,8 +70,8 @@ def translate(
     if rule is not None:
         kind = ERRORS[rule.code]
         scope = rule.scope
-        promised = _seconds_until(end or _header(exchange, answer), now)
-        retry_after = promised or retry_after or rule.pause_seconds
+        header = answer.headers.get(PROFILES[exchange].reset_header, "").encode()
+        retry_after = _seconds_until(end or header, now) or retry_after or rule.pause_seconds
     reason = describe(error, answer)
     advice = RETRY_ADVICE
     if issubclass(kind, errors.UnknownSymbol | errors.RequestRejected):
@@ -150,11 +137,6 @@ def _seconds_until(digits: bytes | None, now: float) -> float | None:
     number = int(digits[:MAX_TIME_DIGITS])
     seconds = (number / 1000 if number >= FIRST_MILLISECONDS else number) - now
     return seconds if 0 < seconds <= MAX_RETRY_AFTER_SECONDS else None
-
-
-def _header(exchange: str, answer: Answer) -> bytes:
-    """Return the exchange's own header with the end of a limit."""
-    return answer.headers.get(PROFILES[exchange].reset_header, "").encode()
 
 
 def _retry_after(answer: Answer, now: float) -> float | None:

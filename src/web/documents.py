@@ -4,24 +4,14 @@ Answers are built as plain dicts or bytes, and are not validated when they are s
 real answers against the schemas of these models.
 """
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model
 from typing_extensions import TypeAliasType
 
 from config import EXCHANGES
-from src.core.errors import GatewayError, Unavailable
+from src.core.errors import GatewayError, error_classes
 from src.core.models import Document, Ticker
-
-
-def error_classes(root: type[GatewayError]) -> Iterator[type[GatewayError]]:
-    """Yield an error class and its subclasses, without `Unavailable`, which is never raised."""
-    if root is not Unavailable:
-        yield root
-    for child in root.__subclasses__():
-        yield from error_classes(child)
-
 
 # A TypeAliasType becomes a schema with its name, which generated clients use.
 _enum: dict[str, Any] = {"enum": sorted({error.code for error in error_classes(GatewayError)})}

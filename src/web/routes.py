@@ -18,7 +18,7 @@ from src.core import errors, models
 from src.gateway import Gateway
 from src.streams.topics import ChannelName, Subscription, Timeframe
 from src.web import dashboard, documents, responses, status, websocket
-from src.web.documents import DashboardData, Listings, error_classes
+from src.web.documents import DashboardData, Listings
 from src.web.openapi import GUARDED, OPEN, DescribedApp, Errors
 from src.web.server_events import EventStream
 
@@ -228,7 +228,7 @@ LIST_ERRORS = (*GUARDED, errors.UnknownExchange, errors.InvalidParameter)
 SYMBOL_ERRORS = (*LIST_ERRORS, errors.UnknownSymbol)
 # Not the error of every fetch. A price mismatch is one of several attempts.
 NOT_FETCHED = (errors.TooManyStreams, errors.PriceMismatch)
-FETCH_ERRORS = [error for error in error_classes(errors.UpstreamError) if error not in NOT_FETCHED]
+FETCH_ERRORS = set(errors.error_classes(errors.UpstreamError)).difference(NOT_FETCHED)
 DATA_ERRORS: Errors = (*SYMBOL_ERRORS, errors.RequestRejected, *FETCH_ERRORS)
 TOO_MANY = (errors.TooManyStreams, errors.TooManySubscriptions, errors.TooManyConnections)
 NOT_QUOTED = (errors.MarketsLoading, errors.Maintenance, errors.MarketHalted)
