@@ -85,13 +85,11 @@ class CcxtSockets:
         self._tasks: set[asyncio.Future[Any]] = set()
         self._topics: dict[str, list[str]] = {}  # symbol -> the exchange's names of subscriptions
         self._markets: dict[str, dict[str, Any]] = {}
-        self._names = _Names(self._profile)
+        self._names: dict[str, str] = {}  # symbol -> ccxt's name of the market, if they differ
         options = ccxt_client.ClientOptions.from_settings(exchange, settings)
         self._ccxt: CcxtClient = ccxt_client.make_client(options, session, has_sockets=True)
         self._interval = str(self._ccxt.timeframes[timeframe]) if timeframe else ""
-        self._observer = _Observer(
-            self._ccxt, self._profile, kind, timeframe, _Translator(listener, self._names)
-        )
+        self._observer = _Observer(self._ccxt, self._profile, kind, timeframe, listener)
         missing = ccxt_client.missing_internals(self._ccxt)
         self._is_supported = not missing.keys() & {"sockets", "connection"}
         if self._is_supported:
@@ -102,8 +100,17 @@ class CcxtSockets:
         """Use the REST client's markets, and this function to fetch order book snapshots."""
         if markets.markets is not self._markets:  # replaced every hour
             self._markets = markets.markets
-            self._names.adopt(self._ccxt, self._markets)
+            self._adopt_markets()
         self._ccxt.fetch_rest_order_book_safe = snapshot
+
+    def _adopt_markets(self) -> None:
+        named = self._markets
+        if self._profile.has_own_symbols:
+            self._names = {symbol: market["ws_name"] for symbol, market in named.items()}
+            symbols = {name: symbol for symbol, name in self._names.items()}
+            named = {name: named[symbol] | {"symbol": name} for name, symbol in symbols.items()}
+            self._observer.symbols = symbols
+        ccxt_client.adopt_markets(self._ccxt, named)
 
     @property
     def count(self) -> int:
@@ -124,8 +131,8 @@ class CcxtSockets:
             self._listener.lost("lost", None)
             return 0
         self._ccxt.ws_dial_backoff = {}  # the caller decides when to try again
-        names = [self._names.name_of(symbol) for symbol in symbols]
-        self._forget(names)  # data that arrived after they were unsubscribed
+        names = [self._names.get(symbol, symbol) for symbol in symbols]
+        self._observer.forget(names)  # data that arrived after they were unsubscribed
         for name in names:
             market = self._ccxt.market(name)
             topics = self._profile.topics[self._kind]
@@ -160,9 +167,10 @@ class CcxtSockets:
 
         ccxt's own methods are missing or incomplete on some exchanges.
         """
-        ended = sorted({self._names.name_of(symbol) for symbol in symbols} & self._topics.keys())
+        names = {self._names.get(symbol, symbol) for symbol in symbols}
+        ended = sorted(names & self._topics.keys())
         topics = [topic for name in ended for topic in self._topics.pop(name)]
-        self._forget(ended)
+        self._observer.forget(ended)
         sent = 0
         for connection in self._connections():
             for name in list(connection.subscriptions):
@@ -187,7 +195,7 @@ class CcxtSockets:
             connection.on_connected_callback = self._close  # while it is connecting
             connection.error = connection.error or ccxt.NetworkError("dropped")
             self._close(connection)
-        self._forget(self._topics)
+        self._observer.forget(self._topics)
         self._topics.clear()
 
     async def close(self) -> None:
@@ -201,16 +209,6 @@ class CcxtSockets:
 
     def _connections(self) -> list[Any]:
         return list((self._ccxt.clients or {}).values()) if self._is_supported else []
-
-    def _forget(self, names: Iterable[str]) -> None:
-        """Remove the data of markets, which would look new after the next subscription."""
-        client = self._ccxt
-        joined = self._observer.joined
-        caches = (client.tickers, client.bidsasks, client.orderbooks, client.trades, client.ohlcvs)
-        for name in names:
-            for data in (joined, self._observer.closed, self._observer.candles, *caches):
-                data.pop(name, None)
-            self._observer.forget_book(name)
 
     def _close(self, connection: Any) -> None:
         self._start(connection.close())
@@ -231,53 +229,6 @@ class CcxtSockets:
         return connection
 
 
-class _Names:
-    """The names that markets have in ccxt's WebSocket client, which may differ from symbols."""
-
-    def __init__(self, profile: Profile) -> None:
-        self._profile = profile
-        self._names: dict[str, str] = {}  # by symbol
-        self._symbols: dict[str, str] = {}  # by name
-
-    def adopt(self, client: CcxtClient, markets: dict[str, dict[str, Any]]) -> None:
-        """Set the markets of ccxt's client, each under its name."""
-        if not self._profile.has_own_symbols:
-            ccxt_client.adopt_markets(client, markets)
-            return
-        self._names = {symbol: market["ws_name"] for symbol, market in markets.items()}
-        self._symbols = {name: symbol for symbol, name in self._names.items()}
-        named = {
-            name: {**markets[symbol], "symbol": name} for name, symbol in self._symbols.items()
-        }
-        ccxt_client.adopt_markets(client, named)
-
-    def name_of(self, symbol: str) -> str:
-        """Return the name of a symbol."""
-        return self._names.get(symbol, symbol)
-
-    def symbol_of(self, name: str) -> str:
-        """Return the symbol with a name."""
-        return self._symbols.get(name, name)
-
-
-class _Translator:
-    """Replaces ccxt's names by symbols for a listener."""
-
-    def __init__(self, listener: Listener, names: _Names) -> None:
-        self.lost = listener.lost
-        self._listener = listener
-        self._symbol_of = names.symbol_of
-
-    def received(self, name: str, value: Any, *, steady: bool) -> None:
-        symbol = self._symbol_of(name)
-        if isinstance(value, dict):
-            value = {**value, "symbol": symbol}
-        self._listener.received(symbol, value, steady=steady)
-
-    def ended(self, name: str, *, is_refused: bool) -> None:
-        self._listener.ended(self._symbol_of(name), is_refused=is_refused)
-
-
 class _Observer:
     """Forwards the messages and failures of ccxt's connections to a listener."""
 
@@ -294,22 +245,34 @@ class _Observer:
         self._kind = kind
         self._timeframe = timeframe
         self._listener = listener
+        self._forward = {
+            "ticker": self._forward_ticker,
+            "orderbook": self._forward_book,
+            "trades": self._forward_trades,
+            "ohlcv": self._forward_candles,
+        }[kind]
         self._guard = BookGuard(profile.find_book_update if kind == "orderbook" else None)
+        self.symbols: dict[str, str] = {}  # ccxt's name of a market -> symbol, if they differ
         self._closing: int | None = None  # start of the candle that the current message closes
         self._message_time: int | None = None  # of the current message
         self._delta_times: dict[str, int] = {}  # topic -> time of its newest message (UTC ms)
-        self.candle_times: dict[str, int] = {}  # name -> time of the newest message (UTC ms)
-        self.closed: dict[str, int] = {}  # name -> start of the last candle that was closed
-        self.candles: dict[str, dict[int, list[Any]]] = {}  # name -> start -> forwarded state
-        self.joined: dict[str, tuple[Any, Any]] = {}  # name -> newest ticker, bid and ask
+        self._candle_times: dict[str, int] = {}  # name -> time of the newest message (UTC ms)
+        self._closed: dict[str, int] = {}  # name -> start of the last candle that was closed
+        self._candles: dict[str, dict[int, list[Any]]] = {}  # name -> start -> forwarded state
+        self._joined: dict[str, tuple[Any, Any]] = {}  # name -> newest ticker, bid and ask
 
     def has_separate_top(self, symbol: str) -> bool:
         """True if a market's ticker arrives without bid and ask."""
         return ("swap" if ":" in symbol else "spot") in self._profile.separate_top_types
 
-    def forget_book(self, name: str) -> None:
-        """Ignore the updates of an order book until its next snapshot."""
-        self._guard.forget(self._ws_name(name))
+    def forget(self, names: Iterable[str]) -> None:
+        """Remove the data of markets, which would look new after the next subscription."""
+        client = self._ccxt
+        caches = (client.tickers, client.bidsasks, client.orderbooks, client.trades, client.ohlcvs)
+        for name in names:
+            self._guard.forget(self._ws_name(name))
+            for data in (self._joined, self._closed, self._candles, *caches):
+                data.pop(name, None)
 
     def _ws_name(self, name: str) -> str:
         market = self._ccxt.markets.get(name, {})
@@ -318,20 +281,13 @@ class _Observer:
     def observe(self, connection: Any) -> None:
         """Wrap ccxt's functions that process messages, resolve futures and report failures."""
         handle = connection.handle_message
-        connection.handle_message = partial(self._on_message, connection, handle)
+        connection.handle_message = partial(_handle, connection, handle)
         process = connection.on_message_callback
         connection.on_message_callback = partial(self._on_data, process)
         connection.resolve = partial(self._on_resolve, connection.resolve)
         connection.reject = partial(self._on_reject, connection, connection.reject)
         connection.on_error_callback = partial(self._on_error, connection.on_error_callback)
         connection.on_close_callback = partial(self._on_close, connection.on_close_callback)
-
-    @staticmethod
-    def _on_message(connection: Any, handle: Callable[[Any], None], message: Any) -> None:
-        try:
-            handle(message)
-        except Exception:  # noqa: BLE001 - otherwise ccxt stops reading after unexpected data
-            connection.on_error(ccxt.BadResponse("junk"))
 
     def _on_data(self, process: Callable[..., None], connection: Any, data: Any) -> None:
         if isinstance(data, dict) and not self._is_usable(connection, data):
@@ -359,12 +315,19 @@ class _Observer:
         except MissingUpdateError as error:
             market_type = "spot" if "spot" in connection.url else "swap"
             market = self._ccxt.safe_market(error.args[0], None, None, market_type)
-            self._report_incomplete(market["symbol"])
+            self._end(market["symbol"], is_refused=False)
             return False
 
-    def _report_incomplete(self, name: str) -> None:
-        metrics.stream_dropped_total.labels("incomplete").inc()
-        self._listener.ended(name, is_refused=False)
+    def _receive(self, name: str, value: Any, *, steady: bool = True) -> None:
+        symbol = self.symbols.get(name, name)
+        if isinstance(value, dict):
+            value = {**value, "symbol": symbol}
+        self._listener.received(symbol, value, steady=steady)
+
+    def _end(self, name: str, *, is_refused: bool) -> None:
+        if not is_refused:
+            metrics.stream_dropped_total.labels("incomplete").inc()
+        self._listener.ended(self.symbols.get(name, name), is_refused=is_refused)
 
     def _report_refusal(self, connection: Any, refusal: Refusal) -> None:
         symbols = {refusal.symbol}
@@ -376,7 +339,7 @@ class _Observer:
             if match is not None and is_refused:
                 symbols.add(match["symbol"])
         for symbol in symbols - {""}:
-            self._listener.ended(symbol, is_refused=True)
+            self._end(symbol, is_refused=True)
 
     def _on_resolve(self, resolve: Callable[..., Any], result: Any, name: str) -> Any:
         match = SUBSCRIPTION.fullmatch(name)
@@ -391,10 +354,9 @@ class _Observer:
         match = SUBSCRIPTION.fullmatch(name or "")
         if match is not None and not connection.error:
             # Our own errors come from requests for snapshots.
-            if isinstance(error, ccxt.ChecksumError) or not isinstance(error, ccxt.BaseError):
-                self._report_incomplete(match["symbol"])
-            else:
-                self._listener.ended(match["symbol"], is_refused=True)
+            is_refusal = isinstance(error, ccxt.BaseError)
+            is_lost = isinstance(error, ccxt.ChecksumError)
+            self._end(match["symbol"], is_refused=is_refusal and not is_lost)
         return reject(error, name)
 
     def _on_error(self, on_error: Callable[..., None], connection: Any, error: Any) -> None:
@@ -412,59 +374,49 @@ class _Observer:
         if not connection.error:
             self._listener.lost("closed", None)
 
-    def _forward(self, symbol: str, result: Any) -> None:
-        if self._kind == "ticker":
-            self._forward_ticker(symbol)
-            return
-        if self._kind == "ohlcv":
-            self._forward_candles(symbol)
-            return
-        if self._kind == "orderbook":
-            self._forward_book(symbol, result)
-            return
-        value = result[-result.getLimit(symbol, None) :]
-        self._listener.received(symbol, value, steady=True)
+    def _forward_trades(self, name: str, trades: Any) -> None:
+        self._receive(name, trades[-trades.getLimit(name, None) :])
 
     def _forward_book(self, name: str, book: dict[str, Any]) -> None:
         ws_name = self._ws_name(name)
         decimals = self._ccxt.markets[name].get("decimals")
         if not self._guard.is_correct(ws_name, book, decimals):
-            self._report_incomplete(name)
+            self._end(name, is_refused=False)
             return
         depth = self._profile.book_depth
         value = {**book, "bids": book["bids"][:depth], "asks": book["asks"][:depth]}
         if time := self._guard.time_of(ws_name):
             value["timestamp"] = self._ccxt.parse8601(time)
-        self._listener.received(name, value, steady=True)
+        self._receive(name, value)
 
-    def _forward_candles(self, name: str) -> None:
+    def _forward_candles(self, name: str, _: Any) -> None:
         """Forward the newest candle, and the one before if its final state is known."""
         stored = self._ccxt.ohlcvs[name][self._timeframe][-2:]
-        self.candles[name] = newest_states(self.candles.get(name, {}), stored)
-        rows = list(self.candles[name].values())
+        self._candles[name] = newest_states(self._candles.get(name, {}), stored)
+        rows = list(self._candles[name].values())
         if self._profile.closed_candle is None and len(rows) == 2:
             self._closing = rows[0][0]
         if self._closing is not None:
-            self.closed[name] = max(self._closing, self.closed.get(name, 0))
+            self._closed[name] = max(self._closing, self._closed.get(name, 0))
             self._closing = None
-        if self._message_time and not is_late(self._message_time, self.candle_times.get(name)):
-            self.candle_times[name] = self._message_time
+        if self._message_time and not is_late(self._message_time, self._candle_times.get(name)):
+            self._candle_times[name] = self._message_time
         value = {
             "timeframe": self._timeframe,
             "rows": rows,
-            "closed": self.closed.get(name),
-            "timestamp": self.candle_times.get(name),
+            "closed": self._closed.get(name),
+            "timestamp": self._candle_times.get(name),
         }
-        self._listener.received(name, value, steady=True)
+        self._receive(name, value)
 
-    def _forward_ticker(self, symbol: str) -> None:
+    def _forward_ticker(self, name: str, _: Any) -> None:
         """Forward a ticker, joined with bid and ask if they arrive separately."""
-        ticker = self._with_time(self._ccxt.tickers.get(symbol))
-        top = self._ccxt.bidsasks.get(symbol)
-        if ticker and not self.has_separate_top(symbol):
-            self._listener.received(symbol, with_last_trade(self._profile, ticker), steady=True)
+        ticker = self._with_time(self._ccxt.tickers.get(name))
+        top = self._ccxt.bidsasks.get(name)
+        if ticker and not self.has_separate_top(name):
+            self._receive(name, with_last_trade(self._profile, ticker))
         elif ticker and top:
-            self._forward_joined(symbol, ticker, top)
+            self._forward_joined(name, ticker, top)
 
     def _with_time(self, ticker: dict[str, Any] | None) -> dict[str, Any] | None:
         """Add the exchange's time to a ticker if ccxt ignores it."""
@@ -475,13 +427,13 @@ class _Observer:
         return ticker | {"timestamp": timestamp, "datetime": self._ccxt.iso8601(timestamp)}
 
     def _forward_joined(self, name: str, ticker: dict[str, Any], top: dict[str, Any]) -> None:
-        last_ticker, last_top = self.joined.get(name, (None, None))
+        last_ticker, last_top = self._joined.get(name, (None, None))
         ticker = _newer(ticker, last_ticker)
         top = _newer(top, last_top)
         if ticker is last_ticker and top is last_top:
             metrics.stream_dropped_total.labels("late").inc()
             return
-        self.joined[name] = (ticker, top)
+        self._joined[name] = (ticker, top)
         lag_ms = (top["timestamp"] or 0) - (ticker["timestamp"] or 0)
         if lag_ms > MAX_TICKER_LAG_MS:
             return  # the last price stopped arriving: the silence leads to a new subscription
@@ -489,7 +441,14 @@ class _Observer:
             metrics.stream_dropped_total.labels("late").inc()
             return
         joined = join_top(with_last_trade(self._profile, ticker), top)
-        self._listener.received(name, joined, steady=top is not last_top)
+        self._receive(name, joined, steady=top is not last_top)
+
+
+def _handle(connection: Any, handle: Callable[[Any], None], message: Any) -> None:
+    try:
+        handle(message)
+    except Exception:  # noqa: BLE001 - otherwise ccxt stops reading after unexpected data
+        connection.on_error(ccxt.BadResponse("junk"))
 
 
 def newest_states(known: dict[int, list[Any]], rows: Iterable[Any]) -> dict[int, list[Any]]:
