@@ -1,13 +1,14 @@
 """binance: REST and raw streams. Spot is below /api/v3, linear perpetuals are below /fapi/v1."""
 
 import math
+from collections.abc import Set
 
-from src.sandbox.exchange import Exchange, RefusalError, Request, Topic
-from src.sandbox.market import COMMON_PAIRS, SWAPS, Fields, Pair, pairs
+from src.sandbox.exchange import MONDAY, Exchange, RefusalError, Request, Topic
+from src.sandbox.market import COMMON_PAIRS, SWAPS, Fields, Market, Pair, pairs
 
 WINDOW_SECONDS = 60
 MAX_REFUSED = 10
-"""A client that is refused more often in a window is banned."""
+"""A client that is refused more often in a window is banned. Unconfirmed: the number."""
 BAN_SECONDS = 120
 ALL = 10**6
 """Stands for the number of symbols in a request without symbols."""
@@ -34,18 +35,18 @@ MAX_STREAMS = 1_024
 """Streams of one socket."""
 PUBLIC_STREAMS = {"depth", "bookTicker"}
 """Streams of swaps that are served at /public. All others are served at /market (ccxt 4.5.90)."""
-CHANNELS = {"ticker": "ticker", "miniTicker": "mini", "bookTicker": "top"}
-CHANNELS |= {"depth": "book", "aggTrade": "trades"}
 INTERVALS = {"1s": 1, "1m": 60, "3m": 180, "5m": 300, "15m": 900, "30m": 1_800, "1h": 3_600}
 INTERVALS |= {"2h": 7_200, "4h": 14_400, "6h": 21_600, "8h": 28_800, "12h": 43_200}
 INTERVALS |= {"1d": 86_400, "3d": 259_200, "1w": 604_800}
+CHANNELS = {"ticker": "ticker", "miniTicker": "mini", "bookTicker": "top", "depth": "book"}
+CHANNELS |= {"aggTrade": "trades"} | {f"kline_{interval}": "candles" for interval in INTERVALS}
 
 
 class Binance(Exchange):
     """Wire formats, errors and limits of Binance: spot and USD-M swaps."""
 
     name = "binance"
-    half_spread = 0.00005
+    model = Market(0, half_spread=0.00005, week_offset=MONDAY)
     listing = COMMON_PAIRS + pairs(["BNB"], "BTC") + pairs(["BNB"], "EUR")
     # Recorded in 2026: a swap whose symbol is not ASCII.
     swap_listing = SWAPS + pairs(["测试测试"], "USDT", is_swap=True)
@@ -198,30 +199,28 @@ trades
         return next(weight for largest, weight in steps if size <= largest)
 
     def reply(self, message: Fields, path: str, topics: dict[str, Topic]) -> list[Fields]:
-        try:
-            changed = [self.topic(name, path) for name in message["params"]]
-        except RefusalError:
-            error = {"code": 2, "msg": "Invalid request: unknown stream"}
-            return [{"error": error, "id": message["id"]}]
         verb = message["method"].lower()
-        streams = topics.keys() | {topic.key for topic in changed}
-        if verb == "subscribe" and len(streams) > MAX_STREAMS:  # the real text is not documented
-            error = {"code": 2, "msg": f"Invalid request: more than {MAX_STREAMS} streams"}
-            return [{"error": error, "id": message["id"]}]
+        try:
+            changed = self.checked_topics(message["params"], path, topics.keys())
+        except RefusalError as error:
+            refusal = {"code": 2, "msg": f"Invalid request: {error.reason}"}
+            return [{"error": refusal, "id": message["id"]}]
         self.change_topics(topics, verb, changed)
         return [{"result": None, "id": message["id"]}]
 
+    def checked_topics(self, names: list[str], path: str, known: Set[str]) -> list[Topic]:
+        """Return the topics of a message, which fails as a whole."""
+        changed = [self.topic(name, path) for name in names]
+        if len(known | {topic.key for topic in changed}) > MAX_STREAMS:  # unconfirmed: the text
+            raise RefusalError(f"more than {MAX_STREAMS} streams")
+        return changed
+
     def topic(self, name: str, path: str) -> Topic:
-        symbol, _, stream = name.partition("@")
+        symbol, stream = name.split("@")[:2]
         pair = (self.spot if "/stream" in path else self.swaps).get(symbol.upper())
-        stream = stream.partition("@")[0]
         wrong_category = "/market/" if stream in PUBLIC_STREAMS else "/public/"
-        if wrong_category in path:
-            raise RefusalError(name)
-        interval = stream.removeprefix("kline_")
-        if pair and interval in INTERVALS and interval != stream:
-            return Topic(name, "candles", pair, interval)
-        channel = CHANNELS.get(stream)
-        if pair is None or channel is None:
-            raise RefusalError(name)
-        return Topic(name, channel, pair, BOOK_LEVELS)
+        if pair is None or stream not in CHANNELS or wrong_category in path:
+            raise RefusalError("unknown stream")
+        is_candle = CHANNELS[stream] == "candles"
+        option = stream.removeprefix("kline_") if is_candle else BOOK_LEVELS
+        return Topic(name, CHANNELS[stream], pair, option)

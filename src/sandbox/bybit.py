@@ -3,8 +3,8 @@
 import re
 from collections.abc import Mapping
 
-from src.sandbox.exchange import Exchange, RefusalError, Request, Topic
-from src.sandbox.market import COMMON_PAIRS, SWAPS, Fields, Pair, Rows, pairs
+from src.sandbox.exchange import MONDAY, Exchange, RefusalError, Request, Topic
+from src.sandbox.market import COMMON_PAIRS, SWAPS, Fields, Market, Pair, Rows, pairs
 
 REQUESTS_PER_WINDOW = 600
 WINDOW_SECONDS = 5
@@ -23,7 +23,7 @@ class Bybit(Exchange):
     """Wire formats, errors and limits of Bybit."""
 
     name = "bybit"
-    price_factor = 1.00015
+    model = Market(0, 1.00015, week_offset=MONDAY)
     listing = tuple(pair for pair in COMMON_PAIRS if pair.base not in {"TON", "XTZ"})
     listing += pairs(["MNT"], "USDT")
     envelope = '{"retCode":0,"retMsg":"OK","result":%s,"retExtInfo":{},"time":%%(answer_ms)d}'
@@ -175,7 +175,7 @@ trades
         """Return the topics of a message, which fails as a whole.
 
         https://bybit-exchange.github.io/docs/v5/ws/connect has the limits. The text of the second
-        refusal is not documented; the others were observed.
+        refusal is unconfirmed; the others were observed.
         """
         if path.endswith("spot") and len(args) > MAX_SPOT_ARGS:
             raise RefusalError(f"args size >{MAX_SPOT_ARGS}")

@@ -65,7 +65,7 @@ def start(processes: Processes, port: int, sandbox: Sandbox) -> None:
     if (server := redis_server()) is not None:
         redis_port = str(free_port())
         command = [server, "--port", redis_port, "--bind", "127.0.0.1", "--save", ""]
-        processes.append(launch(command, environment, stdout=subprocess.DEVNULL))
+        processes.append(launch([*command, "--logfile", os.devnull], environment))
         environment["REDIS_URL"] = f"redis://127.0.0.1:{redis_port}/0"
     gateway = ["uvicorn", "src.api:app", *UVICORN_OPTIONS]
     for module, number in ((["src.sandbox"], sandbox.port), (gateway, port)):
@@ -73,11 +73,9 @@ def start(processes: Processes, port: int, sandbox: Sandbox) -> None:
         processes.append(launch([sys.executable, "-m", *module, *address], environment))
 
 
-def launch(
-    command: list[str], environment: dict[str, str], stdout: int | None = None
-) -> subprocess.Popen[bytes]:
+def launch(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own, which Ctrl-C does not reach."""
-    return subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True)  # noqa: S603
+    return subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603
 
 
 def wait_until_ready(url: str, processes: Processes) -> bool:

@@ -15,21 +15,13 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import orjson
-
 from src.sandbox.knobs import Knobs
-from src.sandbox.market import (
-    BOOK_STEP_MS,
-    TRADE_SECONDS,
-    Fields,
-    Market,
-    Pair,
-    Rows,
-    iso_time,
-    pairs,
-)
+from src.sandbox.market import TRADE_SECONDS, Fields, Market, Pair, Rows, iso_time, pairs
 
+Headers = Mapping[str, str] | None
 MARKET_TYPES = ("spot", "swap")
+MONDAY = 4 * 86_400
+"""Weeks of Binance and Bybit start then, after the epoch. Public report: ccxt issue 25046."""
 HALT_SECONDS = 3 * 86_400
 """Time since the last trade of a halted market."""
 
@@ -40,7 +32,7 @@ class RefusalError(Exception):
 
     reason: str
     """The name of an error, or for a socket its text."""
-    headers: Mapping[str, str] | None = None
+    headers: Headers = None
     until: float | None = None
     """End of the refusal, Unix time."""
     parameter: str = ""
@@ -170,10 +162,9 @@ class Limit:
         """Count a request. Return False if it exceeds a burst that is refilled all the time."""
         self.used = max(0.0, self.used - (now - self.window) * per_second)
         self.window = now
-        if self.used + 1 > burst:
-            return False
-        self.used += 1
-        return True
+        is_allowed = self.used + 1 <= burst
+        self.used += is_allowed
+        return is_allowed
 
 
 class Topic(NamedTuple):
@@ -197,11 +188,8 @@ class Exchange:
     """A simulated exchange: its markets, wire formats and rate limits."""
 
     name = ""
-    price_factor = 1.0
-    """The prices of the exchange, relative to those of the market."""
-    half_spread = 0.0001
-    week_offset = 4 * 86_400
-    """Weeks start on Monday. Public report: ccxt issue 25046."""
+    model = Market(0, week_offset=MONDAY)
+    """Prices and spreads of the exchange, and the start of its weeks."""
     listing: tuple[Pair, ...]
     swap_listing: tuple[Pair, ...] = ()
     trading_status = ""
@@ -229,6 +217,7 @@ class Exchange:
     pushes_swap_deltas = False
     """True if pushes of a swap's ticker contain only the fields that changed."""
     pushes_block_trades = False
+    """True if trades of a swap can have a mark that they were not made on the market."""
     connection_limit = (0, 0)
     """New sockets per address, and the seconds in which they are counted."""
     message_limits: tuple[tuple[str, int], ...] = ()
@@ -270,35 +259,28 @@ class Exchange:
         halted = self.pairs_with(knobs.halted)
         last_trades = dict.fromkeys(halted, since - HALT_SECONDS)
         last_trades |= dict.fromkeys(self.pairs_with(knobs.still), since)
-        return Market(
-            now,
-            self.price_factor,
-            self.half_spread,
-            knobs.price,
-            last_trades,
-            halted,
-            knobs.odd,
-            self.pairs_with({knobs.pair}) if knobs.pair else None,
-            self.week_offset,
+        return replace(
+            self.model,
+            now=now,
+            shift=knobs.price,
+            last_trades=last_trades,
+            halted=halted,
+            odd=knobs.odd,
+            odd_pairs=self.pairs_with({knobs.pair}) if knobs.pair else None,
         )
 
-    def pairs_with(self, ids: Set[str]) -> frozenset[Pair]:
+    def pairs_with(self, ids: Set[str]) -> Set[Pair]:
         """Return the spot markets and swaps with these ids."""
-        return frozenset(
-            known[name] for known in (self.spot, self.swaps) for name in ids & known.keys()
-        )
+        return {known[name] for known in (self.spot, self.swaps) for name in ids & known.keys()}
 
-    def error(
-        self, refusal: RefusalError, now: float
-    ) -> tuple[int, object, Mapping[str, str] | None]:
+    def error(self, refusal: RefusalError, now: float) -> tuple[int, str, Headers]:
         """Return status, body and headers of an error answer in the format of the exchange."""
         status, text = self.errors.get(refusal.reason) or self.errors["rate_limit"]
         status, _, seconds = status.partition("+")
         until = now + int(seconds or 0) if refusal.until is None else refusal.until
         times = {"now_ms": int(now * 1000), "until": int(until), "until_ms": int(until * 1000)}
         body = text % (times | {"parameter": refusal.parameter})
-        is_json = body.startswith("{")
-        return int(status), orjson.Fragment(body) if is_json else body, refusal.headers
+        return int(status), body, refusal.headers
 
     def reset_limits(self) -> None:
         self.limits: defaultdict[str, Limit] = defaultdict(Limit)
@@ -341,7 +323,7 @@ class Exchange:
         kind = answer_format.kind
         requested = self.requested_pairs(request)
         lists = self.rows(kind, request, requested)
-        ms = request.market.step * BOOK_STEP_MS if kind == "book" else request.ms
+        ms = request.market.book_ms if kind == "book" else request.ms
         fields: Fields = {"ms": ms, "close_ms": ms, "second": ms // 1000, "answer_ms": request.ms}
         fields |= {"category": request.param("category"), "last_ms": ms, "last_candle": ms // 1000}
         if requested:
@@ -448,15 +430,11 @@ def book_rows(exchange: Exchange, request: Request, requested: list[Pair]) -> Ro
     return request.market.book(requested[0], request.limit(100), request.market.step).rows
 
 
-def no_rows(_exchange: Exchange, _request: Request, _requested: list[Pair]) -> Rows:
-    return {}
-
-
 ROWS: dict[str, Callable[[Exchange, Request, list[Pair]], Rows]] = {
     "markets": market_rows,
     "tickers": ticker_rows,
     "candles": candle_rows,
     "trades": trade_rows,
     "book": book_rows,
-    "time": no_rows,
+    "time": lambda *_: {},
 }

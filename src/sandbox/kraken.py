@@ -8,7 +8,7 @@ from src.sandbox.market import COINS, MAJORS, Fields, Market, Pair, iso_time, pa
 
 BURST = 15
 """Requests. One more is allowed per second."""
-# Documented: Trades and OHLC are limited per address and pair. The numbers are a guess that fits
+# Documented: Trades and OHLC are limited per address and pair. Unconfirmed: the numbers, which fit
 # ccxt issue 20648: every fifth request of a loop with about one request per second is refused.
 PAIR_BURST = 10
 PAIR_PER_SECOND = 0.8
@@ -44,13 +44,12 @@ class Kraken(Exchange):
     """Wire formats, errors and limits of Kraken."""
 
     name = "kraken"
-    price_factor = 0.9998
+    model = Market(0, 0.9998)
     listing = pairs([*COINS[:12], "EUR", "USDC"], "USDT") + pairs(["ETH", "XRP", "SOL"], "BTC")
     listing += pairs([*MAJORS, "XMR", "EUR", "USDC", "USDT"], "USD")
     listing += pairs([*MAJORS, "XMR"], "EUR")
     # Tokenized assets have lower-case letters.
     listing += pairs(["LUNC", "LUNA"], "USDT") + pairs(["LUNC", "LUNA", "AAPLx"], "USD")
-    week_offset = 0
     trading_status = "online"
     intervals = INTERVALS
     envelope = '{"error":[],"result":%s}'
@@ -79,13 +78,14 @@ timeout 200 EService:Timeout
     drift_renames = "t"
     greeting = f'{{"channel":"status","type":"update","data":[{STATUS}]}}'
     malformed = '{"error":"Malformed request","method":"","success":false}'
-    # https://docs.kraken.com/exchange/api-reference/spot-websocket-v2/ohlc: "updates are generated
-    # on trade events".
-    # Cloudflare allows about 150 connections in 10 minutes. The number of messages depends on the
-    # load: https://docs.kraken.com/exchange/guides/websockets/introduction
+    # Cloudflare allows about 150 connections in 10 minutes. Unconfirmed: the number of messages per
+    # second, which depends on the load:
+    # https://docs.kraken.com/exchange/guides/websockets/introduction
     connection_limit = (150, 600)
     message_limits = (("", 100),)
     too_fast = '{"error":"Exceeded msg rate","method":"subscribe","success":false}'
+    # https://docs.kraken.com/exchange/api-reference/spot-websocket-v2/ohlc: "updates are generated
+    # on trade events".
     pushes_only_trades = True
     has_checksums = True
     candle_snapshot = SNAPSHOT_CANDLES
@@ -145,6 +145,8 @@ trades
         base = ASSET_NAMES.get(pair.base, pair.base)
         quote = ASSET_NAMES.get(pair.quote, pair.quote)
         names = {"altname": base + quote, "wsname": f"{base}/{quote}", "id": base + quote}
+        assets = [SOCKET_NAMES.get(asset, asset) for asset in (base, quote)]
+        names["socket_name"] = "/".join(assets)
         names |= {"base": f"X{base}" if pair.base in PREFIXED_ASSETS else base}
         names |= {"quote": PREFIXED_QUOTES.get(quote, quote)}
         if pair.base in PREFIXED_ASSETS and quote in PREFIXED_QUOTES:
@@ -217,11 +219,7 @@ trades
         The other names are Kraken's own, although ccxt renames some of them, such as LUNA.
         https://docs.kraken.com/exchange/guides/websockets/introduction
         """
-        names = {}
-        for pair in self.spot.values():
-            assets = self.fields(pair)["wsname"].split("/")
-            names["/".join(SOCKET_NAMES.get(asset, asset) for asset in assets)] = pair
-        return names
+        return {self.fields(pair)["socket_name"]: pair for pair in self.spot.values()}
 
     def topic(self, symbol: str, params: Fields, known: Mapping[str, Pair]) -> Topic:
         """Return the topic of a symbol. Kraken echoes the options of each channel."""

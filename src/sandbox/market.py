@@ -313,6 +313,11 @@ class Market:
         """Return the number of the current step of the order books."""
         return int(self.now * BOOK_STEPS_PER_SECOND)
 
+    @property
+    def book_ms(self) -> int:
+        """Return the time of the current step, in Unix milliseconds."""
+        return self.step * BOOK_STEP_MS
+
     def factor_of(self, pair: Pair) -> float:
         """Return the factor of the prices of trades."""
         return self.factor if pair in self.last_trades else self.factor * self.shift

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
 
@@ -23,7 +23,7 @@ from aiohttp import web
 
 from src.sandbox.binance import Binance
 from src.sandbox.bybit import Bybit
-from src.sandbox.exchange import Exchange, RefusalError, Request, names_in
+from src.sandbox.exchange import Exchange, Headers, RefusalError, Request, names_in
 from src.sandbox.knobs import Knobs
 from src.sandbox.kraken import Kraken
 from src.sandbox.market import Market
@@ -32,12 +32,10 @@ from src.sandbox.sockets import Socket
 logger = logging.getLogger(__name__)
 
 
-def respond(status: int, body: object, headers: Mapping[str, str] | None = None) -> web.Response:
-    """Send a text as HTML and any other value as JSON."""
-    payload = body.encode() if isinstance(body, str) else orjson.dumps(body)
-    content_type = "text/html" if isinstance(body, str) else "application/json"
-    headers = {"Content-Type": content_type, **(headers or {})}
-    return web.Response(body=payload, status=status, headers=headers)
+def respond(status: int, text: str, headers: Headers = None) -> web.Response:
+    """Send a text as JSON if it starts like an object or list, and else as HTML."""
+    content_type = "application/json" if text.startswith(("{", "[")) else "text/html"
+    return web.Response(text=text, status=status, headers=headers, content_type=content_type)
 
 
 @dataclass(eq=False)
@@ -150,7 +148,7 @@ class Listener:
         if knobs.redirect:
             return respond(302, "", {"Location": knobs.redirect})
         if knobs.size:
-            return respond(knobs.status or 200, ["x" * (knobs.size - 4)])
+            return respond(knobs.status or 200, f'["{"x" * (knobs.size - 4)}"]')
         if knobs.body is not None and (knobs.status or not is_socket):
             return respond(knobs.status or 200, knobs.body)
         return respond(knobs.status, f"status {knobs.status}") if knobs.status else None
@@ -163,7 +161,7 @@ class Listener:
             text, headers = self.exchange.answer(call)
         except RefusalError as refusal:
             return self.refuse(refusal)
-        return respond(200, orjson.Fragment(text), headers)
+        return respond(200, text, headers)
 
     def refuse(self, refusal: RefusalError) -> web.Response:
         return respond(*self.exchange.error(refusal, self.now()))
@@ -303,7 +301,7 @@ class Sandbox:
         state = {}
         for name, listener in self.listeners.items():
             state[name] = {"knobs": listener.knobs.model_dump(mode="json"), "calls": listener.calls}
-        return respond(200, state)
+        return web.json_response(state)
 
     async def set_knobs(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
@@ -313,10 +311,11 @@ class Sandbox:
             else:
                 await self.set(name, **orjson.loads(await request.read()))
         except KeyError:
-            return respond(404, {"error": f"the exchanges are {', '.join(self.listeners)}"})
+            error = f"the exchanges are {', '.join(self.listeners)}"
+            return web.json_response({"error": error}, status=404)
         except (ValueError, TypeError):
-            known = ", ".join(Knobs.model_fields)
-            return respond(400, {"error": f"the knobs are {known}; see the module's text"})
+            error = f"the knobs are {', '.join(Knobs.model_fields)}; see the module's text"
+            return web.json_response({"error": error}, status=400)
         return await self.show_state(request)
 
 

@@ -108,9 +108,8 @@ class Socket:
         self.earlier[key] = messages
         if market.is_odd(topic.pair, "duplicates"):
             messages = [message for message in messages for _ in range(2)]
-        if market.is_odd(topic.pair, "late") and topic.channel != "book":
-            messages = messages + earlier
-        return messages
+        is_late = market.is_odd(topic.pair, "late") and topic.channel != "book"
+        return messages + earlier if is_late else messages
 
     def ticker_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
         """Return the ticker, on kraken only after a trade or a change of the best prices."""
@@ -168,17 +167,16 @@ class Socket:
         rows = [candle_row(market, topic, number, seconds) for number in range(first, periods.stop)]
         if self.exchange.pushes_only_trades:
             known = (sent.get("number"), sent.get("volume"))
-            rows = [row for row in rows if (row["number"], row["volume"]) != known]
             rows = [row for row in rows if float(row["volume"])]
+            rows = [row for row in rows if (row["number"], row["volume"]) != known]
         if not rows:
             return []
         self.pushed[key] = rows[-1]
-        fields = {"push_ms": ms, "interval": topic.option, "type": "update"}
-        if not sent:
-            return self.exchange.push(topic, ms, fields | {"type": "snapshot"}, rows=rows)
-        if not self.exchange.pushes_only_trades:  # recorded: bybit's message has both candles
-            return self.exchange.push(topic, ms, fields, rows=rows)
-        pushes = [self.exchange.push(topic, ms, fields, rows=[row]) for row in rows]
+        fields = {"push_ms": ms, "interval": topic.option, "type": "update" if sent else "snapshot"}
+        parts = [rows]  # recorded: bybit's message has both candles
+        if sent and self.exchange.pushes_only_trades:
+            parts = [[row] for row in rows]
+        pushes = [self.exchange.push(topic, ms, fields, rows=part) for part in parts]
         return list(itertools.chain.from_iterable(pushes))
 
     def book_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
@@ -212,9 +210,8 @@ class Socket:
         return True
 
     def push_book(self, kind: str, topic: Topic, previous: Book, book: Book) -> list[str]:
-        fields: Fields = {"type": kind, "kind": "snapshot" if kind == "snapshot" else "update"}
-        self.updates[topic.key] = self.updates.get(topic.key, 1) + 1
-        fields["update"] = self.updates[topic.key]
+        self.updates[topic.key] = update = self.updates.get(topic.key, 1) + 1
+        fields: Fields = {"type": kind, "kind": kind.replace("delta", "update"), "update": update}
         fields |= {"previous_ms": previous.ms, "first_ms": previous.ms + 1}
         if self.exchange.has_checksums:
             fields["checksum"] = book.checksum
@@ -237,8 +234,7 @@ def block_trade(row: Fields) -> Fields:
 def candle_row(market: Market, topic: Topic, number: int, seconds: int) -> Fields:
     """Return a candle as REST has it, and whether it has closed."""
     row = market.candle(topic.pair, number, seconds)
-    is_closed = row["end"] < market.now * 1000
-    row["is_closed"] = "true" if is_closed else "false"
+    row["is_closed"] = "true" if row["end"] < market.now * 1000 else "false"
     return row | {
         "number": number,
         "begin": iso_time(row["ms"]),
