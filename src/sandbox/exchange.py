@@ -246,13 +246,12 @@ class Exchange:
     def configure(self, knobs: Knobs) -> None:
         """List the markets that the knobs say."""
         added = [Pair.of_symbol(symbol) for symbol in knobs.listed]
-        listed = {}
+        self.spot: dict[str, Pair] = {}
+        self.swaps: dict[str, Pair] = {}
         for pair in [*self.listing, *self.filler, *self.swap_listing, *added]:
-            pair_id = self.fields(pair)["id"]
-            if pair_id not in knobs.delisted:
-                listed[pair] = pair_id
-        self.spot = {pair_id: pair for pair, pair_id in listed.items() if not pair.is_swap}
-        self.swaps = {pair_id: pair for pair, pair_id in listed.items() if pair.is_swap}
+            known = self.swaps if pair.is_swap else self.spot
+            if (pair_id := self.fields(pair)["id"]) not in knobs.delisted:
+                known[pair_id] = pair
 
     def market(self, now: float, knobs: Knobs, since: float) -> Market:
         """Return the market at a time, under knobs that were set at the time `since`."""

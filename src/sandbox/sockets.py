@@ -87,31 +87,29 @@ class Socket:
         messages: list[str] = []
         self.is_clock_stopped = market.now == self.now
         self.now = market.now
-        for key, topic in self.topics.items():
-            if mute and mute in key:
+        for topic in self.topics.values():
+            if mute and mute in topic.key:
                 continue
             push = {
                 "book": self.book_messages,
                 "trades": self.trade_messages,
                 "candles": self.candle_messages,
             }.get(topic.channel, self.ticker_messages)
-            messages += self.odd_messages(key, topic, market, push(key, topic, market))
+            messages += self.odd_messages(topic, market, push(topic, market))
         return messages
 
-    def odd_messages(
-        self, key: str, topic: Topic, market: Market, messages: list[str]
-    ) -> list[str]:
+    def odd_messages(self, topic: Topic, market: Market, messages: list[str]) -> list[str]:
         """Return the messages, more than once or again after newer ones if the knob `odd` says."""
         if not messages:
             return messages
-        earlier = self.earlier.get(key, [])
-        self.earlier[key] = messages
+        earlier = self.earlier.get(topic.key, [])
+        self.earlier[topic.key] = messages
         if market.is_odd(topic.pair, "duplicates"):
             messages = [message for message in messages for _ in range(2)]
         is_late = market.is_odd(topic.pair, "late") and topic.channel != "book"
         return messages + earlier if is_late else messages
 
-    def ticker_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
+    def ticker_messages(self, topic: Topic, market: Market) -> list[str]:
         """Return the ticker, on kraken only after a trade or a change of the best prices."""
         ticker = market.ticker(topic.pair)
         ms = int(market.now * 1000)
@@ -120,20 +118,20 @@ class Socket:
         if event is None:
             messages = self.exchange.push(topic, ms, ticker)
             is_delta = self.exchange.pushes_swap_deltas and topic.pair.is_swap
-            return self.ticker_deltas(key, messages[0]) if is_delta else messages
-        last = self.pushed.get(key)
-        self.pushed[key] = event
+            return self.ticker_deltas(topic, messages[0]) if is_delta else messages
+        last = self.pushed.get(topic.key)
+        self.pushed[topic.key] = event
         is_active = topic.pair not in market.last_trades
         if event == last and not (self.is_clock_stopped and is_active):
             return []
         return self.exchange.push(topic, ms, ticker | {"type": "update" if last else "snapshot"})
 
-    def ticker_deltas(self, key: str, text: str) -> list[str]:
+    def ticker_deltas(self, topic: Topic, text: str) -> list[str]:
         """Return only the fields of a ticker that changed. A size comes with its price."""
         message = orjson.loads(text)
         data = message["data"]
-        last = self.pushed.get(key)
-        self.pushed[key] = data
+        last = self.pushed.get(topic.key)
+        self.pushed[topic.key] = data
         if last is None or (data == last and self.is_clock_stopped):
             return [text]
         if data == last:
@@ -144,11 +142,11 @@ class Socket:
         changed = {name: value for name, value in data.items() if name in names}
         return [orjson.dumps(message | {"type": "delta", "data": changed}).decode()]
 
-    def trade_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
+    def trade_messages(self, topic: Topic, market: Market) -> list[str]:
         last = market.last_trade(topic.pair)
-        pushed = self.pushed.get(key, last)
+        pushed = self.pushed.get(topic.key, last)
         first = max(pushed, last - MAX_TRADES) + 1
-        self.pushed[key] = max(pushed, last)
+        self.pushed[topic.key] = max(pushed, last)
         rows = market.trades(topic.pair, range(first, last + 1))
         is_odd = topic.pair.is_swap and market.is_odd(topic.pair, "odd_trades")
         if is_odd and self.exchange.pushes_block_trades:
@@ -156,10 +154,10 @@ class Socket:
         ms = int(market.now * 1000)
         return self.exchange.push(topic, ms, {"push_ms": ms}, rows=rows) if rows else []
 
-    def candle_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
+    def candle_messages(self, topic: Topic, market: Market) -> list[str]:
         """Return the growing candle, after the last updates of candles that have closed."""
         ms = int(market.now * 1000)
-        sent: Fields = self.pushed.get(key, {})
+        sent: Fields = self.pushed.get(topic.key, {})
         count = MAX_STEPS if sent else self.exchange.candle_snapshot
         seconds = self.exchange.intervals[str(topic.option)]
         periods = market.periods(seconds, count)
@@ -171,7 +169,7 @@ class Socket:
             rows = [row for row in rows if (row["number"], row["volume"]) != known]
         if not rows:
             return []
-        self.pushed[key] = rows[-1]
+        self.pushed[topic.key] = rows[-1]
         fields = {"push_ms": ms, "interval": topic.option, "type": "update" if sent else "snapshot"}
         parts = [rows]  # recorded: bybit's message has both candles
         if sent and self.exchange.pushes_only_trades:
@@ -179,12 +177,12 @@ class Socket:
         pushes = [self.exchange.push(topic, ms, fields, rows=part) for part in parts]
         return list(itertools.chain.from_iterable(pushes))
 
-    def book_messages(self, key: str, topic: Topic, market: Market) -> list[str]:
+    def book_messages(self, topic: Topic, market: Market) -> list[str]:
         """Return the updates of a book, after its snapshot if the exchange pushes one."""
         messages: list[str] = []
         now = market.step
         depth = int(topic.option)
-        book: Book | None = self.pushed.get(key)
+        book: Book | None = self.pushed.get(topic.key)
         if book is None and self.exchange.pushes_snapshots:
             book = market.book(topic.pair, depth, now)
             messages += self.push_book("snapshot", topic, book, book)
@@ -193,20 +191,20 @@ class Socket:
         for step in range(max(book.step + 1, now - MAX_STEPS), now + 1):
             new = market.book(topic.pair, depth, step)
             update = self.push_book("snapshot" if depth == 1 else "delta", topic, book, new)
-            if depth == 1 or not self.loses_delta(key, topic, market, book, new):
+            if depth == 1 or not self.loses_delta(topic, market, book, new):
                 messages += update
             book = new
-        self.pushed[key] = book
+        self.pushed[topic.key] = book
         return messages
 
-    def loses_delta(self, key: str, topic: Topic, market: Market, book: Book, new: Book) -> bool:
+    def loses_delta(self, topic: Topic, market: Market, book: Book, new: Book) -> bool:
         """Return whether to skip this delta: the first one that changes the prices of the book."""
         if not market.is_odd(topic.pair, "lost_delta"):
-            self.lost.discard(key)
+            self.lost.discard(topic.key)
             return False
-        if key in self.lost or book.bids.keys() == new.bids.keys():
+        if topic.key in self.lost or book.bids.keys() == new.bids.keys():
             return False
-        self.lost.add(key)
+        self.lost.add(topic.key)
         return True
 
     def push_book(self, kind: str, topic: Topic, previous: Book, book: Book) -> list[str]:
