@@ -10,13 +10,13 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from ipaddress import ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
 from dotenv import dotenv_values
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, SecretStr
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, SecretStr
 from pydantic.fields import Field, FieldInfo
 from pydantic_core import ValidationError
 
@@ -35,44 +35,48 @@ class ConfigError(Exception):
     """A setting is invalid. The text is one line with its name, its value and what is expected."""
 
 
-def _check(is_valid: Callable[[str], object], expected: str) -> BeforeValidator:
-    """Return a validator that rejects a text, unless it is empty or `is_valid` returns true."""
+def _parsed(parse: Callable[[str], object], expected: str) -> BeforeValidator:
+    """Return a validator that replaces a text by what `parse` returns, unless it is empty.
+
+    For an invalid text `parse` returns None or raises `ValueError`; the error says what was
+    `expected`.
+    """
 
     def validate(value: object) -> object:
-        if isinstance(value, str) and value and not is_valid(value):
-            raise ValueError(expected)
-        return value
+        if not isinstance(value, str) or not value:
+            return value
+        with suppress(ValueError):
+            if (parsed := parse(value)) is not None:
+                return parsed
+        raise ValueError(expected)
 
     return BeforeValidator(validate)
 
 
-def _is_url(url: str, schemes: tuple[str, ...] = ("http", "https")) -> bool:
-    """Return True if the URL has one of the schemes and a valid port, or none."""
-    with suppress(ValueError):
-        parts = urlsplit(url)
-        return parts.port != 0 and parts.scheme in schemes
-    return False
+def _parse_url(url: str, *schemes: str) -> str | None:
+    """Check that a URL has one of the schemes (default: HTTP), and a valid port or none."""
+    parts = urlsplit(url)
+    return url if parts.port != 0 and parts.scheme in (schemes or ("http", "https")) else None
 
 
-def _is_base_url(url: str) -> bool:
-    """Return True for an absolute URL without credentials, which would appear in logs."""
-    if not _is_url(url, ("http", "https", "ws", "wss")):
-        return False
+def _parse_base_url(url: str) -> str | None:
+    """Check that a URL is absolute and has no credentials, which would appear in logs."""
     host = urlsplit(url).netloc
-    return host != "" and "@" not in host
+    is_valid = host and "@" not in host and _parse_url(url, "http", "https", "ws", "wss")
+    return url.rstrip("/") if is_valid else None
 
 
-def _is_redis_url(url: str) -> bool:
-    """Return True for the URL of one Redis server, of Sentinels or of a Redis Cluster."""
-    if _is_url(url, ("redis", "rediss", "unix")):
-        return True
+def _parse_redis_url(url: str) -> str | None:
+    """Check the URL of one Redis server, of Sentinels or of a Redis Cluster."""
     several = r"rediss?\+(sentinel://[^/?#\s]+/[\w.-]+(/\d+)?|cluster://[^/?#\s]+)/?"
+    if not re.fullmatch(several, url):
+        return _parse_url(url, "redis", "rediss", "unix")
     credentials = url.partition("://")[2].rpartition("@")[0]
     # All hosts share one user and password. "@" and "," in them are percent-encoded.
-    if not re.fullmatch(several, url) or set(credentials) & set("@,"):
-        return False
-    schemes = ("redis", "rediss")
-    return all(_is_url(each, schemes) and urlsplit(each).hostname for each in split_hosts(url))
+    is_valid = not set(credentials) & set("@,") and all(
+        _parse_url(each, "redis", "rediss") and urlsplit(each).hostname for each in split_hosts(url)
+    )
+    return url if is_valid else None
 
 
 def split_hosts(url: str) -> list[str]:
@@ -86,60 +90,50 @@ def split_hosts(url: str) -> list[str]:
     return [f"{scheme}://{credentials}{at}{host}" for host in hosts.split(",")]
 
 
-def _split(value: object) -> object:
+def _split(text: str) -> tuple[str, ...]:
     """Split a comma-separated list, without blanks and empty items."""
-    if not isinstance(value, str):
-        return value
-    return tuple(item.strip() for item in value.split(",") if item.strip())
+    return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
-def _parse_networks(items: tuple[str, ...]) -> tuple[str, ...]:
-    try:
-        return tuple(str(ip_network(item, strict=False)) for item in items)
-    except ValueError:
-        raise ValueError("IP addresses and networks, for example 10.0.0.0/8,fd00::1") from None
+def _parse_networks(text: str) -> list[IPv4Network | IPv6Network]:
+    return [ip_network(item, strict=False) for item in _split(text)]
 
 
-def _parse_budget(value: str) -> tuple[int, int]:
+def _parse_budget(text: str) -> list[int] | None:
     """Parse `weight/seconds`, two positive whole numbers."""
-    if not re.fullmatch(r"[1-9]\d{0,7}/[1-9]\d{0,4}", value):
-        raise ValueError("weight/seconds, for example 600/5")
-    weight, seconds = value.split("/")
-    return int(weight), int(seconds)
+    match = re.fullmatch(r"([1-9]\d{0,7})/([1-9]\d{0,4})", text)
+    return [int(number) for number in match.groups()] if match else None
 
 
-def _parse_api_keys(value: object) -> object:
+def _parse_api_keys(text: str) -> dict[str, str] | None:
     """Parse `name:key,name:key`. The default name of a key is `key` and its position."""
-    if not isinstance(value, str):
-        return value
     keys: dict[str, str] = {}
-    for position, item in enumerate(value.split(","), start=1):
+    for position, item in enumerate(text.split(","), start=1):
         name, separator, key = item.strip().rpartition(":")
         name = name if separator else f"key{position}"
         is_valid = re.fullmatch(r"[A-Za-z0-9_-]{1,32}", name) and _KEY.fullmatch(key)
         if not is_valid or name in keys:
-            raise ValueError("distinct names and keys of 8 to 256 characters, as name:key,name:key")
+            return None
         keys[name] = key
     return keys
 
 
-def _names_out_of(allowed: tuple[str, ...]) -> AfterValidator:
+def _names_out_of(*allowed: str) -> BeforeValidator:
     """Reject a list that is empty, repeats a name or has a name that is not allowed."""
 
-    def validate(names: tuple[str, ...]) -> tuple[str, ...]:
-        if not names or len(set(names)) < len(names) or not set(names) <= set(allowed):
-            raise ValueError(f"distinct names out of {', '.join(allowed)}")
-        return names
+    def parse(text: str) -> tuple[str, ...] | None:
+        names = _split(text)
+        is_valid = names and len(set(names)) == len(names) and set(names) <= set(allowed)
+        return names if is_valid else None
 
-    return AfterValidator(validate)
+    return _parsed(parse, f"distinct names out of {', '.join(allowed)}")
 
 
-def _check_symbols(names: tuple[str, ...]) -> tuple[str, ...]:
+def _parse_symbols(text: str) -> tuple[str, ...] | None:
+    names = _split(text)
     symbols = {name.upper().replace("-", "/", 1) for name in names}
     is_count_valid = 1 <= len(symbols) == len(names) <= MAX_DASHBOARD_SYMBOLS
-    if not is_count_valid or not all(map(_SYMBOL.fullmatch, symbols)):
-        raise ValueError(f"1 to {MAX_DASHBOARD_SYMBOLS} distinct symbols, for example BTC-USDT")
-    return names
+    return names if is_count_valid and all(map(_SYMBOL.fullmatch, symbols)) else None
 
 
 # What a setting expects, for error messages.
@@ -150,20 +144,23 @@ REDIS_URL = (
 )
 HOST = "a host name or an IP address, or an empty value for memory only"
 KEY = "8 to 256 printable ASCII characters without blanks"
+API_KEYS = "distinct names and keys of 8 to 256 characters, as name:key,name:key"
+SYMBOLS = f"1 to {MAX_DASHBOARD_SYMBOLS} distinct symbols, for example BTC-USDT"
+NETWORKS = "IP addresses and networks, for example 10.0.0.0/8,fd00::1"
 
-Url = Annotated[str, _check(_is_base_url, BASE_URL), AfterValidator(lambda url: url.rstrip("/"))]
-PageUrl = Annotated[Url, _check(_is_url, "http://... or https://..., without a password")]
-ProxyUrl = Annotated[SecretStr, _check(_is_url, "http://... or https://...")]
-RedisUrl = Annotated[SecretStr, _check(_is_redis_url, REDIS_URL)]
-Host = Annotated[str, _check(_HOST.fullmatch, HOST)]
-Token = Annotated[SecretStr, _check(_KEY.fullmatch, KEY)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
-ExchangeNames = Annotated[Names, _names_out_of(EXCHANGES)]
-MarketTypes = Annotated[Names, _names_out_of(("spot", "swap"))]
-Symbols = Annotated[Names, AfterValidator(_check_symbols)]
-Networks = Annotated[Names, AfterValidator(_parse_networks)]
-Budget = Annotated[tuple[int, int], BeforeValidator(_parse_budget)]
-ApiKeys = Annotated[dict[str, SecretStr], BeforeValidator(_parse_api_keys)]
+Url = Annotated[str, _parsed(_parse_base_url, BASE_URL)]
+PageUrl = Annotated[Url, _parsed(_parse_url, "http://... or https://..., without a password")]
+ProxyUrl = Annotated[SecretStr, _parsed(_parse_url, "http://... or https://...")]
+RedisUrl = Annotated[SecretStr, _parsed(_parse_redis_url, REDIS_URL)]
+Host = Annotated[str, _parsed(lambda text: _HOST.fullmatch(text) and text, HOST)]
+Token = Annotated[SecretStr, _parsed(lambda text: _KEY.fullmatch(text) and text, KEY)]
+Names = Annotated[tuple[str, ...], _parsed(_split, "a comma-separated list")]
+ExchangeNames = Annotated[tuple[str, ...], _names_out_of(*EXCHANGES)]
+MarketTypes = Annotated[tuple[str, ...], _names_out_of("spot", "swap")]
+Symbols = Annotated[tuple[str, ...], _parsed(_parse_symbols, SYMBOLS)]
+Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], _parsed(_parse_networks, NETWORKS)]
+Budget = Annotated[tuple[int, int], _parsed(_parse_budget, "weight/seconds, for example 600/5")]
+ApiKeys = Annotated[dict[str, SecretStr], _parsed(_parse_api_keys, API_KEYS)]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)]
 LogFormat = Annotated[Literal["text", "json"], BeforeValidator(str.lower)]
 NO_SECRET = SecretStr("")
@@ -306,15 +303,11 @@ class Settings(_Frozen):
     gateway_url: Url = "http://127.0.0.1:8000"
     """URL of the gateway, for `maintenance.py`."""
 
-    def exchange(self, name: str) -> ExchangeSettings:
-        """Return the settings of one exchange. Raises `KeyError` for an unknown name."""
-        return self.exchanges[name]
-
     @property
     def enabled_exchanges(self) -> tuple[str, ...]:
         """The enabled exchanges in order of preference."""
         ordered = dict.fromkeys((*self.exchange_order, *EXCHANGES))
-        return tuple(name for name in ordered if self.exchange(name).enabled)
+        return tuple(name for name in ordered if self.exchanges[name].enabled)
 
     @property
     def redis_address(self) -> str:

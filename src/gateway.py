@@ -43,30 +43,6 @@ BatchKey = tuple[str, str]  # a ticker in a batch: its symbol, and its exchange 
 Attempts = dict[Key, GatewayError]
 
 
-class MaintenanceLog(dict[str, float]):
-    """Maintenance task -> UTC seconds of its last success. Redis keeps it over restarts."""
-
-    def __init__(self, store: RedisStore, clock: Clock) -> None:
-        super().__init__()
-        self._store = store
-        self._clock = clock
-
-    async def record(self, task: str) -> None:
-        """Record that a task succeeded now."""
-        now = self._clock.time()
-        self[task] = now
-        with contextlib.suppress(RedisUnavailable):
-            await self._store.run("maintenance", lambda redis: redis.hset(MAINTENANCE, task, now))
-
-    async def recall(self) -> None:
-        """Read what Redis has."""
-        with contextlib.suppress(RedisUnavailable, ValueError):
-            read = methodcaller("hmget", MAINTENANCE, metrics.TASKS)
-            times = await self._store.run("maintenance", read, RECALL_TIMEOUT_SECONDS)
-            found = zip(metrics.TASKS, times, strict=True)
-            self.update({task: float(time) for task, time in found if time})
-
-
 class Gateway:
     """The parts of one process, joined. Its methods raise `GatewayError` and nothing else."""
 
@@ -87,7 +63,8 @@ class Gateway:
         self.markets = self.manager.markets
         self.last_prices = LastPrices(settings.fallback_max_deviation, clock)
         self.started_at = clock.time()
-        self.maintenance = MaintenanceLog(self.store, clock)
+        self.maintenance: dict[str, float] = {}
+        """Maintenance task -> UTC seconds of its last success. Redis keeps it over restarts."""
 
     async def serve(
         self,
@@ -139,7 +116,7 @@ class Gateway:
     ) -> dict[BatchKey, Served | GatewayError]:
         """Answer each name with the first of its keys that can be had within `seconds`."""
         deadline = self.clock.monotonic() + seconds
-        answers: dict[BatchKey, Served | GatewayError] = {}
+        answers: dict[BatchKey, Served] = {}
         attempts: dict[BatchKey, Attempts] = {name: {} for name in candidates}
         while self.clock.monotonic() < deadline:
             left = {
@@ -153,10 +130,9 @@ class Gateway:
             now = self.clock.monotonic()
             # Each exchange gets its share of the time left, so that one that hangs leaves some.
             share = (deadline - now) / max(len(keys) for keys in left.values())
-            longest = self._longest_wait([candidates[name] for name in chosen], max_age)
-            outcomes = await _get(
-                self.cache, set(chosen.values()), now + min(share, longest), max_age
-            )
+            if all(self._find_stale(candidates[name], max_age) for name in chosen):
+                share = min(share, self.settings.stale_wait_seconds)
+            outcomes = await _get(self.cache, set(chosen.values()), now + share, max_age)
             for name, key in chosen.items():
                 outcome = self.last_prices.check(outcomes[key], candidates[name])
                 if isinstance(outcome, Served):
@@ -165,15 +141,10 @@ class Gateway:
                     attempts[name] = dict.fromkeys(candidates[name], outcome)
                 else:
                     attempts[name][key] = outcome
-        for name, keys in candidates.items():
-            if name not in answers:
-                answers[name] = self.stale_or_error(keys, attempts[name], max_age)
-        return {name: answers[name] for name in candidates}
-
-    def _longest_wait(self, candidates: Sequence[Sequence[Key]], max_age: float | None) -> float:
-        """Return how long to wait for one exchange: shortly if stale values can be served."""
-        has_stale = all(self._find_stale(keys, max_age) for keys in candidates)
-        return self.settings.stale_wait_seconds if has_stale else self.settings.request_timeout
+        return {
+            name: answers.get(name) or self.stale_or_error(keys, attempts[name], max_age)
+            for name, keys in candidates.items()
+        }
 
     def find_in_memory(self, keys: Sequence[Key]) -> Entry | None:
         """Return the entry that answers a request for these keys, or None.
@@ -276,7 +247,22 @@ class Gateway:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_LIST_SECONDS - START_SECONDS):
                 await self.loader.wait_for_first_lists(enough=1)
-        await self.maintenance.recall()
+        await self.recall_maintenance()
+
+    async def record_maintenance(self, task: str) -> None:
+        """Record that a maintenance task succeeded now."""
+        now = self.clock.time()
+        self.maintenance[task] = now
+        with contextlib.suppress(RedisUnavailable):
+            await self.store.run("maintenance", methodcaller("hset", MAINTENANCE, task, now))
+
+    async def recall_maintenance(self) -> None:
+        """Read what Redis has about maintenance tasks."""
+        with contextlib.suppress(RedisUnavailable, ValueError):
+            read = methodcaller("hmget", MAINTENANCE, metrics.TASKS)
+            times = await self.store.run("maintenance", read, RECALL_TIMEOUT_SECONDS)
+            found = zip(metrics.TASKS, times, strict=True)
+            self.maintenance |= {task: float(time) for task, time in found if time}
 
     async def close(self) -> None:
         """Close the parts in reverse order."""
@@ -303,34 +289,30 @@ class Gateway:
         return candidates, refused
 
     async def _load(self, keys: Sequence[Key]) -> Loaded:
-        """Load one key of any kind, or tickers of one exchange and market type with one call."""
-        if len(keys) == 1:
-            return {keys[0]: await self._load_one(keys[0])}
-        try:
-            fetched = await self.manager.tickers(keys[0].exchange, [key.symbol for key in keys])
-        except CallerError:  # one symbol that the exchange no longer knows fails the whole list
-            half = len(keys) // 2
-            return await self._load(keys[:half]) | await self._load(keys[half:])
-        loaded: Loaded = {}
-        for key in keys:
-            ticker = fetched.value[key.symbol]
-            if isinstance(ticker, GatewayError):
-                loaded[key] = ticker
-            else:
-                loaded[key] = self._entry(key, ticker, fetched)
-        return loaded
+        """Load one key of any kind, or tickers of one exchange and market type with one call.
 
-    async def _load_one(self, key: Key) -> Entry | GatewayError:
-        """Load one key. A refusal is returned, because the cache remembers it."""
+        A refusal is returned, because the cache remembers it.
+        """
+        first = keys[0]
         try:
-            fetched = await kinds.fetch(self.manager, key)
+            if len(keys) == 1:
+                fetched = await kinds.fetch(self.manager, first)
+                return {first: self._entry(first, fetched.value, fetched)}
+            tickers = await self.manager.tickers(first.exchange, [key.symbol for key in keys])
         except CallerError as error:
-            return error
-        return self._entry(key, fetched.value, fetched)
+            if len(keys) == 1:
+                return {first: error}
+            half = len(keys) // 2  # one symbol that the exchange no longer knows fails the list
+            return await self._load(keys[:half]) | await self._load(keys[half:])
+        return {key: self._entry(key, tickers.value[key.symbol], tickers) for key in keys}
 
-    def _entry(self, key: Key, data: MarketData, fetched: Fetched[Any]) -> Entry:
+    def _entry(
+        self, key: Key, data: MarketData | GatewayError, fetched: Fetched[Any]
+    ) -> Entry | GatewayError:
+        if isinstance(data, GatewayError):
+            return data
         ttl = kinds.ttl_of(self.settings, key)
-        freshness = KINDS[key.kind].freshness(key, data, fetched.requested_at, ttl)
+        freshness = KINDS[key.kind].freshness(ttl, key, data, fetched.requested_at)
         data.requested_at = int(fetched.sent_at * 1000)
         if fetched.server_time:
             data.server_time = fetched.server_time

@@ -55,10 +55,8 @@ class Kind:
     """
     cut: Callable[[dict[str, Any], tuple[Any, ...]], dict[str, Any]] = lambda document, _: document
     """Returns the part of a shared answer that a client's parameters ask for."""
-    freshness: Callable[[Key, Any, float, float], Freshness] = lambda _, __, ___, ttl: Freshness(
-        ttl
-    )
-    """Returns how long an answer is fresh, given its key, when it was requested and its TTL.
+    freshness: Callable[[float, Key, Any, float], Freshness] = lambda ttl, *_: Freshness(ttl)
+    """Returns how long an answer is fresh, given its TTL, its key and when it was requested.
 
     The time is in UTC seconds on the exchange's clock. Sets the members of the data that depend on
     it.
@@ -118,13 +116,6 @@ def grid_of(exchange: str, timeframe: str) -> Grid:
     return Grid(TIMEFRAMES[timeframe] * 1000, offset * 1000)
 
 
-def _share_candles(
-    _profile: Profile, _symbol: str, params: tuple[str, int, bool]
-) -> tuple[Param, ...]:
-    """Return the parameters of the newest candles, as many as one call has."""
-    return params[0], None
-
-
 def _cut_candles(document: dict[str, Any], params: tuple[str, int, bool]) -> dict[str, Any]:
     """Keep the newest `limit` candles, with `closed` those that are final."""
     _, limit, closed = params
@@ -142,7 +133,7 @@ def _fetch_candles(
     return methodcaller("fetch_ohlcv", symbol, timeframe, **arguments)
 
 
-def _candle_freshness(key: Key, candles: CandlePage, requested_at: float, ttl: float) -> Freshness:
+def _candle_freshness(ttl: float, key: Key, candles: CandlePage, requested_at: float) -> Freshness:
     """Expire candles when the newest one closes, and final pages after a day."""
     timeframe, start = key.params
     grid = grid_of(key.exchange, str(timeframe))
@@ -176,7 +167,7 @@ KINDS = {
         build=CandlePage.from_ccxt,
         price=_candles_price,
         build_params=("timeframe",),
-        share=_share_candles,
+        share=lambda _, __, params: (params[0], None),  # the newest candles, a whole page
         cut=_cut_candles,
         freshness=_candle_freshness,
     ),

@@ -28,6 +28,7 @@ from prometheus_client import REGISTRY
 
 from config import Settings, load_settings
 from src.api import create_app
+from src.core import metrics
 from src.exchanges.ccxt_client import ClientOptions, load_snapshot
 from src.exchanges.http_client import Answer, tls_context
 from src.gateway import Gateway
@@ -405,6 +406,7 @@ async def eventually(predicate: Callable[[], object], seconds: float = 60.0) -> 
 
 def sample(name: str, **labels: str) -> float:
     """Return the value of a metric, 0 if it does not exist."""
+    metrics.flush()
     return REGISTRY.get_sample_value(f"virtuoso_{name}", labels) or 0.0
 
 

@@ -76,7 +76,7 @@ def test_environment_variable_sets_its_field(
     """Each environment variable sets its field. Surrounding blanks and case do not matter."""
     settings = load_settings({name: text}, NO_FILE)
     exchange, _, field = path.rpartition(".")
-    owner: Any = settings.exchange(exchange) if exchange else settings
+    owner: Any = settings.exchanges[exchange] if exchange else settings
     assert plain(getattr(owner, field)) == expected
 
 
@@ -84,7 +84,7 @@ def test_defaults() -> None:
     """Without an environment all exchanges are enabled, Redis is local and access is open."""
     settings = load_settings({}, NO_FILE)
     assert settings.enabled_exchanges == EXCHANGES
-    assert [settings.exchange(name).budget for name in EXCHANGES] == [(600, 5), (6000, 60), (5, 5)]
+    assert [settings.exchanges[name].budget for name in EXCHANGES] == [(600, 5), (6000, 60), (5, 5)]
     assert settings.redis_address == "redis://localhost:6379/0"
     assert (settings.cache_memory_size, settings.cache_memory_ttl) == (1000, 30)
     assert (settings.max_concurrent, settings.request_timeout, settings.cb_threshold) == (100, 5, 5)
@@ -119,7 +119,7 @@ settings = config.load_settings(
     {"FOURTH_ENABLED": "false", "FOURTH_SECRET": "abc", "EXCHANGE_ORDER": "fourth,kraken"},
     Path(os.devnull),
 )
-fourth = settings.exchange("fourth")
+fourth = settings.exchanges["fourth"]
 print(fourth.enabled, fourth.budget, fourth.api_secret.get_secret_value(), settings.exchange_order)
 print(*(name[6:] for name in config.setting_names() if name.startswith("FOURTH")))
 try:
@@ -173,7 +173,7 @@ def test_redis_url_replaces_host_port_and_password() -> None:
 def test_long_name_of_an_exchange_key_takes_precedence() -> None:
     """If both KRAKEN_KEY and KRAKEN_API_KEY are set, KRAKEN_API_KEY is used."""
     settings = load_settings({"KRAKEN_KEY": "short", "KRAKEN_API_KEY": "long"}, NO_FILE)
-    assert settings.exchange("kraken").api_key.get_secret_value() == "long"
+    assert settings.exchanges["kraken"].api_key.get_secret_value() == "long"
 
 
 def test_api_keys_have_names() -> None:
@@ -199,12 +199,6 @@ def test_enabled_exchanges_are_in_order_of_preference(
 ) -> None:
     """The exchanges of EXCHANGE_ORDER come first. Disabled exchanges are left out."""
     assert load_settings(environment, NO_FILE).enabled_exchanges == expected
-
-
-def test_unknown_exchange_has_no_settings() -> None:
-    """`exchange` does not read attributes of the settings."""
-    with pytest.raises(KeyError):
-        load_settings({}, NO_FILE).exchange("secrets")
 
 
 @pytest.mark.parametrize(
@@ -314,7 +308,7 @@ def test_printed_settings_contain_no_secret() -> None:
     """No form of printing shows a secret. `secrets` has all of them."""
     settings = load_settings(SECRETS, NO_FILE)
     texts = [repr(settings), str(settings), settings.model_dump_json(), f"{settings!r:s}"]
-    texts += [repr(settings.exchange("bybit"))]
+    texts += [repr(settings.exchanges["bybit"])]
     for text in texts:
         assert CANARY not in text
     all_secrets = " ".join(settings.secrets)
@@ -350,7 +344,7 @@ def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         settings.cb_threshold = 1  # type: ignore[misc]
     with pytest.raises(ValidationError, match="frozen"):
-        settings.exchange("bybit").enabled = False  # type: ignore[misc]
+        settings.exchanges["bybit"].enabled = False  # type: ignore[misc]
 
 
 def test_environment_takes_precedence_over_file(tmp_path: Path) -> None:
@@ -366,7 +360,7 @@ def test_environment_takes_precedence_over_file(tmp_path: Path) -> None:
         8,
         100,
     )
-    assert settings.exchange("kraken").api_secret.get_secret_value() == "a b#c"
+    assert settings.exchanges["kraken"].api_secret.get_secret_value() == "a b#c"
     assert settings.redis_port == 6379
 
 

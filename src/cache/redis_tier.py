@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import orjson
@@ -83,10 +84,13 @@ class RedisTier:
     async def read(self, keys: Sequence[Key]) -> dict[Key, Entry]:
         """Return the entries in Redis, fresh or not."""
         try:
-            values = await self._store.run("get", _mget([key.redis_name() for key in keys]))
+            values = await self._store.run(
+                "get", partial(_mget, [key.redis_name() for key in keys])
+            )
         except RedisUnavailable:
             return {}
-        entries = {key: self._parse(key, value) for key, value in zip(keys, values, strict=True)}
+        parse = partial(Entry.parse, clock=self._clock)
+        entries = {key: parse(key, value) for key, value in zip(keys, values, strict=True)}
         return {key: entry for key, entry in entries.items() if entry is not None}
 
     async def lock_or_find(
@@ -106,7 +110,7 @@ class RedisTier:
             except RedisUnavailable:
                 return False, None
             is_locked = bool(reply[0])
-            entry = self._parse(key, reply[1])
+            entry = Entry.parse(key, reply[1], self._clock)
             if entry is not None and accept(entry):
                 if is_locked:
                     self.write(key, None)
@@ -224,17 +228,11 @@ class RedisTier:
         names = (key.redis_name(), key.redis_name("lock"))
         return lambda redis: redis.eval(script, 2, *names, self._token, *arguments)
 
-    def _parse(self, key: Key, raw: object) -> Entry | None:
-        return Entry.parse(key, raw, self._clock)
 
-
-def _mget(names: list[str]) -> Callable[[RedisClient], Awaitable[list[Any]]]:
-    def mget(redis: RedisClient) -> Awaitable[list[Any]]:
-        if isinstance(redis, RedisCluster) and len(names) > 1:  # a command for each slot
-            return redis.mget_nonatomic(names)
-        return redis.mget(names)
-
-    return mget
+def _mget(names: list[str], redis: RedisClient) -> Awaitable[list[Any]]:
+    if isinstance(redis, RedisCluster) and len(names) > 1:  # a command for each slot
+        return redis.mget_nonatomic(names)
+    return redis.mget(names)
 
 
 def _escape_pattern(symbol: str | None) -> str:

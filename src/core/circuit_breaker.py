@@ -71,10 +71,6 @@ class Policy:
         is_row = len(failures) == self.threshold
         return is_row and failures[-1][0] - failures[0][0] < self.window_seconds
 
-    def open_seconds(self, trips: int) -> float:
-        """Return the open time after a number of trips in a row."""
-        return exponential_backoff(trips, self.reset_seconds, self.max_open_seconds)
-
 
 @dataclass(eq=False, slots=True)
 class _Generation:
@@ -112,13 +108,8 @@ class CircuitBreaker:
             self._change(HALF_OPEN)
         return self._generation.state
 
-    @property
-    def is_admitting(self) -> bool:
-        """True if a call without a subject would be admitted now."""
-        return self.admits("")
-
-    def admits(self, subject: str) -> bool:
-        """True if a call about a subject would be admitted now."""
+    def admits(self, subject: str = "") -> bool:
+        """True if a call would be admitted now: about a subject, or without one."""
         is_other = "" not in (subject, self.suspect) and subject != self.suspect
         return (self.state != OPEN or is_other) and not self._generation.is_probing
 
@@ -135,7 +126,7 @@ class CircuitBreaker:
         `subject` is what the call is about, if it is about one of several.
         """
         if not self.admits(subject):
-            raise _rejection(self)
+            raise self._rejection()
         generation = self._generation
         generation.is_probing = generation.state != CLOSED
         try:
@@ -175,16 +166,29 @@ class CircuitBreaker:
         now = self._clock.monotonic()
         self._failures.append((now, subject))
         if self._generation.state == HALF_OPEN or self._policy.is_exceeded(self._failures):
-            until = now + self._policy.open_seconds(self.trips)
+            longest = self._policy.max_open_seconds
+            seconds = exponential_backoff(self.trips, self._policy.reset_seconds, longest)
             self.trips += 1
-            self.trip(until, cause)
+            self.trip(now + seconds, cause)
             is_alone = len({failed for _, failed in self._failures}) == 1
             self.suspect = subject if is_alone else ""
 
     def _change(self, new: str) -> None:
         old = self._generation.state
         self._generation = _Generation(new)
-        _notify(self, old, new)
+        try:
+            self.on_change(old, new, self.cause)
+        except Exception:
+            log.exception("breaker callback failed", extra={"breaker": self.name})
+
+    def _rejection(self) -> CircuitOpen:
+        seconds = self.retry_after
+        return CircuitOpen(
+            f"the circuit breaker of {self.name} is {self.state} ({self.cause}); {RETRY_ADVICE}",
+            exchange=self.name,
+            retry_after=seconds if 0 < seconds < math.inf else REJECTION_SECONDS,
+            cause=self.cause,
+        )
 
 
 def hold(breaker: CircuitBreaker, until: float, cause: str) -> None:
@@ -200,21 +204,3 @@ def hold(breaker: CircuitBreaker, until: float, cause: str) -> None:
 def exponential_backoff(failures: int, initial: float, maximum: float) -> float:
     """Return `initial`, doubled for each of the `failures`, up to `maximum`."""
     return min(initial * 2.0 ** min(failures, MAX_DOUBLINGS), max(initial, maximum))
-
-
-def _rejection(breaker: CircuitBreaker) -> CircuitOpen:
-    seconds = breaker.retry_after
-    state = f"{breaker.state} ({breaker.cause})"
-    return CircuitOpen(
-        f"the circuit breaker of {breaker.name} is {state}; {RETRY_ADVICE}",
-        exchange=breaker.name,
-        retry_after=seconds if 0 < seconds < math.inf else REJECTION_SECONDS,
-        cause=breaker.cause,
-    )
-
-
-def _notify(breaker: CircuitBreaker, old: str, new: str) -> None:
-    try:
-        breaker.on_change(old, new, breaker.cause)
-    except Exception:
-        log.exception("breaker callback failed", extra={"breaker": breaker.name})

@@ -15,8 +15,7 @@ from itertools import product
 from types import SimpleNamespace
 
 import prometheus_client
-from prometheus_client import REGISTRY, Counter, Gauge, disable_created_metrics
-from prometheus_client.registry import Collector
+from prometheus_client import Counter, Gauge, disable_created_metrics
 
 from src.core.circuit_breaker import STATES
 from src.core.clock import Clock
@@ -95,7 +94,7 @@ in_progress = SimpleNamespace(count=0)  # requests in progress
 
 
 def flush() -> None:
-    """Add everything that is counted in plain numbers to the metrics."""
+    """Add everything that is counted in plain numbers to the metrics, before they are read."""
     for route, route_hits in hits.items():
         route_hits.add_to_metrics(route)
     hits.clear()
@@ -105,17 +104,6 @@ def flush() -> None:
     for channel, count in streamed.items():
         stream_messages_sent_total.labels(channel).inc(count)
     streamed.clear()
-
-
-class _Flush(Collector):
-    """Flushes at each scrape. It is registered first, so it runs before other collectors."""
-
-    def collect(self) -> Iterable[prometheus_client.Metric]:
-        flush()
-        return ()
-
-
-REGISTRY.register(_Flush())
 
 
 def _counter(name: str, text: str, *labels: str, **values: Iterable[str]) -> Counter:
@@ -133,7 +121,7 @@ def _gauge(name: str, text: str, *labels: str) -> Gauge:
     return Gauge(f"virtuoso_{name}", text, labels)
 
 
-def _histogram(name: str, text: str, *labels: str, buckets: Sequence[float]) -> Histogram:
+def _histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
     return Histogram(f"virtuoso_{name}", text, labels, buckets=buckets)
 
 
@@ -146,7 +134,7 @@ def _create_series(metric: Counter | Histogram, *values: Iterable[str]) -> None:
 build_info = _gauge("build_info", "The running version. Always 1.", "version", "python")
 http_requests_total = _counter("http_requests", "Requests answered.", "route", "method", "code")
 http_request_duration_seconds = _histogram(
-    "http_request_duration_seconds", "Time from request to last byte.", "route", buckets=FAST
+    "http_request_duration_seconds", "Time from request to last byte.", FAST, "route"
 )
 http_requests_in_progress = _gauge("http_requests_in_progress", "Requests in progress.")
 http_requests_in_progress.set_function(lambda: in_progress.count)
@@ -159,8 +147,9 @@ exchange_requests_total = _counter(
 exchange_request_duration_seconds = _histogram(
     "exchange_request_duration_seconds",
     "Duration of a call to an exchange.",
-    *("exchange", "operation"),
-    buckets=FAST[5:],
+    FAST[5:],
+    "exchange",
+    "operation",
 )
 rows_dropped_total = _counter(
     "rows_dropped", "Implausible rows of an answer that were left out.", "exchange", "operation"
@@ -184,7 +173,7 @@ cache_requests_total = _counter(
     "cache_requests", "Requested values by result.", result=CACHE_RESULTS
 )
 cache_served_age_seconds = _histogram(
-    "cache_served_age_seconds", "Age of the data when it was served.", "route", buckets=AGES
+    "cache_served_age_seconds", "Age of the data when it was served.", AGES, "route"
 )
 cache_tier_operations_total = _counter(
     "cache_tier_operations", "Operations on a tier.", "tier", "operation", "outcome"
@@ -192,8 +181,9 @@ cache_tier_operations_total = _counter(
 cache_tier_operation_duration_seconds = _histogram(
     "cache_tier_operation_duration_seconds",
     "Duration of an operation on a tier.",
-    *("tier", "operation"),
-    buckets=FAST[:-3],
+    FAST[:-3],
+    "tier",
+    "operation",
 )
 cache_tier_up = _gauge(
     "cache_tier_up", "1 if an external tier answers, else 0. Absent if not configured.", "tier"
@@ -227,26 +217,23 @@ trades_dropped_total = _counter(
     "trades_dropped", "Rows left out of lists of trades.", "exchange", "reason"
 )
 stream_event_age_seconds = _histogram(
-    "stream_event_age_seconds", "Time from receipt until publishing to a feed.", buckets=FAST
+    "stream_event_age_seconds", "Time from receipt until publishing to a feed.", FAST
 )
 receipt_lag_seconds = _histogram(
-    "receipt_lag_seconds",
-    "Time from the exchange's own time to receipt.",
-    "exchange",
-    buckets=FAST[3:],
+    "receipt_lag_seconds", "Time from the exchange's own time to receipt.", FAST[3:], "exchange"
 )
 delivery_lag_seconds = _histogram(
     "delivery_lag_seconds",
     "Time from the exchange's own time of a pushed value to publishing to feeds.",
+    FAST[3:],
     "exchange",
-    buckets=FAST[3:],
 )
 stream_lease_changes_total = _counter(
     "stream_lease_changes",
     "Topics that this replica began or stopped to watch for all.",
     to=("taken", "lost"),
 )
-event_loop_lag_seconds = _histogram("event_loop_lag_seconds", "Event loop delay.", buckets=LAGS)
+event_loop_lag_seconds = _histogram("event_loop_lag_seconds", "Event loop delay.", LAGS)
 internal_errors_total = _counter(
     "internal_errors", "Unexpected background errors.", component=COMPONENTS
 )

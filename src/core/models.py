@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from src.core import metrics
 from src.core.errors import BadUpstreamData, MarketHalted
-from src.core.metrics import trades_dropped_total
 
 TIMEFRAMES = {  # seconds
     "1m": 60, "5m": 300, "15m": 900, "30m": 1800, "1h": 3600, "4h": 14400, "1d": 86400,
@@ -160,8 +159,8 @@ class OrderBook(MarketData):
         Raises `BadUpstreamData` if the book is crossed or not numeric. A halted market has an empty
         book, and in an auction the best bid may equal the best ask.
         """
-        bids = _to_rows(raw.get("bids"), 2, exchange, symbol)[:limit]
-        asks = _to_rows(raw.get("asks"), 2, exchange, symbol)[:limit]
+        bids = _to_levels(raw.get("bids"), exchange, symbol)[:limit]
+        asks = _to_levels(raw.get("asks"), exchange, symbol)[:limit]
         if bids and asks and bids[0][0] > asks[0][0]:
             raise _bad_data(exchange, symbol, "sent a crossed order book")
         numbers = {name: _to_positive_integer(raw.get(name)) for name in ("timestamp", "nonce")}
@@ -316,10 +315,10 @@ class Trades(MarketData):
             try:
                 trade = Trade.from_ccxt(row, exchange, symbol)
             except BadUpstreamData:
-                trades_dropped_total.labels(exchange, "implausible").inc()
+                metrics.trades_dropped_total.labels(exchange, "implausible").inc()
                 continue
             if trade.id in ids:
-                trades_dropped_total.labels(exchange, "duplicate").inc()
+                metrics.trades_dropped_total.labels(exchange, "duplicate").inc()
                 continue
             ids |= {trade.id} if trade.id is not None else set()
             trades.append(trade)
@@ -382,8 +381,8 @@ def _to_candle(row: Sequence[Any], end: int) -> list[int | float] | None:
     return [int(time), *numbers[1:]] if is_plausible else None
 
 
-def _to_rows(raw: object, width: int, exchange: str, symbol: str) -> list[list[float]]:
-    """Return the first `width` numbers of each row.
+def _to_levels(raw: object, exchange: str, symbol: str) -> list[list[float]]:
+    """Return price and amount of each row.
 
     Raises `BadUpstreamData` if there is no list, or if one of them is not a number or negative.
     """
@@ -391,8 +390,8 @@ def _to_rows(raw: object, width: int, exchange: str, symbol: str) -> list[list[f
         raise _bad_data(exchange, symbol, "sent no rows")
     rows = []
     for row in raw:
-        numbers = [_to_number(value) for value in row[:width]]
-        if len(numbers) < width or any(number is None or number < 0 for number in numbers):
+        numbers = [_to_number(value) for value in row[:2]]
+        if len(numbers) < 2 or any(number is None or number < 0 for number in numbers):
             raise _bad_data(exchange, symbol, "sent rows that are not numbers")
         rows.append(numbers)
     return rows  # type: ignore[return-value]

@@ -109,7 +109,7 @@ class ClientOptions:
     @classmethod
     def from_settings(cls, exchange: str, settings: "Settings") -> Self:
         """Select the settings of one exchange."""
-        selected = settings.exchange(exchange)
+        selected = settings.exchanges[exchange]
         urls = (selected.rest_url, selected.ws_url)
         proxy = settings.https_proxy.get_secret_value()
         keys = (selected.api_key.get_secret_value(), selected.api_secret.get_secret_value())

@@ -210,7 +210,7 @@ class ExchangeManager:
         now = self.clock.monotonic()
         breaker = self._exchanges[name].breaker
         due = max(self._probe_at[name], breaker.open_until + PROBE_DELAY_SECONDS)
-        if breaker.state == HALF_OPEN and breaker.is_admitting and now >= due:
+        if breaker.state == HALF_OPEN and breaker.admits() and now >= due:
             self._probe_at[name] = now + self.settings.cb_reset_seconds
             trips = breaker.trips
             with contextlib.suppress(errors.GatewayError):
@@ -359,7 +359,7 @@ def _budgets(settings: Settings) -> dict[str, tuple[int, int]]:
     """Return the budget of each pool of the enabled exchanges."""
     budgets = {}
     for name in settings.enabled_exchanges:
-        exchange = settings.exchange(name)
+        exchange = settings.exchanges[name]
         budgets[name] = exchange.budget
         if exchange.futures_budget is not None and "swap" in settings.market_types:
             budgets[name + FUTURES] = exchange.futures_budget

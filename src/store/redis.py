@@ -84,7 +84,7 @@ class RedisStore:
         """
         if self.client is None:
             raise RedisUnavailable("not configured")
-        if not self.breaker.is_admitting:
+        if not self.breaker.admits():
             metrics.cache_tier_operations_total.labels("redis", operation, "skipped").inc()
             raise RedisUnavailable("its breaker is open")
         timeout = max(seconds, self._timeout)

@@ -71,7 +71,7 @@ async def record_maintenance(
     ],
 ) -> Response:
     """Record that a maintenance task succeeded now."""
-    await gateway_of(request).maintenance.record(task)
+    await gateway_of(request).record_maintenance(task)
     return responses.json({"recorded": task})
 
 

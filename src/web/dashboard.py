@@ -23,7 +23,6 @@ from src.core.clock import Clock
 from src.core.errors import NotFound
 from src.gateway import ALL, Gateway
 from src.kinds import DATA_ROUTES
-from src.streams.feed import TRANSPORTS
 from src.streams.hub import StreamHub
 from src.web import responses, status
 
@@ -198,14 +197,12 @@ class Dashboard:
     def _service_figures(self, counts: Counts, seconds: float) -> dict[str, Any]:
         age_sum = _total(counts, "cache_served_age_seconds_sum", *DATA_ROUTES)
         age_count = _total(counts, "cache_served_age_seconds_count", *DATA_ROUTES)
-        connections = self._streams.connections if self._streams else []
-        transports = [connection.transport for connection in connections]
         return {
             "requests_per_second": _ratio(_total(counts, "http_requests_total"), seconds),
             "updates_per_second": _ratio(_total(counts, "stream_messages_sent_total"), seconds),
             "served_age_seconds": _ratio(age_sum, age_count),
             "in_flight": metrics.in_progress.count,
-            "subscribers": {name: transports.count(name) for name in TRANSPORTS},
+            "subscribers": status.subscribers(self._streams),
         }
 
     def _errors(self) -> dict[str, Any]:

@@ -75,27 +75,24 @@ class ClientLimit:
         return True
 
     async def spend(self) -> float:
-        """Spend a permit; take a new lot if there is none. Returns the seconds to wait, or 0."""
-        async with self.lock:  # without it, every request of a burst would take a lot
-            if self.spend_permit():
-                return 0.0
-            if self.clock.monotonic() >= self.refused_until:
-                self.refused_until = await self._take_lot() + self.clock.monotonic()
-            return max(0.0, self.refused_until - self.clock.monotonic())
-
-    async def _take_lot(self) -> float:
-        """Take a lot, or a single permit if less is left, and spend one permit of it.
+        """Spend a permit. If there is none, take a new lot, or one permit if less is left.
 
         Returns 0, or the seconds to wait if nothing is left.
         """
-        for lot in dict.fromkeys((max(1, self.limit // WINDOW_SECONDS), 1)):
-            reply = await self.shared.spend(lot)
-            if reply.admitted:
-                self.permits = lot - 1
-                self.permits_until = self.clock.monotonic() + WINDOW_SECONDS
-                self._update()
+        async with self.lock:  # without it, every request of a burst would take a lot
+            if self.spend_permit():
                 return 0.0
-        return reply.wait_seconds
+            if self.clock.monotonic() < self.refused_until:
+                return self.refused_until - self.clock.monotonic()
+            for lot in dict.fromkeys((max(1, self.limit // WINDOW_SECONDS), 1)):
+                reply = await self.shared.spend(lot)
+                if reply.admitted:
+                    self.permits = lot - 1
+                    self.permits_until = self.clock.monotonic() + WINDOW_SECONDS
+                    self._update()
+                    return 0.0
+            self.refused_until = self.clock.monotonic() + reply.wait_seconds
+            return reply.wait_seconds
 
     def _update(self) -> None:
         self.left = self.limit - self.shared.window.used()
@@ -117,7 +114,7 @@ class Gate:
             name: key.get_secret_value().encode() for name, key in settings.api_keys.items()
         }
         self._admin_token = settings.admin_token.get_secret_value().encode()
-        self._trusted = [ip_network(network) for network in settings.trusted_proxies]
+        self._trusted = settings.trusted_proxies
         self._clock = clock
         self._client = lru_cache(MAX_CLIENTS)(self._create_client)
         self._address = lru_cache(1024)(self._find_address)

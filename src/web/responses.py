@@ -49,11 +49,12 @@ class Recipe:
         return entries
 
     def answer(self, entries: list[Entry]) -> Entry:
-        """Return the answer that the entries make."""
-        return self._join(entries) if self.batch_keys else view(entries[0], self.params)
+        """Return the answer that the entries make.
 
-    def _join(self, entries: list[Entry]) -> Entry:
-        """Return a batch of entries. It is built again only if an entry has changed."""
+        A batch is built again only if an entry has changed.
+        """
+        if not self.batch_keys:
+            return view(entries[0], self.params)
         if self._batch is None or entries != self._parts:
             body = batch_body(dict(zip(self.batch_keys, entries, strict=True)))
             self._batch = Entry.join(body, entries)
@@ -63,14 +64,9 @@ class Recipe:
 
 def answer(request: Request, served: Served) -> Response:
     """Return an answer with its age, remaining freshness, tag and cache status."""
-    if served.keys:
-        route = request.scope["route"].path_format
-        request.state.recipe = Recipe(route, (served.keys,), params=served.params)
-    return _response(request, served)
-
-
-def _response(request: Request, served: Served) -> Response:
     route = request.scope["route"].path_format
+    if served.keys:
+        request.state.recipe = Recipe(route, (served.keys,), params=served.params)
     metrics.cache_served_age_seconds.labels(route).observe(served.age)
     etag = served.etag or etag_of(served.body)
     is_private = bool(request.state.gateway.settings.api_keys)
@@ -123,7 +119,7 @@ def batch(request: Request, answers: Mapping[BatchKey, Served | GatewayError]) -
     age = max(value.age for value in served)
     ttl = min(value.ttl for value in served)
     worst = min(served, key=lambda value: (value.result.startswith("hit"), value.ttl))
-    return _response(request, Served(body, None, age, ttl, worst.result))
+    return answer(request, Served(body, None, age, ttl, worst.result))
 
 
 def batch_body(answers: Mapping[BatchKey, Served | Entry | GatewayError]) -> bytes:

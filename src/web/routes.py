@@ -59,18 +59,13 @@ ExchangeName = Annotated[str | None, EXCHANGE]
 MaxAge = Annotated[float | None, MAX_AGE]
 
 
-def limit_query(maximum: int, description: str, example: int) -> Any:
-    """Return a query parameter from 1 to `maximum`."""
-    return query(description, example, ge=1, le=maximum)
-
-
 def gateway_of(request: Request) -> Gateway:
     """Return the gateway that the lifespan started."""
     gateway: Gateway = request.state.gateway
     return gateway
 
 
-CANDLES = limit_query(1000, f"By default {DEFAULT_CANDLES}, or all with `until`.", 24)
+CANDLES = query(f"By default {DEFAULT_CANDLES}, or all with `until`.", 24, ge=1, le=1000)
 
 
 async def get_ticker(
@@ -98,7 +93,7 @@ async def get_order_book(
     symbol: Symbol,
     exchange: ExchangeName = None,
     max_age: MaxAge = None,
-    limit: Annotated[int, limit_query(200, "Levels on each side.", 10)] = 50,
+    limit: Annotated[int, query("Levels on each side.", 10, ge=1, le=200)] = 50,
 ) -> Response:
     """Return the best levels of an order book."""
     served = await gateway_of(request).serve("orderbook", symbol, exchange, max_age, (limit,))
@@ -138,7 +133,7 @@ async def get_trades(
     symbol: Symbol,
     exchange: ExchangeName = None,
     max_age: MaxAge = None,
-    limit: Annotated[int, limit_query(1000, "Maximum number; bybit has 60 for spot.", 20)] = 50,
+    limit: Annotated[int, query("Maximum number; bybit has 60 for spot.", 20, ge=1, le=1000)] = 50,
 ) -> Response:
     """Return the newest public trades, oldest first."""
     served = await gateway_of(request).serve("trades", symbol, exchange, max_age, (limit,))
@@ -162,7 +157,7 @@ async def get_stream(
     symbol: Annotated[str, SYMBOLS],
     channel: Annotated[ChannelName, query("The data to push.", "book")] = "ticker",
     exchange: ExchangeName = None,
-    levels: Annotated[int, limit_query(50, "Levels on each side of a book.", 5)] = 10,
+    levels: Annotated[int, query("Levels on each side of a book.", 5, ge=1, le=50)] = 10,
     timeframe: Annotated[Timeframe, query("Length of a candle.", "1m")] = "1m",
 ) -> Response:
     """Push updates of symbols as server-sent events; `exchange=all` pushes every exchange's.

@@ -142,7 +142,11 @@ def _part(fault: str, status: str, reason: str = "ok") -> dict[str, str]:
 
 
 def update_gauges(gateway: Gateway, streams: StreamHub | None) -> None:
-    """Set the gauges that mirror a state. Called for each scrape."""
+    """Set the gauges that mirror a state, and add what is counted in plain numbers.
+
+    Call it for each scrape.
+    """
+    metrics.flush()
     if streams is not None:
         _update_stream_gauges(streams, gateway.manager.names)
     metrics.cache_entries.set(len(gateway.cache.memory))
@@ -153,7 +157,8 @@ def update_gauges(gateway: Gateway, streams: StreamHub | None) -> None:
     for name in gateway.manager.names:
         exchange = gateway.manager[name]
         metrics.exchange_in_flight.labels(name).set(exchange.in_flight)
-        _update_budget_gauges(gateway, name)
+        for pool, ratio in gateway.manager.limiter.used_ratios(name).items():
+            metrics.exchange_budget_used_ratio.labels(name, pool).set(ratio)
         metrics.exchange_markets.labels(name).set(gateway.markets.count(name))
         for state in STATES:
             metrics.circuit_state.labels(name, state).set(state == exchange.breaker.state)
@@ -161,24 +166,24 @@ def update_gauges(gateway: Gateway, streams: StreamHub | None) -> None:
             metrics.exchange_last_success_timestamp_seconds.labels(name).set(exchange.last_success)
 
 
-def _update_budget_gauges(gateway: Gateway, name: str) -> None:
-    for pool, ratio in gateway.manager.limiter.used_ratios(name).items():
-        metrics.exchange_budget_used_ratio.labels(name, pool).set(ratio)
-
-
 def _update_stream_gauges(streams: StreamHub, names: Sequence[str]) -> None:
     for name in names:
         sockets = streams.sockets_of(name)
         states = [state for state in streams.topics.values() if state.topic.exchange == name]
-        metrics.stream_stale.labels(name).set(sum(state.live is False for state in states))
+        metrics.stream_stale.labels(name).set(_streams(streams, name)["stale"])
         for channel in CHANNELS.values():
             open_counts = (socket.open_count for socket in sockets if socket.channel is channel)
             watched = sum(state.topic.kind == channel.kind for state in states)
             metrics.stream_sockets.labels(name, channel.name).set(sum(open_counts))
             metrics.stream_watched.labels(name, channel.name).set(watched)
-    transports = [connection.transport for connection in streams.connections]
-    for transport in TRANSPORTS:
-        metrics.stream_subscribers.labels(transport).set(transports.count(transport))
+    for transport, count in subscribers(streams).items():
+        metrics.stream_subscribers.labels(transport).set(count)
+
+
+def subscribers(streams: StreamHub | None) -> dict[str, int]:
+    """Return the number of connected streaming clients by transport."""
+    transports = [connection.transport for connection in streams.connections] if streams else []
+    return {name: transports.count(name) for name in TRANSPORTS}
 
 
 def _milliseconds(seconds: float | None) -> int | None:

@@ -129,7 +129,7 @@ async def test_closed_breaker_passes_arguments_and_result(bench: Bench) -> None:
         return "".join(parts)
 
     assert await bench.breaker.call(join, "a", "b") == "ab"
-    assert (bench.breaker.state, bench.breaker.is_admitting, bench.breaker.retry_after) == (
+    assert (bench.breaker.state, bench.breaker.admits(), bench.breaker.retry_after) == (
         CLOSED,
         True,
         0.0,
@@ -164,7 +164,7 @@ async def test_open_breaker_rejects_without_a_call(bench: Bench) -> None:
     await bench.bring_to(OPEN)
     rejection = await bench.reject()
     assert (rejection.exchange, rejection.code) == ("bybit", "circuit_open")
-    assert not bench.breaker.is_admitting
+    assert not bench.breaker.admits()
 
 
 @pytest.mark.parametrize("passed", [0.0, 20.0, RESET - MOMENT])
@@ -209,14 +209,14 @@ async def test_reading_the_state_does_not_use_the_probe(bench: Bench) -> None:
     """The state is current without traffic, and reading it does not use the probe."""
     await bench.bring_to(HALF_OPEN)
     for _ in range(10):
-        assert (bench.breaker.state, bench.breaker.is_admitting, bench.breaker.retry_after) == (
+        assert (bench.breaker.state, bench.breaker.admits(), bench.breaker.retry_after) == (
             HALF_OPEN,
             True,
             0.0,
         )
     assert len(bench.events) == 2
     probe = await bench.begin()
-    assert (bench.breaker.state, bench.breaker.is_admitting) == (HALF_OPEN, False)
+    assert (bench.breaker.state, bench.breaker.admits()) == (HALF_OPEN, False)
     await probe.end()
 
 
@@ -275,7 +275,7 @@ async def test_probe_without_a_verdict_admits_the_next_call(
     await bench.bring_to(HALF_OPEN)
     for _ in range(3):
         await (await bench.begin()).end(error)
-        assert (bench.breaker.state, bench.breaker.is_admitting) == (HALF_OPEN, True)
+        assert (bench.breaker.state, bench.breaker.admits()) == (HALF_OPEN, True)
     await bench.succeed()
     assert bench.breaker.state == CLOSED
 

@@ -104,7 +104,7 @@ async def test_all_symbols_are_served_in_batches_within_the_budget(
     """No batch exceeds the documented budget, and each ticker has the recorded price or none."""
     async with full_gateway(replay, name) as (live, clock):
         limiter = live.gateway.manager.limiter
-        budget = live.gateway.settings.exchange(name).budget
+        budget = live.gateway.settings.exchanges[name].budget
         symbols = [market["symbol"] for market in live.gateway.markets.select(name, None, None)]
         served = 0
         replay.calls.clear()

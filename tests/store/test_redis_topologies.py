@@ -457,7 +457,7 @@ async def test_restarted_gateway_uses_data_in_redis(
     await eventually(lambda: len(second.gateway.markets.loaded_at) == 3)
     assert [sandbox.count(name) for name in ("bybit", "binance", "kraken")] == [0, 0, 0]
     # As at its start, which may have failed on a busy machine.
-    await second.gateway.maintenance.recall()
+    await second.gateway.recall_maintenance()
     assert second.gateway.maintenance == first.gateway.maintenance
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 from starlette.types import Receive, Scope, Send
 
+from src.core import metrics
 from src.sandbox.server import Sandbox
 from src.web.fast_path import MAX_BATCHES, MAX_SECOND_CHANCES, RecipeTable
 from src.web.responses import Recipe, freshness
@@ -257,6 +258,7 @@ def counted(client: httpx.Client) -> dict[str, float]:
         "served_age",
     )
     values = {}
+    metrics.flush()
     for metric in REGISTRY.collect():
         for measurement in metric.samples:
             if measurement.labels.get("route") == "/health/live":
