@@ -296,12 +296,10 @@ class _Observer:
 
     def _is_usable(self, connection: Any, data: dict[str, Any]) -> bool:
         """Report refusals and missing updates. Return False for data that ccxt must not process."""
-        find_refusal = self._profile.find_refusal
-        refusal = find_refusal(data) if find_refusal else None
+        refusal = self._profile.find_refusal(data)
         if refusal is not None:
             self._report_refusal(connection, refusal)
-        find_delta = self._profile.ticker_delta
-        topic, time = (find_delta(data) if find_delta else None) or ("", 0)
+        topic, time = self._profile.ticker_delta(data) or ("", 0)
         if is_late(time, self._delta_times.get(topic)):
             metrics.stream_dropped_total.labels("late").inc()
             return False

@@ -4,7 +4,7 @@ import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain, islice
 from operator import itemgetter
@@ -51,14 +51,6 @@ class Market(NamedTuple):
     """The exchange's own word, such as `TRADING`."""
 
 
-class HaltedMarket(NamedTuple):
-    """A market that an exchange lists, but that does not trade, so that its prices are old."""
-
-    market: Market
-    since: float
-    """UTC seconds."""
-
-
 _fields = itemgetter(*Market._fields)
 
 
@@ -75,7 +67,10 @@ class Markets:
         self.in_maintenance: set[str] = set()  # exchanges that halted most of their markets
         self._types = frozenset(types)
         self._listed: dict[str, dict[str, Market]] = {}  # exchange -> symbol in capitals -> market
-        self._halted: dict[str, dict[str, HaltedMarket]] = {}  # the same for halted markets
+        # The same for markets that an exchange lists, but whose prices are old, and since when they
+        # are halted (UTC seconds).
+        self._halted: dict[str, dict[str, Market]] = {}
+        self._halted_since: dict[str, dict[str, float]] = {}
         # Base in capitals -> symbols, each once per exchange that lists it.
         self._by_base: Mapping[str, list[str]] = {}
         self._by_variant: Mapping[str, list[str]] = {}  # variant of a base -> bases
@@ -127,17 +122,19 @@ class Markets:
         Exchanges list delisted markets with the same status. Only in a maintenance, every halted
         market counts.
         """
-        before = self._halted.get(exchange, {})
+        since = self._halted_since.get(exchange, {})
         known = self._listed.get(exchange, {})
         is_few = len(quoted) < max(1, self.count(exchange) * MIN_SHARE)
         is_maintenance = bool(halted) and is_few
-        since = {symbol: before[symbol].since for symbol in halted if symbol in before}
         self._halted[exchange] = {
-            symbol: HaltedMarket(market, since.get(symbol, loaded_at))
+            symbol: market
             for symbol, market in halted.items()
             if symbol in known
             or loaded_at - since.get(symbol, -math.inf) < KEPT_SECONDS
             or (is_maintenance and not known)
+        }
+        self._halted_since[exchange] = {
+            symbol: since.get(symbol, loaded_at) for symbol in self._halted[exchange]
         }
         self.in_maintenance.discard(exchange)
         if is_maintenance:
@@ -193,9 +190,8 @@ class Markets:
     def explain_missing(self, symbol: str, exchanges: Sequence[str]) -> GatewayError:
         """Return the error of a symbol that none of the exchanges has live prices for."""
         for name in exchanges:
-            halted = self._halted.get(name, {}).get(symbol)
-            if halted is not None:
-                return self._halted_error(name, halted.market)
+            if symbol in self._halted.get(name, {}):
+                return self._halted_error(name, self._halted[name][symbol])
         suggestions = self.suggestions(symbol)
         hint = f"; similar symbols: {', '.join(suggestions)}" if suggestions else "; see /markets"
         if ":" in symbol and "swap" not in self._types:
@@ -225,7 +221,7 @@ class Markets:
         """Return the matching markets, each with the exchanges that list it, sorted by symbol."""
         found: dict[str, dict[str, Any]] = {}
         for name in self.exchanges if exchange is None else (exchange,):
-            for market in self._all(name):
+            for market in self._all(name).values():
                 if base in (None, market.base.upper()) and quote in (None, market.quote.upper()):
                     row = found.setdefault(market.symbol, _row(market))
                     row["exchanges"].append(name)
@@ -233,13 +229,13 @@ class Markets:
                     row["statuses"][name] = market.status
         return [found[symbol] for symbol in sorted(found)]
 
-    def _all(self, exchange: str) -> Iterator[Market]:
-        yield from self._listed.get(exchange, {}).values()
-        yield from (halted.market for halted in self._halted.get(exchange, {}).values())
+    def _all(self, exchange: str) -> dict[str, Market]:
+        """Return the markets that an exchange lists, with those halted recently."""
+        return self._listed.get(exchange, {}) | self._halted.get(exchange, {})
 
     def count(self, exchange: str) -> int:
         """Return the number of markets that an exchange lists, with those halted recently."""
-        return len(self._listed.get(exchange, {})) + len(self._halted.get(exchange, {}))
+        return len(self._all(exchange))
 
     def suggestions(self, symbol: str) -> list[str]:
         """Return up to `MAX_SUGGESTIONS` listed symbols similar to an unlisted one, best first.

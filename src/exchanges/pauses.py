@@ -86,11 +86,18 @@ class Pauses:
         return error.retry_after or self._settings.cb_reset_seconds
 
     def record(self, target: Target, error: errors.GatewayError) -> None:
-        """Decide what an error is about. Pause that, unless it is the exchange."""
+        """Decide what an error is about. Pause that, unless it is the exchange.
+
+        After an unknown symbol, the exchange's new market list is needed.
+        """
         if error.scope == MARKET and not target.symbol:
             error.scope = SCOPES_OF_LISTS.get(type(error), CALL)
         if isinstance(error, errors.UnknownSymbol):
-            self._add_unknown(target, error)
+            if target.symbol:
+                error.symbol = target.symbol
+                error.scope = MARKET
+                self.add(target, error, self._settings.negative_ttl_seconds)
+            self.on_unknown_symbol(target.exchange)
             return
         if error.scope != CALL:
             error.retry_after = self.length_of(error)
@@ -98,14 +105,6 @@ class Pauses:
             self.add(target, error, self.length_of(error))
         if error.scope == MARKET and isinstance(error, SPREADING):
             error.scope = EXCHANGE if self.is_widespread(target, error) else MARKET
-
-    def _add_unknown(self, target: Target, error: errors.UnknownSymbol) -> None:
-        """Remember that an exchange does not know a symbol, and ask for its new market list."""
-        if target.symbol:
-            error.symbol = target.symbol
-            error.scope = MARKET
-            self.add(target, error, self._settings.negative_ttl_seconds)
-        self.on_unknown_symbol(target.exchange)
 
     def add(self, target: Target, error: errors.GatewayError, seconds: float) -> None:
         """Pause the target of an error for some seconds."""

@@ -112,13 +112,15 @@ TRADE_SIZES = Sizes(spot=(100, 1000), swap=(100, 1000))
 SIZES = {"orderbook": BOOK_SIZES, "trades": TRADE_SIZES}
 
 
+# Defaults of a profile. They have names, because a profile is sent to a child process.
 def one_per_call(_operation: str, _size: int, _is_swap: bool) -> int:
     """Count calls: every call has the weight 1."""
     return 1
 
 
-def no_decimals(_market: Mapping[str, Any]) -> None:
-    """Return None: the exchange sends no checksums."""
+def nothing(_: Mapping[str, Any]) -> None:
+    """Find nothing in a message or a row."""
+    return
 
 
 def any_trade(_row: Mapping[str, Any]) -> bool:
@@ -187,7 +189,7 @@ class Profile:
     """Returns the name of a market on the sockets."""
     has_own_symbols: bool = False
     """True if ccxt passes on the names on the sockets as symbols."""
-    decimals: Callable[[Mapping[str, Any]], tuple[int, int] | None] = no_decimals
+    decimals: Callable[[Mapping[str, Any]], tuple[int, int] | None] = nothing
     """Returns the decimals of a market's prices and amounts, of which checksums are made."""
     is_market_trade: Callable[[Mapping[str, Any]], bool] = any_trade
     """Returns False for rows in lists of trades that no order in the market caused."""
@@ -206,13 +208,13 @@ class Profile:
     """Member of a message with pushed candles that has the exchange's time."""
     ticker_time: str = ""
     """Field of a pushed ticker with the exchange's time, if ccxt ignores it."""
-    ticker_delta: TickerDelta | None = None
-    """None if each message has a whole ticker. A late delta would stay in ccxt's merged ticker."""
+    ticker_delta: TickerDelta = nothing
+    """Finds messages with a part of a ticker. A late one would stay in ccxt's merged ticker."""
     find_book_update: FindBookUpdate | None = None
     """Finds numbers and checksums of order book updates that ccxt does not check."""
     closed_candle: ClosedCandle | None = None
     """None if no message marks the end of a candle: the next candle does."""
-    find_refusal: FindRefusal | None = None
+    find_refusal: FindRefusal = nothing
     """Finds refused subscriptions that ccxt does not report."""
     undefined_rest_fields: tuple[str, ...] = ()
     """Members of ccxt's ticker that mean something else by REST than in the stream."""
