@@ -20,7 +20,6 @@ from src.exchanges.manager import PROBE_TICK_SECONDS
 from src.gateway import Gateway
 from src.kinds import DATA_ROUTES, KINDS
 from src.refresh_ahead import RefreshAhead
-from src.store.redis import PING_SECONDS
 from src.streams.hub import StreamHub
 from src.web import admin, routes, uvicorn_edge
 from src.web.dashboard import SAMPLE_SECONDS, Dashboard
@@ -114,7 +113,7 @@ def _background_loops(
         repeat("dashboard", dashboard.recent.take_sample, SAMPLE_SECONDS),
     ]
     if gateway.store.configured:
-        loops.append(repeat("redis", gateway.store.ping, PING_SECONDS))
+        loops.append(repeat("redis", gateway.store.ping))
         loops.append(repeat("cache_clears", gateway.cache.follow_clears, FOLLOW_SECONDS))
     if gateway.settings.refresh_ahead:
         loops.append(RefreshAhead(gateway).run())

@@ -120,10 +120,14 @@ class RedisStore:
         return await self.run("clear", partial(_delete_matching, PREFIX + pattern), DELETE_SECONDS)
 
     async def ping(self) -> None:
-        """Send a command, so that the breaker follows the state of Redis without requests."""
+        """Send a command, so that the breaker follows the state of Redis without requests.
+
+        Then wait for `PING_SECONDS`.
+        """
         with contextlib.suppress(RedisUnavailable):
             # No request waits for a ping, and a cluster may need several answers.
             await self.run("ping", _check, seconds=1)
+        await asyncio.sleep(PING_SECONDS)
 
     @contextlib.asynccontextmanager
     async def pubsub(self) -> AsyncIterator[PubSub]:

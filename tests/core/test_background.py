@@ -12,6 +12,7 @@ from src.cache import redis_tier
 from src.core import background, models
 from src.core.background import repeat, report_error
 from src.core.metrics import COMPONENTS
+from src.store import redis as redis_store
 from src.web import dashboard
 from tests.conftest import FakeClock, Live, RedisServer, StartGateway, eventually, sample
 from tests.streams.test_hub import inside
@@ -108,7 +109,7 @@ async def test_every_loop_of_the_gateway_survives_errors(
 ) -> None:
     """A broken loop logs tracebacks, and works again after it is repaired."""
     monkeypatch.setattr(api, "SAMPLE_SECONDS", 0.01)
-    monkeypatch.setattr(api, "PING_SECONDS", 0.01)
+    monkeypatch.setattr(redis_store, "PING_SECONDS", 0.01)
     monkeypatch.setattr(redis_tier, "CHECK_SECONDS", 0.01)
     live = await start(redis_url=redis.url, refresh_ahead=True)
     before = errors(component)
