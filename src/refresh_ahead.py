@@ -6,9 +6,8 @@ exchange are refreshed together, and the second half of each budget is reserved 
 
 import asyncio
 from collections import Counter, defaultdict
-from typing import NamedTuple
 
-from src.cache.entry import Entry, Key, Param
+from src.cache.entry import Entry, Key
 from src.core import metrics
 from src.core.background import repeat, report_error
 from src.exchanges.manager import batch_size, is_swap, weight_of
@@ -22,21 +21,11 @@ MAX_BUDGET_RATIO = 0.5  # no refresh when more of an exchange's budget is used
 MAX_LOADS_RATIO = 0.1  # of MAX_CONCURRENT, for refreshes under way at once
 
 
-class Group(NamedTuple):
-    """The keys of one upstream call: one key, or tickers of an exchange and market type."""
-
-    exchange: str
-    kind: str
-    is_swap: bool
-    symbol: str = ""
-    params: tuple[Param, ...] = ()
-
-    @classmethod
-    def of(cls, key: Key) -> "Group":
-        """Return the group of a key."""
-        if key.kind == "ticker":
-            return cls(key.exchange, key.kind, is_swap(key.symbol))
-        return cls(key.exchange, key.kind, is_swap(key.symbol), key.symbol, key.params)
+def _call_of(key: Key) -> Key:
+    """Return the name of the call that refreshes a key: tickers of one market type share a call."""
+    if key.kind != "ticker":
+        return key
+    return key._replace(symbol="swap" if is_swap(key.symbol) else "spot")
 
 
 class RefreshAhead:
@@ -72,15 +61,15 @@ class RefreshAhead:
                 self._start(keys[start : start + size])
 
     def _due_groups(self) -> list[list[Key]]:
-        """Return the keys of each group with an entry that is due, the oldest group first."""
+        """Return the keys of each call with an entry that is due, the oldest call first."""
         now = self._gateway.clock.monotonic()
-        groups = defaultdict[Group, list[Key]](list)
-        least_left = dict[Group, float]()
+        groups = defaultdict[Key, list[Key]](list)
+        least_left = dict[Key, float]()
         for key, entry in self._hot.items():
             left = 1 - entry.age(now) / self._lifetime(entry)
             # Before the close of a candle, a refresh would bring nothing new.
             if left <= (0 if entry.closed_until else GROUP_RATIO):
-                group = Group.of(key)
+                group = _call_of(key)
                 groups[group].append(key)
                 least_left[group] = min(left, least_left.get(group, left))
         due = [group for group, left in least_left.items() if left <= DUE_RATIO]

@@ -131,8 +131,7 @@ class StreamHub:
         keys = self._gateway.find_keys(channel.kind, subscription.symbol, exchange, params)
         topics = [Topic(key.exchange, channel.kind, key.symbol, timeframe) for key in keys]
         if subscription.exchange == "":
-            pairs = zip(topics, keys, strict=True)
-            usable = (topic for topic, key in pairs if self._monitor.can_use(topic, key, keys))
+            usable = (topic for topic in topics if self._monitor.can_use(topic, keys))
             return [next(usable, topics[0])]
         return topics
 

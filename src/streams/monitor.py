@@ -109,8 +109,9 @@ class TopicMonitor:
 
     # Choice of exchanges.
 
-    def can_use(self, topic: Topic, key: Key, keys: Sequence[Key]) -> bool:
-        """Return True if the topic of a key is usable and has the price of the keys before it."""
+    def can_use(self, topic: Topic, keys: Sequence[Key]) -> bool:
+        """Return True if a topic is usable and has the price of the keys before its own."""
+        key = topic.key
         if not self._registry.is_usable(topic):
             return False
         prices = self._gateway.last_prices
@@ -150,8 +151,7 @@ class TopicMonitor:
         """Move subscribers of stale topics of one socket, or fetch the topics by REST."""
         for state in states:
             self._move(state)
-        is_possible = key not in self._polling and not states[0].topic.channel.is_incremental
-        if not is_possible:
+        if key in self._polling or states[0].topic.channel.is_incremental:
             return
         self._polling.add(key)
         try:
