@@ -129,7 +129,10 @@ async def _stop(task: asyncio.Task[None]) -> None:
 
 
 def _report_end(task: asyncio.Task[None]) -> None:
-    """Report a background task that failed. The gateway continues without it."""
+    """Report a background task that failed. The gateway continues without it.
+
+    Only `StreamHub.run` can fail: all other tasks repeat a step, and report its errors themselves.
+    """
     if not task.cancelled() and (error := task.exception()) is not None:
         report_error("streams", error)
 

@@ -109,10 +109,9 @@ class ExchangeRange:
             end = min(end, document["closed_until"])
         stop = min(end, self.wanted.until or end)
         self._rows += [row for row in rows if start <= row[0] < stop]
-        if (
-            0 < self._document["closed_until"] < start
-        ):  # where a page is not final, nothing after is
-            document["closed_until"] = self._document["closed_until"]
+        final_until = self._document["closed_until"]
+        if 0 < final_until < start:  # where a page is not final, nothing after is
+            document["closed_until"] = final_until
         self._document = document
         return max(end, self.grid.floor(following or end))
 
@@ -165,6 +164,8 @@ async def serve_range(
     ranges = {part.key: part for part in everywhere if part.since >= part.earliest}
     if not ranges:
         raise _too_old(everywhere)
+    # A stale entry of the newest candles can answer these.
+    recent = [key for key, part in ranges.items() if part.since >= part.recent_from]
     deadline = gateway.clock.monotonic() + gateway.settings.request_timeout
     attempts: Attempts = {}
     while len(attempts) < len(ranges) and gateway.clock.monotonic() < deadline:
@@ -172,6 +173,8 @@ async def serve_range(
         key = gateway.choose(left, max_age)
         now_seconds = gateway.clock.monotonic()
         share = (deadline - now_seconds) / len(left)
+        if gateway.find_stale(recent, max_age):
+            share = min(share, gateway.settings.stale_wait_seconds)
         try:
             await _collect(gateway, ranges[key], now_seconds + share, max_age)
             if mismatch := gateway.last_prices.compare(key, keys):
@@ -182,7 +185,6 @@ async def serve_range(
         served = ranges[key].served()
         metrics.cache_requests_total.labels(served.result).inc()
         return served
-    recent = [key for key, part in ranges.items() if part.since >= part.recent_from]
     outcome = gateway.stale_or_error(recent, attempts, max_age)
     if isinstance(outcome, GatewayError):
         raise outcome
@@ -202,6 +204,9 @@ async def _collect(
         outcome = outcomes[key]
         if isinstance(outcome, GatewayError):
             raise outcome
+        is_growing = key == part.key and final_until is None
+        if is_growing and outcome.result != "hit_memory":  # the entry counts its hits
+            gateway.series[key] = gateway.series.get(key, 0) + 1
         return outcome
 
     first = start = part.since

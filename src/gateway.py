@@ -130,7 +130,7 @@ class Gateway:
             now = self.clock.monotonic()
             # Each exchange gets its share of the time left, so that one that hangs leaves some.
             share = (deadline - now) / max(len(keys) for keys in left.values())
-            if all(self._find_stale(candidates[name], max_age) for name in chosen):
+            if all(self.find_stale(candidates[name], max_age) for name in chosen):
                 share = min(share, self.settings.stale_wait_seconds)
             outcomes = await _get(self.cache, set(chosen.values()), now + share, max_age)
             for name, key in chosen.items():
@@ -341,7 +341,7 @@ class Gateway:
                 return key
         return keys[0]
 
-    def _find_stale(self, keys: Sequence[Key], max_age: float | None) -> list[Entry]:
+    def find_stale(self, keys: Sequence[Key], max_age: float | None) -> list[Entry]:
         """Return the entries that may replace a failed load."""
         found = (self.cache.find_stale(key, max_age) for key in keys)
         return [
@@ -356,7 +356,7 @@ class Gateway:
         A stale entry never hides an error of the caller.
         """
         failed = [key for key in keys if not isinstance(attempts.get(key), CallerError)]
-        entries = self._find_stale(failed, max_age)
+        entries = self.find_stale(failed, max_age)
         if entries:
             youngest = max(entries, key=lambda entry: entry.born)
             served = Served.from_entry(youngest, "stale_error", self.clock.monotonic())

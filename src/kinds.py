@@ -4,7 +4,7 @@ A new kind is a row in `KINDS`, a model in `core/models.py`, a route in `web/rou
 `<kind>_ttl_seconds`, and a weight in `BINANCE_WEIGHTS` of `exchanges/profiles.py`.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
@@ -234,14 +234,17 @@ def read_body(entry: Entry) -> None:
     entry.data_time = newest.get("timestamp") or 0
 
 
-def weight_of_key(key: Key) -> int:
-    """Return the request weight of fetching a key."""
-    return weight_of(key.exchange, key.kind, _size_of(key), key.symbol)
+def weight_of_keys(keys: Sequence[Key]) -> int:
+    """Return the request weight of fetching a key, or tickers of one exchange with one call."""
+    first = keys[0]
+    if len(keys) > 1:
+        return weight_of(first.exchange, "tickers", len(keys), first.symbol)
+    return weight_of(first.exchange, first.kind, _size_of(first), first.symbol)
 
 
 def is_available(manager: ExchangeManager, key: Key) -> bool:
     """True if a call for a key would be made now, as far as this process knows."""
-    return manager.is_available(key.exchange, weight_of_key(key), key.kind, key.symbol)
+    return manager.is_available(key.exchange, weight_of_keys([key]), key.kind, key.symbol)
 
 
 def _size_of(key: Key) -> int:

@@ -10,9 +10,9 @@ from collections import Counter, defaultdict
 from src.cache.entry import Entry, Key
 from src.core import metrics
 from src.core.background import repeat, report_error
-from src.exchanges.manager import batch_size, is_swap, weight_of
+from src.exchanges.manager import batch_size, is_swap
 from src.gateway import Gateway
-from src.kinds import weight_of_key
+from src.kinds import weight_of_keys
 
 TICK_SECONDS = 0.1  # between two checks of what is due; the shortest usual TTL is 2 s
 DUE_RATIO = 0.2  # an entry is due when this share of its TTL is left
@@ -83,18 +83,14 @@ class RefreshAhead:
 
     def _start(self, keys: list[Key]) -> None:
         entries = [self._hot.pop(key) for key in keys]
-        first = keys[0]
-        if len(keys) > 1:
-            weight = weight_of(first.exchange, "tickers", len(keys), first.symbol)
-        else:
-            weight = weight_of_key(first)
         max_age = min(self._lifetime(entry) for entry in entries) * (1 - GROUP_RATIO)
-        task = asyncio.create_task(self._refresh(keys, max_age, weight))
+        task = asyncio.create_task(self._refresh(keys, max_age))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _refresh(self, keys: list[Key], max_age: float, weight: int) -> None:
+    async def _refresh(self, keys: list[Key], max_age: float) -> None:
         exchange = keys[0].exchange
+        weight = weight_of_keys(keys)
         refreshed = 0
         try:
             if not await self._can_spend(exchange, keys[0].symbol, weight):

@@ -17,12 +17,13 @@ PATHS = (
 )
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, "/ohlcv/BTC-USDT?since={since}&"])
 async def test_stale_value_is_served_soon_while_an_exchange_hangs(
     start: StartGateway, sandbox: Sandbox, clock: FakeClock, path: str
 ) -> None:
     """The answer waits STALE_WAIT_SECONDS, is marked, and the load continues and is stored."""
     live = await start(stale_wait_seconds=0.1, stale_seconds=300)
+    path = path.format(since=int(clock.time() - 600) * 1000)
     await live.get(f"{path}exchange=bybit")
     clock.advance(61)
     await sandbox.set("bybit", hang=True)

@@ -5,13 +5,13 @@ added to a series only if the final states of all candles before it are known. O
 has a gap, and is fetched by REST.
 """
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import orjson
 
-from src.cache.entry import Key
+from src.cache.entry import Freshness, Key
 from src.core.models import TIMEFRAMES
 from src.exchanges.profiles import PROFILES
 from src.gateway import SERIES_SECONDS, Gateway
@@ -41,21 +41,15 @@ class CandleKeeper:
         self.gaps: set[Key] = set()
         self._gateway = gateway
         self._requests: dict[Key, Requests] = {}
-        self._series: dict[Topic, list[Key]] = {}
+        self._series: dict[Topic, Key] = {}
 
     def find_requested(self) -> list[Topic]:
         """Return the topics of the series to watch, the most recently requested first."""
         self._count_requests()
-        self._series = defaultdict(list)
         newest_first = sorted(self._requests, key=lambda key: -self._requests[key].last_at)
-        for key in newest_first:
-            self._series[Topic(key.exchange, key.kind, key.symbol, str(key.params[0]))].append(key)
-        requested = (
-            topic
-            for topic, keys in self._series.items()
-            if sum(self._requests[key].recent for key in keys) >= MIN_REQUESTS
-        )
-        return list(requested)[:MAX_SERIES]
+        self._series = {Topic(*key[:3], str(key.params[0])): key for key in newest_first}
+        requests = ((topic, self._requests[key].recent) for topic, key in self._series.items())
+        return [topic for topic, recent in requests if recent >= MIN_REQUESTS][:MAX_SERIES]
 
     def _count_requests(self) -> None:
         now = self._gateway.clock.monotonic()
@@ -73,29 +67,32 @@ class CandleKeeper:
                 self._requests[key] = seen._replace(total=total)
 
     def merge(self, event: MarketDataEvent, *, share: bool) -> None:
-        """Add pushed candles to the series of their topic. Note the gaps."""
-        pushed = orjson.loads(event.data)
-        for key in self._series.get(event.topic, ()):
-            entry = self._gateway.cache.memory.get(key)
-            series = orjson.loads(entry.body) if entry else {}
-            if not series or not merge(series, pushed, PROFILES[key.exchange].candle_page):
-                self.gaps.add(key)
-                continue
-            self.gaps.discard(key)
-            self._store(key, series, event.born, share=share)
+        """Add pushed candles to the series of their topic, or note the gap."""
+        key = self._series.get(event.topic)
+        if key is None:
+            return
+        entry = self._gateway.cache.memory.get(key)
+        series = orjson.loads(entry.body) if entry else {}
+        limit = PROFILES[key.exchange].candle_page
+        if not series or not merge(series, orjson.loads(event.data), limit):
+            self.gaps.add(key)
+            return
+        self.gaps.discard(key)
+        freshness = self._freshness(key, series["closed_until"])
+        self._gateway.add_pushed(key, orjson.dumps(series), event.born, freshness, share=share)
 
     def renew(self, topic: Topic) -> None:
-        """Keep series of a live stream fresh until a close: no message means no change."""
+        """Keep the series of a live stream fresh until a close: no message means no change."""
         now = self._gateway.clock.monotonic()
-        for key in self._series.get(topic, ()):
-            entry = self._gateway.cache.memory.find_fresh(key)
-            if entry is not None and entry.age(now) > entry.ttl * RENEWED_RATIO:
-                self._store(key, orjson.loads(entry.body), now, share=False)
+        entry = self._gateway.cache.memory.find_fresh(topic.key)
+        if entry is not None and entry.age(now) > entry.ttl * RENEWED_RATIO:
+            ttl = self._freshness(topic.key, entry.closed_until).ttl
+            renewed = replace(entry, born=now, received=now, ttl=ttl, views={})
+            self._gateway.cache.add(renewed, share=False)
 
-    def _store(self, key: Key, series: Mapping[str, Any], born: float, *, share: bool) -> None:
+    def _freshness(self, key: Key, closed_until: int) -> Freshness:
         now_ms = int(self._gateway.clock.time() * 1000)
-        freshness = series_freshness(key, series["closed_until"], now_ms)
-        self._gateway.add_pushed(key, orjson.dumps(series), born, freshness, share=share)
+        return series_freshness(key, closed_until, now_ms)
 
 
 def merge(series: dict[str, Any], pushed: Mapping[str, Any], limit: int) -> bool:
@@ -104,14 +101,16 @@ def merge(series: dict[str, Any], pushed: Mapping[str, Any], limit: int) -> bool
     Returns False if the final state of a candle in between is missing.
     """
     length = TIMEFRAMES[series["timeframe"]] * 1000
-    rows: Sequence[Any] = series["candles"]
+    rows: list[Any] = series["candles"]
     closed_until = series["closed_until"]
     for row in pushed["candles"]:
         if row[0] < closed_until:
             continue  # the final state is known
         if row[0] > closed_until:
             return False
-        rows = [*(known for known in rows if known[0] < row[0]), row]
+        while rows and rows[-1][0] >= row[0]:
+            rows.pop()
+        rows.append(row)
         if row[0] < pushed["closed_until"]:
             closed_until = row[0] + length
     for name in ("requested_at", "server_time"):  # of the request before

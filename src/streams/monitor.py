@@ -12,8 +12,8 @@ from contextlib import suppress
 
 from src.cache.entry import Key, Served
 from src.core.errors import GatewayError
-from src.exchanges.manager import batch_size, weight_of
-from src.kinds import is_available, view, weight_of_key
+from src.exchanges.manager import batch_size
+from src.kinds import view, weight_of_keys
 from src.streams.registry import TopicRegistry, TopicState
 from src.streams.topics import SocketKey, Topic
 
@@ -95,10 +95,7 @@ class TopicMonitor:
             self._registry.spawn(self._repair(key))
 
     async def _repair(self, key: Key) -> None:
-        manager = self._gateway.manager
-        pool = manager.pool_of(key.exchange, key.symbol)
-        is_busy = manager.limiter.used_ratio(pool) > POLL_BUDGET_RATIO
-        if is_busy or not is_available(manager, key):
+        if not self._has_budget([key]):
             return
         self._repairing.add(key)
         try:
@@ -159,17 +156,14 @@ class TopicMonitor:
         finally:
             self._polling.discard(key)
 
-    def _has_budget(self, states: list[TopicState]) -> bool:
-        """Return True if a call for these topics leaves half of the budget to clients."""
+    def _has_budget(self, keys: Sequence[Key]) -> bool:
+        """Return True if one call for these keys leaves half of the budget to clients."""
         manager = self._gateway.manager
-        topic = states[0].topic
-        exchange, symbol = topic.exchange, topic.symbol
-        weight = weight_of_key(topic.key)
-        if topic.channel.has_bulk_call and len(states) > 1:
-            weight = weight_of(exchange, "tickers", len(states), symbol)
+        exchange, kind, symbol, _ = keys[0]
+        weight = weight_of_keys(keys)
         pool = manager.pool_of(exchange, symbol)
         is_busy = manager.limiter.used_ratio(pool, weight) > POLL_BUDGET_RATIO
-        return not is_busy and manager.is_available(exchange, weight, symbol=symbol)
+        return not is_busy and manager.is_available(exchange, weight, kind, symbol)
 
     async def _refresh(self, states: list[TopicState]) -> None:
         """Fetch topics of one socket, the oldest values first, as long as there is budget."""
@@ -178,9 +172,10 @@ class TopicMonitor:
         size = batch_size(states[0].topic.exchange) if channel.has_bulk_call else 1
         for first in range(0, len(states), size):
             group = states[first : first + size]
-            if not self._has_budget(group):
+            keys = [state.topic.key for state in group]
+            if not self._has_budget(keys):
                 return
-            await self._gateway.refresh([state.topic.key for state in group], POLL_SECONDS)
+            await self._gateway.refresh(keys, POLL_SECONDS)
             for state in group:
                 entry = self._gateway.cache.memory.find_fresh(state.topic.key)
                 if entry is not None:

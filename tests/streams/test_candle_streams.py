@@ -33,11 +33,13 @@ async def ohlcv(live: Live, exchange: str, symbol: str = BTC, **params: object) 
     return document
 
 
-async def watch(live: Live, clock: FakeClock, exchange: str, symbol: str = BTC) -> Topic:
+async def watch(
+    live: Live, clock: FakeClock, exchange: str, symbol: str = BTC, **params: object
+) -> Topic:
     """Request candles repeatedly, and wait until their stream is live."""
     topic = Topic(exchange, "ohlcv", symbol, "1m")
     for _ in range(candles.MIN_REQUESTS):
-        await ohlcv(live, exchange, symbol)
+        await ohlcv(live, exchange, symbol, **params)
     async with time_passes(clock, 0.05):
         await eventually(lambda: topic in inside(live).topics and inside(live).topics[topic].live)
     return topic
@@ -55,10 +57,12 @@ def _has_newer(state: TopicState, sequence: int) -> bool:
     return state.sequence > sequence
 
 
-async def until_closed(live: Live, exchange: str, symbol: str, close: int) -> dict[str, Any]:
+async def until_closed(
+    live: Live, exchange: str, symbol: str, close: int, **params: object
+) -> dict[str, Any]:
     """Wait until the answer has the candle that ended at `close` (UTC ms)."""
     while True:
-        document = await ohlcv(live, exchange, symbol)
+        document = await ohlcv(live, exchange, symbol, **params)
         if document["closed_until"] == close:
             return document
 
@@ -159,6 +163,29 @@ async def test_a_close_costs_no_call_for_requested_candles(
     fetched = await ohlcv(live, exchange, symbol, max_age=0)
     assert calls(sandbox, exchange) == before + 1
     assert final(fetched)[-50:] == final(pushed)[-50:]
+
+
+@pytest.mark.parametrize("exchange", ["bybit", "binance", "kraken"])
+async def test_a_close_costs_no_call_for_requests_since_a_candle(
+    start: StartGateway, sandbox: Sandbox, clock: FakeClock, exchange: str
+) -> None:
+    """A client that asks for the candles since its last one, as bots do, has them pushed, too."""
+    await sandbox.set(exchange, push_ms=20)
+    live = await start()
+    move_to(clock, 40)
+    close = int(clock.time()) // 60 * MINUTE + MINUTE
+    topic = await watch(live, clock, exchange, since=close - 3 * MINUTE)
+    before = calls(sandbox, exchange)
+    for _ in range(3):
+        await pass_until(live, clock, topic, close / 1000 - 1)
+        clock.advance(close / 1000 - clock.time() + 0.3)
+        since = close - 2 * MINUTE
+        pushed = await until_closed(live, exchange, BTC, close, since=since)
+        assert (pushed["source"], pushed["stale"]) == ("stream", False)
+        assert [row[0] for row in pushed["candles"][:2]] == [since, since + MINUTE]
+        close += MINUTE
+        clock.advance(1)
+    assert calls(sandbox, exchange) == before
 
 
 @pytest.mark.parametrize("exchange", ["bybit", "binance", "kraken"])

@@ -132,6 +132,13 @@ async def has_a_pace(live: Live, clock: FakeClock) -> None:
         )
 
 
+async def check_topics(live: Live, clock: FakeClock, seconds: float) -> None:
+    """Advance the clock by at least `POLL_SECONDS`, and wait until all topics were checked."""
+    clock.advance(seconds)
+    now = clock.monotonic()
+    await eventually(lambda: inside(live)._monitor._polled_at >= now)
+
+
 async def is_quiet(exchange: str) -> None:
     """Wait until all messages that an exchange sent before it became silent have arrived."""
 
@@ -468,7 +475,8 @@ async def test_short_reconnect_is_invisible(
     )
     client.got.clear()
     clock.advance(0.2)
-    await asyncio.sleep(2 * hub.TICK_SECONDS)
+    (state,) = inside(live).topics.values()
+    await eventually(lambda: state.used_at == clock.monotonic())  # checked while disconnected
     clock.advance(1)
     await client.take("update", 3)
     assert {message["type"] for message in client.got} == {"update"}
@@ -527,8 +535,7 @@ async def test_refused_connection_opens_breaker(
     assert breaker.cause == cause
     asked = sandbox.count("binance", "/ws")
     for _ in range(6):
-        clock.advance(5)
-        await asyncio.sleep(0.3)
+        await check_topics(live, clock, 5)
     assert sandbox.count("binance", "/ws") == asked
     await sandbox.set("binance", push_ms=20)
     clock.advance(1000)
@@ -645,7 +652,7 @@ async def test_new_topic_ignores_earlier_loss(
     assert tickers(live, "kraken").lost_cause
     late = await join(live)
     await late.subscribe(exchange="kraken")
-    await asyncio.sleep(3 * hub.TICK_SECONDS)
+    await check_topics(live, clock, monitor.POLL_SECONDS)
     await late.send(op="ping", id="p")
     await late.take("pong")
     assert not [message for message in late.got if message["type"] == "status"]
@@ -919,8 +926,7 @@ async def test_only_a_message_makes_a_stream_live(
     )  # longer than the timeout after a failed attempt
     await client.take("status", state="stale", symbol="ETH/USDT")
     monkeypatch.setattr(liveness, "FIRST_MESSAGE_SECONDS", 500.0)
-    clock.advance(1)
-    await asyncio.sleep(3 * hub.TICK_SECONDS)
+    await check_topics(live, clock, monitor.POLL_SECONDS)
     await client.send(op="ping", id="p")
     await client.take("pong")
     assert [
@@ -983,8 +989,7 @@ async def test_no_polling_above_half_of_budget(
     await client.take("status", state="stale")
     asked = sandbox.count("kraken", "/0/public/Ticker")
     for _ in range(4):
-        clock.advance(3)
-        await asyncio.sleep(0.6)  # one check of all topics
+        await check_topics(live, clock, 3)
     assert sandbox.count("kraken", "/0/public/Ticker") == asked
     assert live.gateway.manager.is_available("kraken")
 
@@ -1005,7 +1010,8 @@ async def test_polling_leaves_half_of_the_budget(
     async with time_passes(clock):
         await client.take("status", len(symbols), state="stale")
         await eventually(lambda: used("kraken") >= monitor.POLL_BUDGET_RATIO)
-        await asyncio.sleep(1)  # several checks of all topics
+        for _ in range(3):
+            await check_topics(live, clock, monitor.POLL_SECONDS)
     assert used("kraken") == monitor.POLL_BUDGET_RATIO
     assert (await live.get("/ticker/BTC-USDT?exchange=kraken")).status_code == 200
 
@@ -1048,7 +1054,7 @@ async def test_sent_messages_are_counted(
         await client.take("update", 3)
     await sandbox.set("kraken", freeze=True)
     await eventually(lambda: not inside(live).slow_connections)
-    await asyncio.sleep(0.5)  # for messages in flight
+    await is_quiet("kraken")
     for client in clients:
         await client.send(op="ping", id="p")
         await client.take("pong")
@@ -1072,8 +1078,7 @@ async def test_hot_tickers_respect_topic_limit(
     for _ in range(3):
         for _ in range(monitor.HOT_REQUESTS):
             await live.get("/ticker/ETH-USDT?exchange=binance")
-        await asyncio.sleep(0.6)  # one check of all topics
-        clock.advance(1)
+        await check_topics(live, clock, monitor.POLL_SECONDS)
     assert [topic.symbol for topic in inside(live).topics] == [BTC]
 
 
@@ -1085,8 +1090,7 @@ async def test_unused_topic_is_unsubscribed(
     client = await watched(live, join, sandbox, clock)
     await client.send(op="unsubscribe", symbols=["btc-usdt"], exchange="binance")
     assert (await client.take("unsubscribed"))[0]["symbols"] == [BTC]
-    clock.advance(29)
-    await asyncio.sleep(1)
+    await check_topics(live, clock, 29)
     assert inside(live).topics
     clock.advance(2)
     await eventually(lambda: not inside(live).topics)
@@ -1148,10 +1152,9 @@ async def test_hot_ticker_is_watched(
     """HOT_REQUESTS requests within a minute start a watch, which ends with the requests."""
     live = await start(stream_idle_seconds=100)
     before = sample("stream_messages_received_total", exchange="kraken", channel="ticker")
-    for _ in range(2 * monitor.HOT_REQUESTS):
-        await live.get("/ticker/BTC-USDT?exchange=kraken")
-        await asyncio.sleep(0.01)
-    await eventually(lambda: inside(live).topics)
+    async with asyncio.timeout(MESSAGE_SECONDS):
+        while not inside(live).topics:
+            await live.get("/ticker/BTC-USDT?exchange=kraken")
     await eventually(
         lambda: (
             sample("stream_messages_received_total", exchange="kraken", channel="ticker") > before
@@ -1168,9 +1171,8 @@ async def test_fewer_requests_do_not_start_a_watch(start: StartGateway, clock: F
     for _ in range(3):
         for _ in range(monitor.HOT_REQUESTS // 2):
             await live.get("/ticker/BTC-USDT?exchange=kraken")
-        await asyncio.sleep(2 * hub.TICK_SECONDS)
-        clock.advance(monitor.HOT_SECONDS)
-        await asyncio.sleep(2 * hub.TICK_SECONDS)
+        await check_topics(live, clock, monitor.POLL_SECONDS)
+        await check_topics(live, clock, monitor.HOT_SECONDS)
     assert not inside(live).topics
 
 
