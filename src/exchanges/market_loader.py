@@ -10,7 +10,7 @@ import gc
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from src.core import errors
@@ -46,6 +46,16 @@ class Refresh:
         self.failures = 0
 
 
+@cache
+def _freeze_modules() -> None:
+    """Hide all modules from the garbage collector: a collection no longer takes 40 ms.
+
+    A list creates many objects, which cause collections. Only once: later objects may end.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 class MarketLoader:
     """Keeps the market lists of all exchanges loaded. A failing exchange affects no other."""
 
@@ -65,11 +75,7 @@ class MarketLoader:
 
     def start(self) -> None:
         """Start loading in the background."""
-        # Modules stay. Hidden from the garbage collector, they no longer cause a pause of 40 ms
-        # each time a list creates many objects. Only once: later objects may end.
-        if gc.get_freeze_count() == 0:
-            gc.collect()
-            gc.freeze()
+        _freeze_modules()
         steps = [partial(self._refresh, name) for name in self._manager.names]
         self._tasks = [asyncio.create_task(repeat("markets", step)) for step in steps]
 
