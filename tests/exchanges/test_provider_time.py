@@ -29,7 +29,7 @@ TIMED = {
     ("bybit", BTC): {"orderbook", "trades"},
     ("bybit", SWAP): {"orderbook", "trades"},
     ("binance", BTC): {"ticker", "tickers", "trades"},
-    ("binance", SWAP): {"ticker", "tickers", "trades"},
+    ("binance", SWAP): {"ticker", "tickers", "orderbook", "trades"},
     ("kraken", BTC): {"trades"},
 }
 
