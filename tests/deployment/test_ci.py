@@ -38,7 +38,7 @@ def test_workflow_matches_the_schema() -> None:
 def test_workflow_runs_the_commands_of_the_ci_script() -> None:
     """`make test` runs on each Python version, `make test-all` on one.
 
-    The script runs the long soak beside them; it is part of `make test-all`.
+    The soak of the script is shorter, so that CI takes less than 25 minutes.
     """
     assert JOBS["test"]["strategy"] == {
         "fail-fast": False,
@@ -47,9 +47,8 @@ def test_workflow_runs_the_commands_of_the_ci_script() -> None:
     expected = re.findall(r"\b(make [\w-]+(?: \w+=\w+)*)", (ROOT / ".ci" / "run").read_text())
     assert expected == [
         "make ci-deps",
-        "make truth-soak SOAK_SECONDS=900",
         "make test COVERAGE=1",
-        "make test-all SOAK_SECONDS=30",
+        "make test-all SOAK_SECONDS=300",
     ]
     assert runs("test") == ["sudo make ci-deps", "make test COVERAGE=1"]
     assert runs("long") == ["sudo make ci-deps", "make test-all"]
