@@ -20,7 +20,7 @@ from src.exchanges import ccxt_client
 from src.exchanges.ccxt_client import CcxtClient, MarketList
 from src.exchanges.http_client import MAX_MARKETS_BYTES, Answer
 from src.exchanges.manager import ExchangeCall, ExchangeManager, Fetched, keep
-from src.exchanges.market_reader import read_markets
+from src.exchanges.market_reader import MarketReader
 from src.store.redis import PREFIX, Command, RedisStore, RedisUnavailable
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class MarketLoader:
         self._clock = manager.clock
         self._refresh_seconds = manager.settings.markets_refresh_seconds
         self._store = store
+        self._reader = MarketReader(manager.settings)
         self._refreshes = {name: Refresh() for name in manager.names}
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -149,7 +150,7 @@ class MarketLoader:
         response = Answer(max_bytes=MAX_MARKETS_BYTES)
 
         async def fetch(_client: CcxtClient) -> bytes:
-            return await read_markets(name, self._manager.settings, response, self._clock.time())
+            return await self._reader.read(name, response, self._clock.time())
 
         timeout = ccxt_client.MARKETS_TIMEOUT_SECONDS
         call = ExchangeCall(name, "markets", fetch, keep, timeout_seconds=timeout, answer=response)

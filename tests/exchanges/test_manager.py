@@ -34,7 +34,7 @@ from src.exchanges.ccxt_client import (
 )
 from src.exchanges.http_client import MAX_MARKETS_BYTES, Answer
 from src.exchanges.manager import PROBE_DELAY_SECONDS, ExchangeManager, weight_of
-from src.exchanges.market_reader import read_markets
+from src.exchanges.market_reader import MarketReader
 from src.exchanges.markets import Markets
 from src.exchanges.translation import TRANSLATION, translate
 from src.sandbox.server import Sandbox
@@ -642,8 +642,9 @@ async def test_long_market_list_is_parsed_outside_the_gateway(clock: FakeClock) 
     try:
         started = time.process_time()
         child_started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        response = Answer(max_bytes=MAX_MARKETS_BYTES)
-        snapshot = await read_markets("kraken", settings, response, 7.0)
+        snapshot = await MarketReader(settings).read(
+            "kraken", Answer(max_bytes=MAX_MARKETS_BYTES), 7.0
+        )
         seconds = time.process_time() - started  # includes the work of the sandbox
         child_seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - child_started
     finally:
@@ -792,19 +793,19 @@ async def test_child_checks_responses_like_the_gateway(
     """The child limits bodies, refuses redirects and describes the failure."""
     await sandbox.set("kraken", **knobs)
     with pytest.raises(UpstreamError, match=text):
-        await read_markets("kraken", make_settings(sandbox), Answer(max_bytes=1_000_000), 1.0)
+        await MarketReader(make_settings(sandbox)).read("kraken", Answer(max_bytes=1_000_000), 1.0)
 
 
 async def test_hanging_market_list_does_not_delay_the_others(
     start: StartGateway, sandbox: Sandbox
 ) -> None:
-    """Each list has a process of its own, which ends when the list is read."""
+    """One process reads all lists concurrently, and ends with the last one."""
     await sandbox.set("bybit", hang=True)
     await sandbox.set("binance", status=503)
     live = await start(wait=False)
     await eventually(lambda: live.gateway.markets.count("kraken") and live.gateway.loader.errors)
     assert live.gateway.loader.errors == {"binance": "exchange_unavailable"}
-    await eventually(lambda: len(readers()) == 1)
+    assert len(readers()) == 1
     await sandbox.reset()
     await eventually(lambda: len(live.gateway.markets.loaded_at) == 3)
     await eventually(lambda: not readers())
@@ -818,7 +819,7 @@ async def test_child_ends_with_the_gateway(sandbox: Sandbox) -> None:
         *market_reader.CHILD, cwd=ROOT, stdin=subprocess.PIPE
     )
     assert child.stdin is not None
-    child.stdin.write(pickle.dumps((options, 1000, 1.0)))
+    child.stdin.write(pickle.dumps((1, options, 1000, 1.0)))
     await eventually(lambda: sandbox.count("kraken"))
     assert child.returncode is None
     child.stdin.close()
@@ -829,9 +830,13 @@ async def test_child_reads_the_same_list_as_this_process(sandbox: Sandbox) -> No
     """Read in this process or in a child, the list is the same."""
     settings = make_settings(sandbox, market_types="spot,swap")
     for name in EXCHANGES:
-        answer = Answer(max_bytes=MAX_MARKETS_BYTES)
-        expected = await load_snapshot(ClientOptions.from_settings(name, settings), answer, 1.0)
-        assert await read_markets(name, settings, answer, 1.0) == expected
+        expected = await load_snapshot(
+            ClientOptions.from_settings(name, settings), Answer(max_bytes=MAX_MARKETS_BYTES), 1.0
+        )
+        assert (
+            await MarketReader(settings).read(name, Answer(max_bytes=MAX_MARKETS_BYTES), 1.0)
+            == expected
+        )
 
 
 def test_new_list_replaces_the_old_one_and_raises_the_version() -> None:
