@@ -107,7 +107,7 @@ class Gateway:
         or stale, and its load continues.
         """
         seconds = within or self.settings.request_timeout
-        await self.look_for_new_markets(symbols, exchange, min(seconds, NEW_MARKET_SECONDS))
+        await self.look_for_new_markets(symbols, exchange, seconds)
         candidates, refused = self._batch_candidates(symbols, exchange)
         return await self._answer_all(candidates, seconds, max_age) | refused
 
@@ -191,7 +191,7 @@ class Gateway:
         self.cache.add(entry, share=share)
 
     async def look_for_new_markets(
-        self, symbols: Sequence[str], exchange: str | None, seconds: float = NEW_MARKET_SECONDS
+        self, symbols: Sequence[str], exchange: str | None, seconds: float | None = None
     ) -> None:
         """Refresh the market lists of the requested exchanges if none of them has a symbol.
 
@@ -201,9 +201,10 @@ class Gateway:
         names = self.manager.names
         if exchange not in (None, "", ALL):
             names = (self.markets.check_exchange(exchange),)
+        longest = min(seconds or self.settings.request_timeout, NEW_MARKET_SECONDS)
         for symbol in symbols:
             if self.markets.is_missing(names, symbol):
-                await self.loader.look_for_new_markets(names, seconds)
+                await self.loader.look_for_new_markets(names, longest)
                 return
 
     def find_keys(
