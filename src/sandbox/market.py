@@ -239,7 +239,6 @@ def _whole_minutes(pair: Pair, start: int, end: int) -> list[Bar]:
     return [Bar.of(bars)] if bars else []
 
 
-@lru_cache(maxsize=32_768)
 def _joined(pair: Pair, start: float, end: float, last: int) -> Bar | None:
     """Return the trades from a time until before another and the trade `last`, if there are any."""
     first = math.ceil(start / TRADE_SECONDS)
@@ -256,7 +255,6 @@ def _joined(pair: Pair, start: float, end: float, last: int) -> Bar | None:
     return Bar.of([*bars, *trades])
 
 
-@lru_cache(maxsize=32_768)
 def _texts(pair: Pair, bar: Bar, factor: float) -> Fields:
     """Return the figures of a bar as texts."""
     average = factor * (bar.high + bar.low + bar.close) / 3
