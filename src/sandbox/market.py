@@ -239,34 +239,6 @@ def _whole_minutes(pair: Pair, start: int, end: int) -> list[Bar]:
     return [Bar.of(bars)] if bars else []
 
 
-def _joined(pair: Pair, start: float, end: float, last: int) -> Bar | None:
-    """Return the trades from a time until before another and the trade `last`, if there are any."""
-    first = math.ceil(start / TRADE_SECONDS)
-    if last <= first:
-        return None
-    bars = []
-    minute, part = divmod(first, PARTS[-1])
-    if end - start >= LEVELS[-1]:
-        minute = last // PARTS[-1]
-        part = 0
-        bars = _whole_minutes(pair, int(start), minute * LEVELS[-1])
-    rest = last - minute * PARTS[-1]
-    trades = _parts(pair, len(LEVELS) - 1, minute)[part:rest] if rest else []
-    return Bar.of([*bars, *trades])
-
-
-def _texts(pair: Pair, bar: Bar, factor: float) -> Fields:
-    """Return the figures of a bar as texts."""
-    average = factor * (bar.high + bar.low + bar.close) / 3
-    row: Fields = {name: pair.price(factor * value) for name, value in bar._asdict().items()}
-    turnover = f"{average * bar.volume / UNITS:.8f}"
-    return row | {
-        "average": pair.price(average),
-        "volume": _amount(bar.volume),
-        "turnover": turnover,
-    }
-
-
 class Book(NamedTuple):
     """An order book in one step of time, or its changes since an earlier step."""
 
@@ -360,7 +332,18 @@ class Market:
         The times are whole minutes, or less than a minute and in one minute.
         """
         last = min(math.ceil(end / TRADE_SECONDS), self.last_trade(pair) + 1)
-        return _joined(pair, start, end, last)
+        first = math.ceil(start / TRADE_SECONDS)
+        if last <= first:
+            return None
+        bars = []
+        minute, part = divmod(first, PARTS[-1])
+        if end - start >= LEVELS[-1]:
+            minute = last // PARTS[-1]
+            part = 0
+            bars = _whole_minutes(pair, int(start), minute * LEVELS[-1])
+        rest = last - minute * PARTS[-1]
+        trades = _parts(pair, len(LEVELS) - 1, minute)[part:rest] if rest else []
+        return Bar.of([*bars, *trades])
 
     def figures(self, pair: Pair, start: float, end: float) -> Fields:
         """Return the figures of the trades from one time until before another.
@@ -373,7 +356,12 @@ class Market:
         if bar is None:
             close = _bar(pair, len(LEVELS), last).close
             bar = Bar(close, close, close, close, 0)
-        return _texts(pair, bar, self.factor_of(pair)) | {"count": count}
+        factor = self.factor_of(pair)
+        average = factor * (bar.high + bar.low + bar.close) / 3
+        row = {name: pair.price(factor * value) for name, value in bar._asdict().items()}
+        turnover = f"{average * bar.volume / UNITS:.8f}"
+        row |= {"average": pair.price(average), "volume": _amount(bar.volume), "turnover": turnover}
+        return row | {"count": count}
 
     def ticker(self, pair: Pair) -> Fields:
         """Return the current prices, and the figures of the last 24 hours and of today (UTC)."""
