@@ -4,7 +4,16 @@ import re
 from collections.abc import Mapping
 
 from src.sandbox.exchange import MONDAY, Exchange, RefusalError, Request, Topic
-from src.sandbox.market import COMMON_PAIRS, SWAPS, Fields, Market, Pair, Rows, pairs
+from src.sandbox.market import (
+    COMMON_PAIRS,
+    SWAPS,
+    Fields,
+    Market,
+    Pair,
+    Rows,
+    current_funding,
+    pairs,
+)
 
 REQUESTS_PER_WINDOW = 600
 WINDOW_SECONDS = 5
@@ -16,7 +25,10 @@ MAX_ARGS_LENGTH = 21_000
 DEPTHS = {"1", "50", "200", "1000"}
 INTERVALS = {str(minutes): minutes * 60 for minutes in (1, 3, 5, 15, 30, 60, 120, 240, 360, 720)}
 INTERVALS |= {"D": 86_400, "W": 604_800}
+PERIODS = {"5min": 300, "15min": 900, "30min": 1_800, "1h": 3_600, "4h": 14_400, "1d": 86_400}
 CHANNELS = {"tickers": "ticker", "orderbook": "book", "publicTrade": "trades", "kline": "candles"}
+NEWEST_FIRST = {"candles", "trades", "fundings", "positions"}
+"""Kinds of answers whose rows come in the reverse order."""
 
 
 class Bybit(Exchange):
@@ -30,6 +42,7 @@ class Bybit(Exchange):
     swap_listing = SWAPS
     trading_status = "Trading"
     intervals = INTERVALS
+    periods = PERIODS
     # Documented: 10006 (endpoint), 403 (address, for 10 minutes), 10000, 10001 and 10016.
     error_format = (
         r"^(\d{5}) (.*)",
@@ -72,7 +85,8 @@ timeout 200 10000 Server Timeout
 /v5/market/tickers tickers
 {"category":"$category","list":[$rows]}
  {"symbol":"$id","lastPrice":"$last","prevPrice24h":"$open","price24hPcnt":"%(ratio).6f",
- <swap "openInterestValue":"0","markPrice":"$last","indexPrice":"$last",>"highPrice24h":"$high",
+ <swap "openInterestValue":"0","markPrice":"$last","indexPrice":"$last","fundingRate":"$rate",
+ "nextFundingTime":"$next_ms",>"highPrice24h":"$high",
  "lowPrice24h":"$low","volume24h":"$volume","turnover24h":"$turnover","bid1Price":"$bid",
  "bid1Size":"$bid_size","ask1Price":"$ask","ask1Size":"$ask_size"}
 
@@ -88,6 +102,33 @@ timeout 200 10000 Server Timeout
 {"category":"$category","list":[$rows]}
  {"execId":"$number","symbol":"$id","price":"$price","size":"$amount","side":"$side_title",
  "time":"$ms"}
+"""
+    # The other endpoints are for clients that use Bybit's own format:
+    # https://bybit-exchange.github.io/docs/v5/market/ and /docs/v5/system-status. The mark and
+    # index prices equal the last price.
+    rest_records += """
+/v5/system/status time
+{"list":[]}
+
+/v5/market/mark-price-kline,/v5/market/index-price-kline candles 1000
+{"category":"$category","symbol":"$id","list":[$rows]}
+ ["$ms","$open","$high","$low","$close"]
+
+/v5/market/premium-index-price-kline candles 1000
+{"category":"$category","symbol":"$id","list":[$rows]}
+ ["$ms","0.000000","0.000000","0.000000","0.000000"]
+
+/v5/market/funding/history fundings 200 200
+{"category":"$category","list":[$rows]}
+ {"symbol":"$id","fundingRate":"$rate","fundingRateTimestamp":"$ms"}
+
+/v5/market/open-interest positions 200 50
+{"category":"$category","symbol":"$id","list":[$rows],"nextPageCursor":""}
+ {"openInterest":"$interest","timestamp":"$ms"}
+
+/v5/market/account-ratio positions 500 50
+{"list":[$rows],"nextPageCursor":""}
+ {"symbol":"$id","buyRatio":"$long","sellRatio":"$short","timestamp":"$ms"}
 """
     # As at the real exchange, only the ticker of a swap has bid and ask. Candles:
     # https://bybit-exchange.github.io/docs/v5/websocket/public/kline
@@ -132,7 +173,10 @@ trades
                 for row in lists["rows"]
                 if (row["status"] == status if status else row["status"] != "PreLaunch")
             ]
-        if kind in {"candles", "trades"}:  # the latest ones come first
+        if kind == "tickers":
+            for pair, row in zip(requested, lists["rows"], strict=True):
+                row.update(current_funding(request.market, pair))
+        if kind in NEWEST_FIRST:
             lists["rows"].sort(key=lambda row: row["ms"], reverse=True)
         return lists
 

@@ -1,10 +1,11 @@
 """What all simulated exchanges have in common. Each exchange has a subclass in a module of its own.
 
 Wire formats are texts with fields, in records that an empty line separates. The first line of a
-record is the channel of a push, or path, kind and most rows of a REST answer. The indented lines
-are the text of one row, which is repeated; the other lines are the text around the rows. The fields
-come from the market (`Market.ticker`, `trade`, `candle`), the pair (`Exchange.fields`) and the
-request (`Exchange.answer`). `<spot text>` and `<swap text>` are parts for one type of market only.
+record is the channel of a push, or paths, kind, most rows and default rows (500) of a REST answer.
+The indented lines are the text of one row, which is repeated; the other lines are the text around
+the rows. The fields come from the market (`Market.ticker`, `trade`, `candle`), the pair
+(`Exchange.fields`) and the request (`Exchange.answer`). `<spot text>` and `<swap text>` are parts
+for one type of market only.
 
 The rows of a kind of REST answer are made by its function in `ROWS`.
 """
@@ -16,7 +17,20 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from src.sandbox.knobs import Knobs
-from src.sandbox.market import TRADE_SECONDS, Fields, Market, Pair, Rows, iso_time, pairs
+from src.sandbox.market import (
+    BOOK_STEPS_PER_SECOND,
+    FUNDING_SECONDS,
+    TRADE_SECONDS,
+    Fields,
+    Market,
+    Pair,
+    Rows,
+    current_funding,
+    funding,
+    iso_time,
+    pairs,
+    positions,
+)
 
 Headers = Mapping[str, str] | None
 MARKET_TYPES = ("spot", "swap")
@@ -24,6 +38,10 @@ MONDAY = 4 * 86_400
 """Weeks of Binance and Bybit start then, after the epoch. Public report: ccxt issue 25046."""
 HALT_SECONDS = 3 * 86_400
 """Time since the last trade of a halted market."""
+INTEREST_SECONDS = 60
+"""The current open interest changes this often."""
+SPREADS = 100
+"""Seconds of which the best prices are sent. The real number is not documented."""
 
 
 @dataclass(eq=False)
@@ -59,6 +77,8 @@ class Request:
     """Length of path and query."""
     most: int = 1
     """The most rows of the answer."""
+    default: int = 500
+    """The rows of the answer if the request has no limit."""
 
     @property
     def names(self) -> list[str]:
@@ -103,7 +123,7 @@ class Request:
         start = self.seconds("start", "startTime", "since")
         start = None if start is None else max(start, earliest)
         end = self.seconds("end", "endTime")
-        return market.periods(seconds, self.limit(500), start, end)
+        return market.periods(seconds, self.limit(self.default), start, end)
 
 
 class Format(NamedTuple):
@@ -112,6 +132,8 @@ class Format(NamedTuple):
     kind: str
     most: int
     """The most rows of a REST answer."""
+    default: int
+    """The rows of a REST answer to a request without a limit."""
     text: str
     row: str
 
@@ -127,17 +149,19 @@ def parse_formats(records: str, envelope: str = "%s") -> dict[tuple[str, str], F
 
     Return the formats by market type and name. `envelope` contains `%s` where the message goes.
     """
-    formats = {}
+    formats: dict[tuple[str, str], Format] = {}
     for market_type in MARKET_TYPES:
         text = re.sub(rf"<{market_type}\s([^>]*)>", r"\1", records)
         text = re.sub(r"<\w+\s[^>]*>", "", text)
         for record in re.sub(r"\$(\w+)", r"%(\1)s", text).strip().split("\n\n"):
             header, *lines = record.splitlines()
-            name, _, kind = header.partition(" ")
+            names, _, kind = header.partition(" ")
             kind, _, most = kind.partition(" ")
+            most, _, default = most.partition(" ")
             message = envelope % "".join(line for line in lines if line[0] != " ")
             row = "".join(line.strip() for line in lines if line[0] == " ")
-            formats[market_type, name] = Format(kind, int(most or 1), message, row)
+            parsed = Format(kind, int(most or 1), int(default or 500), message, row)
+            formats |= {(market_type, name): parsed for name in names.split(",")}
     return formats
 
 
@@ -196,6 +220,8 @@ class Exchange:
     """Status of a market without restrictions."""
     intervals: Mapping[str, int]
     """Lengths of candles in seconds, by the value of the parameter."""
+    periods: Mapping[str, int]
+    """Lengths of periods of the open interest in seconds, by the value of the parameter."""
     error_lines = ""
     """Name, status and text of each error. A status may have the seconds that the failure is said
     to last (`418+600`). Indented lines continue a text."""
@@ -298,7 +324,7 @@ class Exchange:
         answer_format = self.rest_formats.get((self.market_type(request), request.path))
         if answer_format is None:
             raise RefusalError("unknown_path")
-        request = replace(request, most=answer_format.most)
+        request = replace(request, most=answer_format.most, default=answer_format.default)
         # In a list of markets, an unknown one is refused by `requested_pairs`.
         is_in_list = request.knobs.error == "no_symbol" and request.knobs.pair
         if request.knobs.error and request.is_concerned and not is_in_list:
@@ -325,6 +351,7 @@ class Exchange:
         ms = request.market.book_ms if kind == "book" else request.ms
         fields: Fields = {"ms": ms, "close_ms": ms, "second": ms // 1000, "answer_ms": request.ms}
         fields |= {"category": request.param("category"), "last_ms": ms, "last_candle": ms // 1000}
+        fields["iso"] = iso_time(ms)
         if requested:
             fields |= self.fields(requested[0])
         if kind in {"candles", "trades"} and lists["rows"]:
@@ -429,11 +456,56 @@ def book_rows(exchange: Exchange, request: Request, requested: list[Pair]) -> Ro
     return request.market.book(requested[0], request.limit(100), request.market.step).rows
 
 
+def swap_rows(exchange: Exchange, request: Request, requested: list[Pair]) -> Rows:
+    """Return the current prices, funding and open interest of swaps."""
+    market = request.market
+    rows = []
+    for pair in requested:
+        row = exchange.fields(pair) | market.figures(pair, market.now // 60 * 60, market.now + 1)
+        number = int(market.now // INTEREST_SECONDS)
+        row |= positions(market, pair, number, INTEREST_SECONDS) | current_funding(market, pair)
+        rows.append(row | {"ms": request.ms})
+    return {"rows": rows}
+
+
+def funding_rows(exchange: Exchange, request: Request, requested: list[Pair]) -> Rows:
+    numbers = request.periods(request.market, FUNDING_SECONDS)
+    fields = exchange.fields(requested[0])
+    return {"rows": [fields | funding(request.market, requested[0], number) for number in numbers]}
+
+
+def position_rows(exchange: Exchange, request: Request, requested: list[Pair]) -> Rows:
+    """Return the open interest of a swap, and the ratio of long and short positions, by period."""
+    seconds = exchange.periods.get(request.param("period", "intervalTime"))
+    if seconds is None:
+        raise RefusalError("bad_interval")
+    pair = requested[0]
+    numbers = request.periods(request.market, seconds)
+    rows = [positions(request.market, pair, number, seconds) for number in numbers]
+    return {"rows": [exchange.fields(pair) | row for row in rows]}
+
+
+def spread_rows(_exchange: Exchange, request: Request, requested: list[Pair]) -> Rows:
+    """Return the best prices of the last seconds."""
+    market = request.market
+    since = request.seconds("since") or 0
+    rows: list[Fields] = []
+    for second in range(int(market.now) - SPREADS + 1, int(market.now) + 1):
+        book = market.book(requested[0], 1, second * BOOK_STEPS_PER_SECOND)
+        for bid, ask in zip(book.bids, book.asks, strict=False):
+            rows.append({"second": second, "bid": bid, "ask": ask})
+    return {"rows": [row for row in rows if row["second"] >= since]}
+
+
 ROWS: dict[str, Callable[[Exchange, Request, list[Pair]], Rows]] = {
     "markets": market_rows,
     "tickers": ticker_rows,
     "candles": candle_rows,
     "trades": trade_rows,
     "book": book_rows,
+    "swaps": swap_rows,
+    "fundings": funding_rows,
+    "positions": position_rows,
+    "spreads": spread_rows,
     "time": lambda *_: {},
 }

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from src.sandbox.exchange import Exchange, RefusalError, Request, Topic
 from src.sandbox.knobs import Knobs
-from src.sandbox.market import COINS, MAJORS, Fields, Market, Pair, iso_time, pairs
+from src.sandbox.market import COINS, MAJORS, Fields, Market, Pair, Rows, iso_time, pairs
 
 BURST = 15
 """Requests. One more is allowed per second."""
@@ -117,6 +117,22 @@ timeout 200 EService:Timeout
 {"$id":[$rows],"last":"%(last_ms)d000000"}
  ["$price","$amount",$second,"$side_letter","m","",$number]
 """
+    # The other endpoints are for clients that use Kraken's own format:
+    # https://docs.kraken.com/api/docs/rest-api: get-system-status, get-asset-info and
+    # get-recent-spreads
+    rest_records += """
+/0/public/SystemStatus time
+{"status":"online","timestamp":"$iso"}
+
+/0/public/Assets assets
+{$rows}
+ "$asset":{"aclass":"currency","altname":"$name","decimals":10,"display_decimals":5,
+ "status":"enabled"}
+
+/0/public/Spread spreads
+{"$id":[$rows],"last":$second}
+ [$second,"$bid","$ask"]
+"""
     # Numbers have all decimals of the market: the checksum of a book is made of their digits.
     push_records = """
 ticker
@@ -152,6 +168,23 @@ trades
         if pair.base in PREFIXED_ASSETS and quote in PREFIXED_QUOTES:
             names["id"] = names["base"] + names["quote"]
         return super().fields(pair) | names
+
+    def rows(self, kind: str, request: Request, requested: list[Pair]) -> Rows:
+        if kind != "assets":
+            return super().rows(kind, request, requested)
+        assets: dict[str, str] = {}
+        for pair in requested:
+            fields = self.fields(pair)
+            names = fields["wsname"].split("/")
+            assets |= dict(zip((fields["base"], fields["quote"]), names, strict=True))
+        wanted = request.param("asset").split(",")
+        return {
+            "rows": [
+                {"asset": asset, "name": name}
+                for asset, name in assets.items()
+                if wanted == [""] or asset in wanted or name in wanted
+            ]
+        }
 
     def configure(self, knobs: Knobs) -> None:
         super().configure(knobs)

@@ -36,6 +36,10 @@ BOOK_STEPS_PER_SECOND = 10
 BOOK_STEP_MS = 1000 // BOOK_STEPS_PER_SECOND
 TRADE_SECONDS = 0.5
 """Time between two trades."""
+FUNDING_SECONDS = 28_800
+"""Time between two fundings of a swap."""
+FUNDING_RATE = 0.0001
+"""The usual rate of a funding."""
 LEVELS = (86_400, 3_600, 300, 60)
 """Lengths of bars in seconds. The last ones are divided into trades."""
 PARTS = (24, 12, 5, 120)
@@ -363,15 +367,19 @@ class Market:
         row |= {"average": pair.price(average), "volume": _amount(bar.volume), "turnover": turnover}
         return row | {"count": count}
 
+    def window(self, pair: Pair, start: float) -> Fields:
+        """Return the figures of the trades since a whole minute, and the change of the price."""
+        row = self.figures(pair, start, self.now + TRADE_SECONDS)
+        change = float(row["close"]) - float(row["open"])
+        ratio = change / float(row["open"])
+        return row | {"change": pair.price(change), "ratio": ratio, "percent": ratio * 100}
+
     def ticker(self, pair: Pair) -> Fields:
         """Return the current prices, and the figures of the last 24 hours and of today (UTC)."""
         end = self.now + TRADE_SECONDS
-        row = self.figures(pair, self.now // 60 * 60 - DAY_SECONDS, end)
+        row = self.window(pair, self.now // 60 * 60 - DAY_SECONDS)
         today = self.figures(pair, self.now // DAY_SECONDS * DAY_SECONDS, end)
         row |= {f"today_{name}": value for name, value in today.items()}
-        change = float(row["close"]) - float(row["open"])
-        ratio = change / float(row["open"])
-        row |= {"change": pair.price(change), "ratio": ratio, "percent": ratio * 100}
         row |= {"last": row["close"], "start": int(self.now * 1000) - DAY_SECONDS * 1000}
         for side, levels in zip(SIDES, self.sides(pair, 1), strict=True):
             best = next(iter(levels.items()), (pair.price(0), _amount(0)))
@@ -435,7 +443,9 @@ class Market:
         row |= {"number": number, "second": ms / 1000, "ms": ms, "iso": iso_time(ms)}
         trade = _bar(pair, len(LEVELS), number)
         price = pair.price(self.factor_of(pair) * trade.close)
-        return row | {"price": price, "amount": _amount(trade.volume)}
+        amount = _amount(trade.volume)
+        cost = f"{float(price) * float(amount):.8f}"
+        return row | {"price": price, "amount": amount, "cost": cost}
 
     def candle(self, pair: Pair, number: int, seconds: int) -> Fields:
         """Return one candle. The current candle closes at the current price."""
@@ -456,3 +466,39 @@ class Market:
         last = int((min(self.now, end or self.now) - offset) // seconds)
         first = last - count + 1 if start is None else math.ceil((start - offset) / seconds)
         return range(first, min(last, first + count - 1) + 1)
+
+
+def funding(market: Market, pair: Pair, number: int) -> Fields:
+    """Return one funding of a swap. Fundings are numbered by time, see `periods`."""
+    second = number * FUNDING_SECONDS
+    rate = FUNDING_RATE * (1 + 0.5 * _noise(_seeds(pair.id)[2], number))
+    trade = _bar(pair, len(LEVELS), int(second / TRADE_SECONDS))
+    price = pair.price(market.factor_of(pair) * trade.close)
+    return {"rate": f"{rate:.8f}", "ms": second * 1000, "mark": price}
+
+
+def current_funding(market: Market, pair: Pair) -> Fields:
+    """Return the expected rate of the next funding, and its time."""
+    row = funding(market, pair, int(market.now // FUNDING_SECONDS))
+    return {"rate": row["rate"], "next_ms": row["ms"] + FUNDING_SECONDS * 1000}
+
+
+def positions(market: Market, pair: Pair, number: int, seconds: int) -> Fields:
+    """Return who held how many contracts of a swap at the start of a period."""
+    start = number * seconds
+    noise = _noise(_seeds(pair.id)[3], start // LEVELS[-2])
+    traded = market.figures(pair, start, start + seconds)
+    units = int(_habits(pair)[1] * (1 + 0.1 * noise))
+    value = units / UNITS * float(traded["open"])
+    long = 0.5 + 0.2 * noise
+    volume = float(traded["volume"])
+    return {
+        "ms": start * 1000,
+        "interest": _amount(units),
+        "interest_value": f"{value:.8f}",
+        "long": f"{long:.4f}",
+        "short": f"{1 - long:.4f}",
+        "long_short": f"{long / (1 - long):.4f}",
+        "bought": f"{volume * long:.4f}",
+        "sold": f"{volume * (1 - long):.4f}",
+    }
