@@ -221,6 +221,8 @@ class Settings(_Frozen):
 
     cache_memory_size: int = Field(1000, ge=1, le=1_000_000)
     """Maximum number of entries in memory."""
+    cache_memory_bytes: int = Field(134_217_728, ge=1_048_576, le=1_099_511_627_776)
+    """Maximum size of all entries in memory. The largest raw answers have 16 MB."""
     cache_memory_ttl: float = Field(30, gt=0, le=86400)
     """Longest time that an entry in memory counts as fresh."""
     ticker_ttl_seconds: float = Field(15, gt=0, le=3600)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import uvloop
 from redis import Redis
@@ -61,6 +62,9 @@ MISS = "; fwd=miss; stored"
 CONNECTIONS = 32
 MIX_SYMBOLS = 300
 MIX_PARTS = 5  # parts of the mix, each with its own hit rate
+RAW_PATH = "/raw/bybit/v5/market/tickers?category=spot&symbol=BTCUSDT"
+RAW_MISS_PATH = "/api/v3/time"  # of Binance; never cached
+RAW_MISSES = 100  # per round
 LATENCY_MS = 80  # of the simulated exchange in the comparison of hit and miss
 START_MARKETS = 1500  # additional markets of each exchange
 REDIS_WRITE_SECONDS = 0.1  # the gateway writes to Redis after it has responded
@@ -293,6 +297,40 @@ def _p50(url: str, cache_status: str, count: int, path: str = PATH) -> float:
     return percentile([response.seconds * 1000 for response in responses], 0.50)
 
 
+def measure_raw(plan: Plan, results: Results) -> None:
+    """Compare raw hits with those of `/ticker`, and raw misses with the exchange itself."""
+    with Servers() as servers:
+        sandbox = servers.sandbox()
+        gateway = servers.gateway(sandbox, LONG_TTL_SETTINGS)
+        urls = {"ticker": gateway.url + PATH, "raw": gateway.url + RAW_PATH}
+        sizes = {name: len(fetch(url)[1]) for name, url in urls.items()}
+        interleave(_loads(urls, CONNECTIONS, 1), 1)  # warm-up
+        throughput = interleave(_loads(urls, CONNECTIONS, plan.seconds), plan.rounds)
+        miss_urls = {
+            "gateway": f"{gateway.url}/raw/binance",
+            "exchange": sandbox.settings["BINANCE_REST_URL"],
+        }
+        sides = {
+            name: partial(_p50, url, "", RAW_MISSES, urlsplit(url).path + RAW_MISS_PATH)
+            for name, url in miss_urls.items()
+        }
+        p50s = interleave(sides, plan.rounds)
+    rates = {name: [report.rate for report in reports] for name, reports in throughput.items()}
+    title = f"raw hit, {CONNECTIONS} connections: requests/s against a hit of /ticker"
+    results.figures.append(Figure(title, ratios(rates["raw"], rates["ticker"]), "x", 0.9, 1.0))
+    added = [
+        gateway - exchange
+        for gateway, exchange in zip(p50s["gateway"], p50s["exchange"], strict=True)
+    ]
+    title = "raw miss, one connection: p50 above that of the exchange"
+    results.figures.append(Figure(title, added, "ms", 2, 1, lower_is_better=True))
+    results.notes.append(
+        f"Raw: `GET {RAW_PATH}` ({sizes['raw']} bytes) beside `GET {PATH}` ({sizes['ticker']} "
+        f"bytes). Misses: {plan.rounds} rounds of {RAW_MISSES} requests one by one for Binance's "
+        f"`{RAW_MISS_PATH}`, which is never cached, directly and through the gateway."
+    )
+
+
 def measure_mix(plan: Plan, results: Results) -> None:
     """Measure the hit rate of a Zipf mix of symbols, with default settings."""
     symbols = [f"/ticker/F{rank:04d}/USDT" for rank in range(1, MIX_SYMBOLS + 1)]
@@ -425,6 +463,7 @@ SECTIONS: dict[str, Callable[[Plan, Results], None]] = {
     "inside": measure_inside,
     "redis_hits": measure_redis_hits,
     "misses": measure_misses,
+    "raw": measure_raw,
     "mix": measure_mix,
     "symbols": measure_sizes,
     "starts": measure_starts,

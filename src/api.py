@@ -19,10 +19,12 @@ from src.core.logs import set_up_logging
 from src.exchanges.manager import PROBE_TICK_SECONDS
 from src.gateway import Gateway
 from src.kinds import DATA_ROUTES, KINDS
+from src.raw import routes as raw_routes
+from src.raw.service import RawService
 from src.refresh_ahead import RefreshAhead
 from src.streams.hub import StreamHub
 from src.web import admin, routes, uvicorn_edge
-from src.web.dashboard import SAMPLE_SECONDS, Dashboard
+from src.web.dashboard import HOUR_SAMPLE_SECONDS, SAMPLE_SECONDS, Dashboard
 from src.web.fast_path import FastPath
 from src.web.gate import Gate
 from src.web.handlers import HANDLERS
@@ -63,6 +65,7 @@ def create_app(
         redirect_slashes=False,  # redirects would follow the client's Host header
     )
     routes.add_routes(app, settings)
+    raw_routes.add_routes(app)
     admin.add_routes(app)
     _add_middleware(app, settings, gate)
     metrics.initialise(settings.enabled_exchanges, tuple(KINDS), DATA_ROUTES)
@@ -98,7 +101,8 @@ async def _start(stack: AsyncExitStack, gateway: Gateway, gate: Gate) -> dict[st
         task = asyncio.create_task(loop)
         task.add_done_callback(_report_end)
         stack.push_async_callback(_stop, task)
-    return {"gate": gate, "gateway": gateway, "streams": streams, "dashboard": dashboard}
+    state = {"gate": gate, "gateway": gateway, "raw": RawService(gateway)}
+    return state | {"streams": streams, "dashboard": dashboard}
 
 
 def _background_loops(
@@ -111,6 +115,7 @@ def _background_loops(
         *(repeat("breaker_probe", probe, PROBE_TICK_SECONDS) for probe in probes),
         repeat("loop_lag", partial(metrics.measure_loop_lag, gateway.clock)),
         repeat("dashboard", dashboard.recent.take_sample, SAMPLE_SECONDS),
+        repeat("savings", dashboard.hour.take_sample, HOUR_SAMPLE_SECONDS),
     ]
     if gateway.store.configured:
         loops.append(repeat("redis", gateway.store.ping))

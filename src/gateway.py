@@ -8,7 +8,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from operator import methodcaller
-from typing import Any
+from typing import Any, Protocol
 
 from cachetools import TTLCache
 
@@ -43,6 +43,25 @@ BatchKey = tuple[str, str]  # a ticker in a batch: its symbol, and its exchange 
 Attempts = dict[Key, GatewayError]
 
 
+class ForeignKind(Protocol):
+    """Answers whose format is not ours, and series of candles in that format."""
+
+    async def load(self, key: Key) -> Entry:
+        """Load an answer."""
+
+    def timeframe_of(self, key: Key) -> str:
+        """Return the length of the candles of a series."""
+
+    def merge(self, key: Key, event: Any, pushed: Mapping[str, Any], *, share: bool) -> None:
+        """Add the candles of a stream's event to a series, if none is missing in between.
+
+        `pushed` is the data of the event.
+        """
+
+    def seconds_left(self, entry: Entry) -> float:
+        """Return how long the series of a live stream stays fresh: no message means no change."""
+
+
 class Gateway:
     """The parts of one process, joined. Its methods raise `GatewayError` and nothing else."""
 
@@ -55,6 +74,7 @@ class Gateway:
         self.manager = ExchangeManager(settings, self.store, clock)
         self.loader = MarketLoader(self.manager, self.store, snapshots or {})
         self.manager.pauses.on_unknown_symbol = self.loader.request_refresh
+        self.foreign: dict[str, ForeignKind] = {}  # kinds that are not in `KINDS`
         self.cache = Cache(settings, self.store, clock, self._load)
         # Requests for newest candles that were not answered from memory alone.
         self.series: TTLCache[Key, int] = TTLCache(
@@ -295,6 +315,8 @@ class Gateway:
         A refusal is returned, because the cache remembers it.
         """
         first = keys[0]
+        if first.kind in self.foreign:
+            return {first: await self.foreign[first.kind].load(first)}
         try:
             if len(keys) == 1:
                 fetched = await kinds.fetch(self.manager, first)

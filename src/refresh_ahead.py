@@ -12,7 +12,7 @@ from src.core import metrics
 from src.core.background import repeat, report_error
 from src.exchanges.manager import batch_size, is_swap
 from src.gateway import Gateway
-from src.kinds import weight_of_keys
+from src.kinds import KINDS, weight_of_keys
 
 TICK_SECONDS = 0.1  # between two checks of what is due; the shortest usual TTL is 2 s
 DUE_RATIO = 0.2  # an entry is due when this share of its TTL is left
@@ -66,6 +66,8 @@ class RefreshAhead:
         groups = defaultdict[Key, list[Key]](list)
         least_left = dict[Key, float]()
         for key, entry in self._hot.items():
+            if key.kind not in KINDS:
+                continue
             left = 1 - entry.age(now) / self._lifetime(entry)
             # Before the close of a candle, a refresh would bring nothing new.
             if left <= (0 if entry.closed_until else GROUP_RATIO):

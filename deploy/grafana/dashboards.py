@@ -739,6 +739,31 @@ def cache() -> Parts:
             },
             width=HALF,
         ),
+        graph(
+            "Size of the entries in memory, by replica", units.BytesIEC,
+            "CACHE_MEMORY_BYTES is the limit of each replica.",
+            {"{{instance}}": "virtuoso_cache_bytes"}, width=HALF,
+        ),
+        graph(
+            "Raw requests, by outcome", units.RequestsPerSecond,
+            "Answers below /raw: results of the cache; error: an exchange's own error; refused: by"
+            " the gateway, in the exchange's format.",
+            {
+                "{{outcome}}":
+                "sum by (outcome) (rate(virtuoso_raw_requests_total[$__rate_interval]))",
+            },
+            width=HALF,
+        ),
+        graph(
+            "Requested values per call to an exchange", units.Short,
+            "Of all endpoints, also /raw, in the last 5 minutes. All calls count, also those for"
+            " market lists.",
+            {
+                "values per call":
+                "sum(rate(virtuoso_cache_requests_total[5m]))"
+                " / (sum(rate(virtuoso_exchange_requests_total[5m])) > 0)",
+            },
+        ),
 
         dashboard.Row("Redis server"),
         graph(

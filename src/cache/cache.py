@@ -101,9 +101,8 @@ class Cache:
         self._load = load
         self._settings = settings
         keep_seconds = max(settings.stale_seconds, settings.revalidate_seconds)
-        self.memory = Memory(
-            settings.cache_memory_size, settings.cache_memory_ttl, keep_seconds, clock
-        )
+        bounds = (settings.cache_memory_size, settings.cache_memory_bytes)
+        self.memory = Memory(*bounds, settings.cache_memory_ttl, keep_seconds, clock)
         self._refusals: TTLCache[Key, GatewayError] = TTLCache(
             MAX_REFUSALS, settings.negative_ttl_seconds, timer=clock.monotonic
         )

@@ -1,6 +1,8 @@
 """One cached answer: ready bytes, their age, and the key that names them."""
 
+import gzip
 import hashlib
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
@@ -15,8 +17,12 @@ from src.store.redis import PREFIX
 # count as a miss.
 MAX_SKEW_SECONDS = 1.0
 FINAL_TTL_SECONDS = 86_400.0  # TTL of data that never changes; the TTLs of settings are shorter
-HEADER_BYTES = 6 * 16  # the numbers in front of the entity tag, see `Entry.dump`
+MEDIA_TYPE = "application/json"
+HEADER_BYTES = 7 * 16  # the numbers in front of the entity tag, see `Entry.dump`
 ETAG_BYTES = 18
+LARGE_BYTES = 65_536  # from here on, packing costs less than the transfer
+OVERHEAD_BYTES = 1_000  # of an entry's objects, besides its body
+GZIP_MAGIC = b"\x1f\x8b"  # no JSON begins so
 _FRESH_TAIL = b'"stale":false}'
 _STALE_TAIL = b'"stale":true}'
 ROUNDING_SECONDS = 0.002  # the times of an entry that comes from Redis are rounded
@@ -79,6 +85,12 @@ class Entry:
     """Requests answered from memory, including those inherited from the entry before."""
     earlier_hits: int = 0
     """Requests answered by the entries before this one that are not part of `hits`."""
+    status: int = 200
+    media_type: str = MEDIA_TYPE
+    encoding: str = ""
+    """The content coding of the body: `gzip`, or empty."""
+    packed: bytes = b""
+    """The body in gzip, as soon as it was packed."""
     price: float = 0.0
     """The current price in the answer, as soon as it was read: see `kinds.price_of`."""
     views: dict[tuple[Param, ...], "Entry"] = field(default_factory=dict)
@@ -107,7 +119,24 @@ class Entry:
 
     def with_body(self, body: bytes) -> Self:
         """Return a part of the entry, with the same times."""
-        return replace(self, body=body, etag=etag_of(body), views={})
+        return replace(self, body=body, etag=etag_of(body), packed=b"", views={})
+
+    @property
+    def size(self) -> int:
+        """Return the bytes that count for the entry. Half of a large body is reserved for gzip."""
+        length = len(self.body)
+        return OVERHEAD_BYTES + (length if length < LARGE_BYTES else length * 3 // 2)
+
+    def pack(self) -> bytes:
+        """Return the body in gzip. Takes 10 ms per megabyte: call it in a thread."""
+        if not self.packed:
+            self.packed = gzip.compress(self.body, 1)
+        return self.packed
+
+    def as_gzip(self) -> Self:
+        """Return the packed entry as it is sent. Its tag differs (RFC 9110 section 8.8.3.3)."""
+        etag = f'{self.etag[:-1]}-gzip"'
+        return replace(self, body=self.packed, etag=etag, encoding="gzip", views={})
 
     @property
     def is_final(self) -> bool:
@@ -150,15 +179,17 @@ class Entry:
         """Return the entry as Redis stores it.
 
         16 digits each for `born` and `received` (UTC ms), the TTL (ms), `closed_until`, `nonce` and
-        `data_time`, which `redis_tier.STORE` reads, then the entity tag, which is also a checksum,
-        then the body.
+        `data_time`, which `redis_tier.STORE` reads, and the status, then the entity tag, which is
+        also a checksum, then a line with the media type, then the body, in gzip if it is large.
         """
         offset = clock.time() - clock.monotonic()
         born_ms = (self.born + offset) * 1000
         received_ms = (self.received + offset) * 1000
         times = (born_ms, received_ms, self.ttl * 1000, self.closed_until)
-        numbers = (*times, self.nonce, self.data_time)
-        return b"%016d" * 6 % numbers + self.etag.encode() + self.body
+        numbers = (*times, self.nonce, self.data_time, self.status)
+        media_type = self.media_type.encode("latin-1") + b"\n"
+        body = self.pack() if len(self.body) >= LARGE_BYTES else self.body
+        return b"".join([b"%016d" * 7 % numbers, self.etag.encode(), media_type, body])
 
     @classmethod
     def parse(cls, key: Key, raw: object, clock: Clock) -> Self | None:
@@ -168,12 +199,18 @@ class Entry:
         """
         if not isinstance(raw, bytes) or not raw[:HEADER_BYTES].isdigit():
             return None
-        body = raw[HEADER_BYTES + ETAG_BYTES :]
+        media_type, _, body = raw[HEADER_BYTES + ETAG_BYTES :].partition(b"\n")
+        packed = body if body.startswith(GZIP_MAGIC) else b""
+        if packed:
+            try:
+                body = gzip.decompress(packed)
+            except (OSError, EOFError, zlib.error):
+                return None
         etag = etag_of(body)
         if etag.encode() != raw[HEADER_BYTES : HEADER_BYTES + ETAG_BYTES]:
             return None
         numbers = (int(raw[start : start + 16]) for start in range(0, HEADER_BYTES, 16))
-        born_ms, received_ms, ttl_ms, closed_until, nonce, data_time = numbers
+        born_ms, received_ms, ttl_ms, closed_until, nonce, data_time, status = numbers
         now = clock.monotonic()
         offset = now - clock.time()
         born = born_ms / 1000 + offset
@@ -182,7 +219,11 @@ class Entry:
             return None
         ttl = ttl_ms / 1000
         times = (min(born, now), min(received, now))
-        return cls(key, body, etag, *times, ttl, closed_until, nonce, data_time)
+        entry = cls(key, body, etag, *times, ttl, closed_until, nonce, data_time)
+        entry.packed = packed
+        entry.status = status
+        entry.media_type = media_type.decode("latin-1")
+        return entry
 
 
 class Served(NamedTuple):

@@ -17,14 +17,18 @@ MAX_HOT = 1000  # hot keys at once; the refresh loop checks each of them several
 
 
 class Memory:
-    """At most `size` entries, each kept until `keep_seconds` after its TTL.
+    """At most `size` entries with `max_bytes` in all, each kept until `keep_seconds` after its TTL.
 
     Counts the reasons why entries leave. No entry that can change is fresh at an age of
     `fresh_seconds` or more, whatever its TTL.
     """
 
-    def __init__(self, size: int, fresh_seconds: float, keep_seconds: float, clock: Clock) -> None:
+    def __init__(
+        self, size: int, max_bytes: int, fresh_seconds: float, keep_seconds: float, clock: Clock
+    ) -> None:
         self.hot: dict[Key, Entry] = {}
+        self.bytes = 0
+        self._max_bytes = max_bytes
         self._fresh_seconds = fresh_seconds
         self._size = size
         self._keep_seconds = keep_seconds
@@ -74,10 +78,12 @@ class Memory:
         if known is not None:
             entry.hits = min(known.hits // 2, MAX_INHERITED_HITS)
             entry.earlier_hits = known.earlier_hits + known.hits - entry.hits
+            self.bytes -= known.size
         self._expire()
-        while len(self._entries) >= self._size:
+        while len(self._entries) >= self._size or self._is_over(entry):
             self.remove(next(iter(self._entries)), "size")
         self._entries[key] = entry
+        self.bytes += entry.size
         self.hot.pop(key, None)
         if entry.hits >= HOT_HITS:
             self._add_hot(entry)
@@ -85,7 +91,9 @@ class Memory:
     def remove(self, key: Key, reason: str) -> None:
         """Remove the entry, if there is one, for one of the reasons in `metrics.EVICTIONS`."""
         self.hot.pop(key, None)
-        if self._entries.pop(key, None) is not None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.bytes -= entry.size
             metrics.cache_evictions_total.labels(reason).inc()
 
     def request_count(self, key: Key) -> int | None:
@@ -108,6 +116,10 @@ class Memory:
     def _add_hot(self, entry: Entry) -> None:
         if len(self.hot) < MAX_HOT:
             self.hot[entry.key] = entry
+
+    def _is_over(self, entry: Entry) -> bool:
+        """Return True if an entry does not fit. The newest entry always stays."""
+        return bool(self._entries) and self.bytes + entry.size > self._max_bytes
 
     def _expire(self) -> None:
         """Remove expired entries at the front, where entries that are not used gather."""

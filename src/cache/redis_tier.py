@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 from redis.asyncio import RedisCluster
 
-from src.cache.entry import Entry, Key
+from src.cache.entry import LARGE_BYTES, Entry, Key
 from src.core.clock import Clock
 from src.store.redis import PREFIX, RedisClient, RedisStore, RedisUnavailable
 
@@ -213,7 +213,11 @@ class RedisTier:
     async def _write_after(
         self, earlier: set[asyncio.Task[None]], key: Key, entry: Entry | None
     ) -> None:
-        payload = b"" if entry is None else entry.dump(self._clock)
+        payload = b""
+        if entry is not None and len(entry.body) >= LARGE_BYTES:
+            payload = await asyncio.to_thread(entry.dump, self._clock)
+        elif entry is not None:
+            payload = entry.dump(self._clock)
         keep_ms = 1 if entry is None else max(1, int(entry.keep_seconds(self._keep_seconds) * 1000))
         if earlier:
             await asyncio.wait(earlier)

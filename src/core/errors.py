@@ -6,6 +6,7 @@ GatewayError
 |   |-- Unauthorized              401 unauthorized
 |   |   `-- AdminTokenMissing     401 unauthorized
 |   |-- OriginRefused             403 origin_refused
+|   |-- PrivateRequest            403 private_request
 |   |-- NotFound                  404 not_found
 |   |   |-- UnknownSymbol         404 unknown_symbol
 |   |   `-- UnknownExchange       404 unknown_exchange
@@ -75,6 +76,8 @@ class GatewayError(Exception):
     default_retry_after: ClassVar[float | None] = None
     scope: str = "call"
     """What the error is about. An instance may differ from its class."""
+    reply: Any = None
+    """The exchange's own answer, for clients of its wire format."""
 
     def __init_subclass__(cls, status: int | None = None, title: str | None = None) -> None:
         cls.status = status or cls.status
@@ -140,6 +143,10 @@ class AdminTokenMissing(Unauthorized):
 
 class OriginRefused(CallerError, status=403, title="Pages of this origin may not connect"):
     """Pages of this origin may not open a WebSocket."""
+
+
+class PrivateRequest(CallerError, status=403, title="The gateway serves only public data"):
+    """A signed request, or one with keys of an exchange. It never leaves the gateway."""
 
 
 class NotFound(CallerError, status=404, title="There is nothing here"):

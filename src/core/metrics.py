@@ -169,6 +169,9 @@ circuit_transitions_total = _counter(
     "circuit_transitions", "Breaker transitions.", "exchange", "to"
 )
 circuit_rejected_total = _counter("circuit_rejected", "Calls rejected by a breaker.", "exchange")
+raw_requests_total = _counter(
+    "raw_requests", "Raw requests answered.", "exchange", "path", "outcome"
+)
 cache_requests_total = _counter(
     "cache_requests", "Requested values by result.", result=CACHE_RESULTS
 )
@@ -192,6 +195,7 @@ cache_refreshes_total = _counter(
     "cache_refreshes", "Hot entries due for a refresh before expiry.", outcome=REFRESHES
 )
 cache_entries = _gauge("cache_entries", "Entries in memory.")
+cache_bytes = _gauge("cache_bytes", "Size of the entries in memory.")
 cache_evictions_total = _counter("cache_evictions", "Entries that left memory.", reason=EVICTIONS)
 stream_sockets = _gauge("stream_sockets", "Open sockets to an exchange.", "exchange", "channel")
 stream_reconnects_total = _counter(

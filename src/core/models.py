@@ -232,14 +232,9 @@ class Candles(MarketData):
         `requested_at` is the time of the request on the exchange's clock.
         """
         newest = int(self.candles[-1][0]) if self.candles else 0
-        now = max(requested_at, newest)
-        start = grid.floor(now)  # of the growing candle
-        is_closed = now >= start + (CLOSE_MARGIN_MS if newest >= start else QUIET_CLOSE_MS)
-        self.closed_until = min(start if is_closed else start - grid.length, self._dropped_from)
-        if is_closed:
-            return start + grid.length + CLOSE_MARGIN_MS
-        close = start + CLOSE_MARGIN_MS
-        return close if now < close else now + RETRY_MS
+        closed_until, changes_at = closing_times(newest, requested_at, grid)
+        self.closed_until = min(closed_until, self._dropped_from)
+        return changes_at
 
     @classmethod
     def from_push(cls, raw: Raw, exchange: str, symbol: str, fetched_at: int) -> Self:
@@ -328,6 +323,20 @@ class Trades(MarketData):
         if trades:
             values["timestamp"] = max(trade.timestamp for trade in trades)
         return cls(trades=trades, **values)
+
+
+def closing_times(newest: int, requested_at: int, grid: Grid) -> tuple[int, int]:
+    """Return until when candles are final, and when they change next.
+
+    `newest` is the start of the newest candle, `requested_at` the time of the request on the
+    exchange's clock. All times are UTC milliseconds.
+    """
+    now = max(requested_at, newest)
+    start = grid.floor(now)  # of the growing candle
+    if now >= start + (CLOSE_MARGIN_MS if newest >= start else QUIET_CLOSE_MS):
+        return start, start + grid.length + CLOSE_MARGIN_MS
+    close = start + CLOSE_MARGIN_MS
+    return start - grid.length, close if now < close else now + RETRY_MS
 
 
 def _bad_data(exchange: str, symbol: str, fault: str) -> BadUpstreamData:

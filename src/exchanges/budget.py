@@ -64,6 +64,15 @@ class RateLimiter:
         window = self._windows[pool].window
         return (window.used() + weight) / window.limit
 
+    def version(self, pool: str) -> int:
+        """Return a number that changes with each recorded weight of a pool."""
+        return self._windows[pool].window.version
+
+    def usage(self, pool: str) -> tuple[int, int, float]:
+        """Return the used weight, the limit, and the seconds until the whole limit is free."""
+        window = self._windows[pool].window
+        return window.used(), window.limit, window.wait_for(window.limit)
+
     def used_ratios(self, exchange: str) -> dict[str, float]:
         """Return the used share of each budget: `main` and, if it is separate, `futures`."""
         pools = {"main": exchange, "futures": exchange + FUTURES}

@@ -256,6 +256,7 @@ class _Observer:
         self._closing: int | None = None  # start of the candle that the current message closes
         self._message_time: int | None = None  # of the current message
         self._delta_times: dict[str, int] = {}  # topic -> time of its newest message (UTC ms)
+        self._wire_candles: list[list[Any]] = []  # of the current message
         self._candle_times: dict[str, int] = {}  # name -> time of the newest message (UTC ms)
         self._closed: dict[str, int] = {}  # name -> start of the last candle that was closed
         self._candles: dict[str, dict[int, list[Any]]] = {}  # name -> start -> forwarded state
@@ -306,6 +307,8 @@ class _Observer:
         self._delta_times[topic] = time
         if self._timeframe:
             self._message_time = _to_ms(self._ccxt, data.get(self._profile.candle_time))
+        if self._timeframe and self._profile.wire_candles:
+            self._wire_candles = self._profile.wire_candles(data)
         if self._timeframe and self._profile.closed_candle:
             self._closing = self._profile.closed_candle(data)
         try:
@@ -404,6 +407,7 @@ class _Observer:
             "rows": rows,
             "closed": self._closed.get(name),
             "timestamp": self._candle_times.get(name),
+            "wire": self._wire_candles,
         }
         self._receive(name, value)
 

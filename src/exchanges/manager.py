@@ -82,9 +82,25 @@ class ExchangeCall(Generic[T]):
     """A symbol of the market type, on which the request weight depends."""
     size: int = 1
     """Number of symbols or levels, on which the request weight depends."""
+    fixed_weight: int | None = None
+    """The request weight. None: the one of the operation."""
+    for_swap: bool | None = None
+    """True if the call uses the budget of swaps. None: the symbol decides."""
     timeout_seconds: float | None = None
     """Replaces EXCHANGE_TIMEOUT_SECONDS for calls that no request waits for."""
     answer: Answer = field(default_factory=Answer)
+
+    @property
+    def weight(self) -> int:
+        """The request weight."""
+        if self.fixed_weight is not None:
+            return self.fixed_weight
+        return weight_of(self.exchange, self.operation, self.size, self.symbol)
+
+    @property
+    def is_swap(self) -> bool:
+        """True if the call uses the budget of swaps."""
+        return is_swap(self.symbol) if self.for_swap is None else self.for_swap
 
     @property
     def target(self) -> Target:
@@ -267,8 +283,8 @@ class ExchangeManager:
 
     async def _execute(self, call: ExchangeCall[T]) -> Fetched[T]:
         """Call an exchange within its budget and the deadline."""
-        weight = weight_of(call.exchange, call.operation, call.size, call.symbol)
-        await self.limiter.acquire(self.pool_of(call.exchange, call.symbol), weight)
+        pool = self.limiter.pool_of(call.exchange, is_swap=call.is_swap)
+        await self.limiter.acquire(pool, call.weight)
         exchange = self._exchanges[call.exchange]
         started = self.clock.monotonic()
         outcome = "error"
@@ -326,9 +342,10 @@ class ExchangeManager:
     async def _correct_budget(self, call: ExchangeCall[Any]) -> None:
         """Use the exchange's own count if its response has one."""
         name = call.exchange
-        if call.operation == "markets" and len(self.limiter.pools(name)) > 1:
+        has_swaps = "swap" in self.settings.market_types
+        if call.operation == "markets" and has_swaps and len(self.limiter.pools(name)) > 1:
             return  # several calls to different pools; the headers are those of the last one
-        pool = self.pool_of(name, call.symbol)
+        pool = self.limiter.pool_of(name, is_swap=call.is_swap)
         profile = PROFILES[name]
         used = call.answer.headers.get(profile.used_weight_header, "")
         if used.isascii() and used.isdigit():
@@ -361,7 +378,7 @@ def _budgets(settings: Settings) -> dict[str, tuple[int, int]]:
     for name in settings.enabled_exchanges:
         exchange = settings.exchanges[name]
         budgets[name] = exchange.budget
-        if exchange.futures_budget is not None and "swap" in settings.market_types:
+        if exchange.futures_budget is not None:
             budgets[name + FUTURES] = exchange.futures_budget
     return budgets
 

@@ -16,6 +16,8 @@ Unsubscribe = Callable[[str, Sequence[str], int, str], dict[str, Any]]
 exchange's name of the length of candles."""
 ClosedCandle = Callable[[Mapping[str, Any]], int | None]
 """Returns the start (UTC ms) of the candle of which a message has the final state."""
+WireCandles = Callable[[Mapping[str, Any]], list[list[Any]]]
+"""Returns the candles of a message as rows of the REST API, digit for digit."""
 MarketName = Callable[[Mapping[str, Any]], str]
 """Returns a name of ccxt's market, of which `info` is the exchange's own row."""
 
@@ -212,6 +214,8 @@ class Profile:
     """Finds messages with a part of a ticker. A late one would stay in ccxt's merged ticker."""
     find_book_update: FindBookUpdate | None = None
     """Finds numbers and checksums of order book updates that ccxt does not check."""
+    wire_candles: WireCandles | None = None
+    """None if the sockets send other digits than the REST API."""
     closed_candle: ClosedCandle | None = None
     """None if no message marks the end of a candle: the next candle does."""
     find_refusal: FindRefusal = nothing
@@ -288,6 +292,12 @@ def bybit_closed_candle(message: Mapping[str, Any]) -> int | None:
     return int(closed[-1]) if closed else None
 
 
+def bybit_wire_candles(message: Mapping[str, Any]) -> list[list[Any]]:
+    """Return rows of `/v5/market/kline`: start, prices, volume, turnover."""
+    names = ("open", "high", "low", "close", "volume", "turnover")
+    return [[str(row["start"]), *map(row.get, names)] for row in message.get("data", ())]
+
+
 # https://bybit-exchange.github.io/docs/v5/ws/connect: ten args per message for spot, and 21,000
 # characters of args per connection. The longest, `"orderbook.50.1000000BABYDOGEUSDT",`, has 35. No
 # rate of messages is documented.
@@ -338,6 +348,7 @@ BYBIT = Profile(
     find_book_update=bybit_book_update,
     is_market_trade=bybit_is_market_trade,
     closed_candle=bybit_closed_candle,
+    wire_candles=bybit_wire_candles,
     candle_time="ts",
     separate_top_types=frozenset({"spot"}),
 )
@@ -395,6 +406,12 @@ def binance_closed_candle(message: Mapping[str, Any]) -> int | None:
     return int(candle["t"]) if candle.get("x") else None
 
 
+def binance_wire_candles(message: Mapping[str, Any]) -> list[list[Any]]:
+    """Return a row of `/api/v3/klines`. Its last member is unused, and always "0"."""
+    candle = message.get("k")
+    return [[*map(candle.get, "tohlcvTqnVQ"), "0"]] if candle else []
+
+
 def binance_refusal(message: Mapping[str, Any]) -> Refusal | None:
     """Find an error such as `{"error":{"code":2,"msg":"Invalid request: ..."},"id":1}`."""
     return Refusal(number=str(message.get("id"))) if "error" in message else None
@@ -432,6 +449,7 @@ BINANCE = Profile(
     book_depth=100,
     unsubscribe=binance_unsubscribe,
     closed_candle=binance_closed_candle,
+    wire_candles=binance_wire_candles,
     candle_time="E",
     find_refusal=binance_refusal,
     last_trade_fields=("closeTime", "C"),

@@ -3,6 +3,7 @@
 import { el, figuresTable, panel, setAttr, setText } from "./dom.js";
 import { countdown, duration, rate, share, time } from "./format.js";
 
+const HOUR_SECONDS = 3600;
 const BUDGET_WARNING = 0.8; // as in the alert VirtuosoBudgetNearlySpent
 const STATUS_LIFETIME_SECONDS = 15;
 const RUNBOOK = "docs/runbook.md";
@@ -102,6 +103,11 @@ function priceSource({ streams }) {
 	if (streams.cause) return `REST: no updates are pushed (${streams.cause})`;
 	if (!streams.watched) return "REST: this replica has no stream";
 	return `stream, ${streams.watched} watched${streams.stale ? `, ${streams.stale} stale` : ""}`;
+}
+
+function savings({ saved, requests, window_seconds: seconds }) {
+	const period = seconds < HOUR_SECONDS ? duration(Math.max(1, seconds)) : "hour";
+	return `${saved} of ${requests} in the last ${period}`;
 }
 
 class Facts {
@@ -245,12 +251,13 @@ export class GatewayView {
 		});
 	}
 
-	#showService({ cache, service, health, version }) {
+	#showService({ cache, service, saved, health, version }) {
 		const { ws, sse } = service.subscribers;
 		const age = service.served_age_seconds;
 		this.service.show({
 			"requests per second": rate(service.requests_per_second),
 			"updates per second": rate(service.updates_per_second),
+			"calls saved": savings(saved),
 			"mean age served": age === null ? "none served" : `${rate(age)} s`,
 			"requests in flight": service.in_flight,
 			subscribers: `${ws} WebSocket, ${sse} SSE`,

@@ -31,7 +31,7 @@ T = TypeVar("T")
 RedisClient = Redis | RedisCluster
 Command = Callable[[RedisClient], Awaitable[T]]
 
-PREFIX = "virtuoso:2:"  # increase the number when the format of any value changes
+PREFIX = "virtuoso:3:"  # increase the number when the format of any value changes
 # Share of a command's timeout for one of several servers, so that there is time to try another.
 NODE_SHARE = 0.5
 MAX_COMMANDS = 50  # concurrent commands

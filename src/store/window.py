@@ -67,6 +67,8 @@ class Window:
         self._clock = clock
         self._clock_offset = 0.0  # between the clock of Redis, if it is known, and `clock`
         self._weights = Counter[int]()  # by bucket number, oldest first
+        self.version = 0
+        """Changes with each recorded weight, so that others can keep what depends on it."""
 
     def used(self) -> int:
         """Return the weight in the window."""
@@ -94,11 +96,13 @@ class Window:
     def add(self, cost: int) -> None:
         """Record a weight as spent now."""
         self._weights[self._current()] += cost
+        self.version += 1
 
     def mirror(self, now: float, weights: Mapping[int, int]) -> None:
         """Replace the weights by the shared weights at the time `now` of the clock of Redis."""
         self._clock_offset = now - self._clock.monotonic()
         self._weights = Counter(dict(sorted(weights.items())))
+        self.version += 1
 
     def _now(self) -> float:
         return self._clock.monotonic() + self._clock_offset

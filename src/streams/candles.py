@@ -5,13 +5,14 @@ added to a series only if the final states of all candles before it are known. O
 has a gap, and is fetched by REST.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import orjson
 
-from src.cache.entry import Freshness, Key
+from src.cache.entry import Entry, Freshness, Key
 from src.core.models import TIMEFRAMES
 from src.exchanges.profiles import PROFILES
 from src.gateway import SERIES_SECONDS, Gateway
@@ -41,15 +42,26 @@ class CandleKeeper:
         self.gaps: set[Key] = set()
         self._gateway = gateway
         self._requests: dict[Key, Requests] = {}
-        self._series: dict[Topic, Key] = {}
+        self._series: dict[Topic, list[Key]] = {}
 
     def find_requested(self) -> list[Topic]:
         """Return the topics of the series to watch, the most recently requested first."""
         self._count_requests()
         newest_first = sorted(self._requests, key=lambda key: -self._requests[key].last_at)
-        self._series = {Topic(*key[:3], str(key.params[0])): key for key in newest_first}
-        requests = ((topic, self._requests[key].recent) for topic, key in self._series.items())
-        return [topic for topic, recent in requests if recent >= MIN_REQUESTS][:MAX_SERIES]
+        self._series = defaultdict(list)
+        for key in newest_first:
+            self._series[self._topic_of(key)].append(key)
+        requested = (
+            topic
+            for topic, keys in self._series.items()
+            if sum(self._requests[key].recent for key in keys) >= MIN_REQUESTS
+        )
+        return list(requested)[:MAX_SERIES]
+
+    def _topic_of(self, key: Key) -> Topic:
+        foreign = self._gateway.foreign.get(key.kind)
+        timeframe = foreign.timeframe_of(key) if foreign else str(key.params[0])
+        return Topic(key.exchange, "ohlcv", key.symbol, timeframe)
 
     def _count_requests(self) -> None:
         now = self._gateway.clock.monotonic()
@@ -67,26 +79,36 @@ class CandleKeeper:
                 self._requests[key] = seen._replace(total=total)
 
     def merge(self, event: MarketDataEvent, *, share: bool) -> None:
-        """Add pushed candles to the series of their topic, or note the gap."""
-        key = self._series.get(event.topic)
-        if key is None:
-            return
-        entry = self._gateway.cache.memory.get(key)
-        series = orjson.loads(entry.body) if entry else {}
-        limit = PROFILES[key.exchange].candle_page
-        if not series or not merge(series, orjson.loads(event.data), limit):
-            self.gaps.add(key)
-            return
-        self.gaps.discard(key)
-        freshness = self._freshness(key, series["closed_until"])
-        self._gateway.add_pushed(key, orjson.dumps(series), event.born, freshness, share=share)
+        """Add pushed candles to the series of their topic, or note the gaps."""
+        pushed = orjson.loads(event.data)
+        for key in self._series.get(event.topic, ()):
+            if key.kind in self._gateway.foreign:
+                self._gateway.foreign[key.kind].merge(key, event, pushed, share=share)
+                continue
+            entry = self._gateway.cache.memory.get(key)
+            series = orjson.loads(entry.body) if entry else {}
+            if not series or not merge(series, pushed, PROFILES[key.exchange].candle_page):
+                self.gaps.add(key)
+                continue
+            self.gaps.discard(key)
+            freshness = self._freshness(key, series["closed_until"])
+            self._gateway.add_pushed(key, orjson.dumps(series), event.born, freshness, share=share)
 
     def renew(self, topic: Topic) -> None:
         """Keep the series of a live stream fresh until a close: no message means no change."""
         now = self._gateway.clock.monotonic()
-        entry = self._gateway.cache.memory.find_fresh(topic.key)
-        if entry is not None and entry.age(now) > entry.ttl * RENEWED_RATIO:
-            ttl = self._freshness(topic.key, entry.closed_until).ttl
+        for key in self._series.get(topic, ()):
+            entry = self._gateway.cache.memory.find_fresh(key)
+            if entry is not None and entry.age(now) > entry.ttl * RENEWED_RATIO:
+                self._renew(entry, now)
+
+    def _renew(self, entry: Entry, now: float) -> None:
+        foreign = self._gateway.foreign.get(entry.key.kind)
+        if foreign is not None:
+            ttl = foreign.seconds_left(entry)
+        else:
+            ttl = self._freshness(entry.key, entry.closed_until).ttl
+        if ttl > 0:
             renewed = replace(entry, born=now, received=now, ttl=ttl, views={})
             self._gateway.cache.add(renewed, share=False)
 

@@ -234,7 +234,9 @@ class TopicRegistry:
         sequence = state.sequence + 1
         body = encode(data)
         now = self._clock.monotonic()
-        event = MarketDataEvent(topic, sequence, data.timestamp, data.fetched_at, body, steady, now)
+        wire = raw.get("wire", ()) if channel.has_timeframe else ()
+        times = (data.timestamp, data.fetched_at)
+        event = MarketDataEvent(topic, sequence, *times, body, steady, wire, now)
         self.bus.publish(event)
         self._publish(state, event, is_pushed=True)
         return True
@@ -280,7 +282,8 @@ class TopicRegistry:
         if state.is_late(timestamp):
             return
         sequence = state.sequence + 1
-        event = MarketDataEvent(state.topic, sequence, timestamp, fetched_at, body, False, born)
+        times = (timestamp, fetched_at)
+        event = MarketDataEvent(state.topic, sequence, *times, body, False, born=born)
         self._publish(state, event, is_pushed=False)
 
     def _publish(self, state: TopicState, event: MarketDataEvent, *, is_pushed: bool) -> None:

@@ -4,7 +4,7 @@ A new channel needs a name and a row in `CHANNELS`, the exchanges' own names for
 `src/exchanges`, and a schema in docs/asyncapi.yaml.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, NamedTuple, Self
@@ -142,12 +142,16 @@ class MarketDataEvent(NamedTuple):
     steady: bool = True
     """True if the event proves that the whole topic is alive, and not only a part of it."""
 
+    wire: Sequence[Sequence[Any]] = ()
+    """Candles as rows of the exchange's REST API."""
+
     born: float = 0.0
     """Time of the value in monotonic seconds of this replica. `dump` omits it."""
 
     def dump(self) -> bytes:
         """Encode for other replicas: one line of metadata, then the data."""
-        head = [*self.topic, self.sequence, self.exchange_time, self.receive_time, self.steady]
+        times = (self.exchange_time, self.receive_time)
+        head = [*self.topic, self.sequence, *times, self.steady, self.wire]
         return orjson.dumps(head) + b"\n" + self.data
 
     @classmethod
@@ -157,7 +161,8 @@ class MarketDataEvent(NamedTuple):
             return None
         head, _, data = raw.partition(b"\n")
         with suppress(ValueError, TypeError):
-            *names, sequence, exchange_time, receive_time, steady = orjson.loads(head)
+            *names, sequence, exchange_time, receive_time, steady, wire = orjson.loads(head)
             topic = Topic(*map(str, names))
-            return cls(topic, int(sequence), exchange_time, int(receive_time), data, bool(steady))
+            times = (exchange_time, int(receive_time))
+            return cls(topic, int(sequence), *times, data, bool(steady), wire)
         return None

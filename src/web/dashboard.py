@@ -49,7 +49,9 @@ KEEP_SECONDS = 1.0  # the viewers of one list of symbols share one document
 MAX_DOCUMENTS = 64  # lists of symbols; the document of 100 symbols has about 150 KB
 SAMPLE_SECONDS = 5.0
 FIGURES_SECONDS = 60.0
-ERRORS_SECONDS = 600.0  # also the age of the oldest sample
+ERRORS_SECONDS = 600.0
+HOUR_SECONDS = 3600.0
+HOUR_SAMPLE_SECONDS = 60.0
 COUNTED = (  # each with the labels that are kept apart; together about fifty numbers per sample
     (metrics.http_requests_total, ("code",)),
     (metrics.cache_requests_total, ("result",)),
@@ -93,13 +95,13 @@ def _serve_files(
 class Recent:
     """Samples of the counters. The first one is taken at construction."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, seconds: float, sample_seconds: float) -> None:
         self._clock = clock
         first = (clock.monotonic(), _read_counters())
-        self._samples = deque([first], maxlen=int(ERRORS_SECONDS / SAMPLE_SECONDS) + 1)
+        self._samples = deque([first], maxlen=int(seconds / sample_seconds) + 1)
 
     async def take_sample(self) -> None:
-        """Add a sample. Call it every `SAMPLE_SECONDS`."""
+        """Add a sample. Call it every `sample_seconds`."""
         self._samples.append((self._clock.monotonic(), _read_counters()))
 
     def increases(self, seconds: float) -> tuple[Counts, float]:
@@ -137,7 +139,8 @@ class Dashboard:
     """Builds the page's document and samples the counters for it. One object per process."""
 
     def __init__(self, gateway: Gateway, streams: StreamHub | None) -> None:
-        self.recent = Recent(gateway.clock)
+        self.recent = Recent(gateway.clock, ERRORS_SECONDS, SAMPLE_SECONDS)
+        self.hour = Recent(gateway.clock, HOUR_SECONDS, HOUR_SAMPLE_SECONDS)
         self._gateway = gateway
         self._streams = streams
         self._documents: TTLCache[tuple[str, ...], asyncio.Task[Entry]] = TTLCache(
@@ -180,6 +183,7 @@ class Dashboard:
             "health": status.health(gateway, self._streams),
             "cache": window | self._cache_figures(counts),
             "service": window | self._service_figures(counts, seconds),
+            "saved": self._savings(),
             "recent_errors": self._errors(),
         }
 
@@ -204,6 +208,13 @@ class Dashboard:
             "in_flight": metrics.in_progress.count,
             "subscribers": status.subscribers(self._streams),
         }
+
+    def _savings(self) -> dict[str, Any]:
+        """Compare the requested values, each a call without the gateway, with all real calls."""
+        counts, seconds = self.hour.increases(HOUR_SECONDS)
+        requests = int(_total(counts, "cache_requests_total"))
+        saved = max(0, requests - int(_total(counts, "exchange_requests_total")))
+        return {"window_seconds": round(seconds, 3), "requests": requests, "saved": saved}
 
     def _errors(self) -> dict[str, Any]:
         counts, seconds = self.recent.increases(ERRORS_SECONDS)

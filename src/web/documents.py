@@ -209,6 +209,17 @@ class ServiceFigures(Document):
     subscribers: Subscribers
 
 
+class Savings(Document):
+    """Calls to exchanges in the last hour, or since the start, that clients did not have to make.
+
+    Each requested value counts as a call. `saved` is lower by all calls of the gateway itself.
+    """
+
+    window_seconds: float
+    requests: int
+    saved: int
+
+
 class RecentErrors(Document):
     """Errors of the last ten minutes: answers by status, calls by exchange and outcome."""
 
@@ -232,6 +243,7 @@ class DashboardData(Document):
     health: Health
     cache: CacheFigures
     service: ServiceFigures
+    saved: Savings
     recent_errors: RecentErrors
 
 

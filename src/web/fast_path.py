@@ -29,7 +29,8 @@ MAX_BATCH_BYTES = 4096  # path and query of a batch request
 MAX_SECOND_CHANCES = 8  # requests that are kept before a new request is refused
 
 # An answer depends on the first set. Requests with a field of the second set go to the app.
-RELEVANT = frozenset({b"host", b"if-none-match", b"x-api-key", b"x-forwarded-for", b"x-request-id"})
+HEADERS = "host accept-encoding if-none-match x-api-key x-forwarded-for x-request-id"
+RELEVANT = frozenset(HEADERS.encode().split())
 APP_ONLY = frozenset({b"content-length", b"transfer-encoding", b"expect"})
 
 Target = tuple[bytes, bytes]  # path and query, as received
@@ -146,15 +147,16 @@ class FastPath:
         self, recipe: Recipe, entries: list[Entry], headers: RawHeaders
     ) -> tuple[float, int, HeaderFields, bytes]:
         """Return the age, status, header fields and body of an answer."""
-        entry = recipe.answer(entries)
+        entry = recipe.answer(entries, headers)
         age = self._clock.monotonic() - entry.born
         if age < 0:
             age = 0.0
         fields = freshness(entry.etag, age, entry.ttl - age, "hit_memory", private=self._private)
+        fields += recipe.extra_fields(entry)
         condition = headers.get(b"if-none-match")
         if condition is not None and matches([condition.decode("latin-1")], entry.etag):
             return age, 304, fields, b""
-        fields += content_headers(len(entry.body))
+        fields += content_headers(len(entry.body), entry.media_type)
         return age, 200, fields, entry.body
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -12,9 +12,9 @@ from src.core.logs import request_id
 from src.web.responses import problem
 
 
-async def handle_gateway_error(_: Request, error: Any) -> Response:
+async def handle_gateway_error(request: Request, error: Any) -> Response:
     """Answer with an error of the gateway."""
-    return problem(error)
+    return problem(error, request.url.path)
 
 
 async def handle_validation_error(_: Request, error: Any) -> Response:
@@ -31,18 +31,18 @@ async def handle_http_error(request: Request, error: Any) -> Response:
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "GET").replace("GET", "GET, HEAD")
         detail = f"{request.method} is not supported at this path; use {allowed}"
-        return problem(errors.MethodNotAllowed(detail), {"Allow": allowed})
+        return problem(errors.MethodNotAllowed(detail), request.url.path, {"Allow": allowed})
     if request.url.path == "/ws" and request.state.gateway.settings.streaming:
         detail = "this path serves only WebSockets; connect with a WebSocket client"
     else:
         detail = "nothing is served at this path; try /ticker/BTC-USDT or /health"
-    return problem(errors.NotFound(detail))
+    return problem(errors.NotFound(detail), request.url.path)
 
 
-async def handle_unexpected_error(_: Request, __: Exception) -> Response:
+async def handle_unexpected_error(request: Request, __: Exception) -> Response:
     """Answer with a 500 that reveals nothing; the server logs the exception."""
     error = errors.InternalError("the gateway failed; search its log for this X-Request-ID")
-    return problem(error, {"X-Request-ID": request_id.get()})
+    return problem(error, request.url.path, {"X-Request-ID": request_id.get()})
 
 
 HANDLERS: dict[Any, Any] = {

@@ -59,7 +59,7 @@ class Observe:
         metrics.in_progress.count += 1
         try:
             error = _find_fault(scope, headers)
-            app = self.app if error is None else problem(error)
+            app = self.app if error is None else problem(error, scope["path"])
             await app(scope, receive, send_observed)
         finally:
             metrics.in_progress.count -= 1
@@ -122,5 +122,5 @@ class Access:
         except errors.GatewayError as error:
             if type(error) is errors.TooManyRequests:  # not its subclass for failed logins
                 state["limit_headers"] = limit_headers(self._gate.limit, 0, error.retry_after or 0)
-            app = problem(error)
+            app = problem(error, path)
         await app(scope, receive, send)

@@ -10,7 +10,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from src.cache.entry import Entry, Key, Param, Served, etag_of
+from src.cache.entry import MEDIA_TYPE, Entry, Key, Param, Served, etag_of
 from src.core import errors, metrics
 from src.core.errors import GatewayError
 from src.gateway import BatchKey, Gateway
@@ -18,6 +18,7 @@ from src.kinds import view
 
 HeaderFields = list[tuple[bytes, bytes]]
 FORWARDED = {"miss": "fwd=miss; stored", "coalesced": "fwd=miss; collapsed"}  # RFC 9211
+RAW_PREFIX = "/raw/"  # paths whose clients are those of an exchange
 FLOAT_ERROR_SECONDS = 1e-6  # must not cost a whole second when a time is rounded down
 
 
@@ -48,8 +49,12 @@ class Recipe:
             entries.append(entry)
         return entries
 
-    def answer(self, entries: list[Entry]) -> Entry:
-        """Return the answer that the entries make.
+    def extra_fields(self, _answer: Entry) -> HeaderFields:
+        """Return further header fields of an answer. Called once for each answer."""
+        return []
+
+    def answer(self, entries: list[Entry], _headers: Mapping[bytes, bytes]) -> Entry:
+        """Return the answer that the entries make, given the header of the request.
 
         A batch is built again only if an entry has changed.
         """
@@ -101,9 +106,10 @@ def _freshness(age: int, left: int, result: str, private: bool) -> HeaderFields:
 
 
 @lru_cache(4096)
-def content_headers(length: int) -> HeaderFields:
-    """Return the header fields of a JSON body. The list is shared; do not change it."""
-    return [(b"content-length", b"%d" % length), (b"content-type", b"application/json")]
+def content_headers(length: int, media_type: str = MEDIA_TYPE) -> HeaderFields:
+    """Return the header fields of a body. The list is shared; do not change it."""
+    fields = (b"content-length", b"%d" % length), (b"content-type", media_type.encode("latin-1"))
+    return [*fields]
 
 
 def batch(request: Request, answers: Mapping[BatchKey, Served | GatewayError]) -> Response:
@@ -138,14 +144,23 @@ def batch_body(answers: Mapping[BatchKey, Served | Entry | GatewayError]) -> byt
     return orjson.dumps(document)
 
 
-def problem(error: GatewayError, headers: Mapping[str, str] | None = None) -> Response:
-    """Return an error as an RFC 9457 problem document."""
-    fields = dict(headers or {})
+def problem(
+    error: GatewayError, path: str = "", headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return an error as an RFC 9457 problem document.
+
+    Documents below `/raw/` have no `code`, which clients of Binance read as a number. The header
+    field X-Virtuoso-Error has it.
+    """
+    fields = {"X-Virtuoso-Error": error.code, **(headers or {})}
+    document = error.problem()
+    if path.startswith(RAW_PREFIX):
+        del document["code"]
     if error.retry_after_seconds is not None:
         fields["Retry-After"] = str(error.retry_after_seconds)
     if isinstance(error, errors.Unauthorized):
         fields["WWW-Authenticate"] = error.challenge
-    return json(error.problem(), error.status, fields, "application/problem+json")
+    return json(document, error.status, fields, "application/problem+json")
 
 
 def json(

@@ -150,6 +150,7 @@ def update_gauges(gateway: Gateway, streams: StreamHub | None) -> None:
     if streams is not None:
         _update_stream_gauges(streams, gateway.manager.names)
     metrics.cache_entries.set(len(gateway.cache.memory))
+    metrics.cache_bytes.set(gateway.cache.memory.bytes)
     if gateway.store.configured:
         metrics.cache_tier_up.labels("redis").set(gateway.store.up)
     for task, succeeded_at in gateway.maintenance.items():

@@ -472,8 +472,8 @@ async def test_keys_are_canonical_and_versioned_in_redis(
 ) -> None:
     """Spellings of a symbol share an entry; an entry and its lock share a slot of a cluster."""
     ohlcv_key = Key("bybit", "ohlcv", "BTC/USDT", ("1m", 100))
-    assert ohlcv_key.redis_name() == "virtuoso:2:data:{bybit|ohlcv|BTC/USDT|1m:100}"
-    assert ohlcv_key.redis_name("lock") == "virtuoso:2:lock:{bybit|ohlcv|BTC/USDT|1m:100}"
+    assert ohlcv_key.redis_name() == "virtuoso:3:data:{bybit|ohlcv|BTC/USDT|1m:100}"
+    assert ohlcv_key.redis_name("lock") == "virtuoso:3:lock:{bybit|ohlcv|BTC/USDT|1m:100}"
     live = await start()
     for path in ("ticker/btc-usdt", "ticker/BTC/USDT", "ticker/Btc-Usdt?exchange=BYBIT"):
         assert (await live.get(f"/{path}")).status_code == 200

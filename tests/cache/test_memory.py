@@ -11,6 +11,8 @@ TTL, FRESH_SECONDS, KEEP_SECONDS = 15.0, 30.0, 60.0
 END = TTL + KEEP_SECONDS
 A, B, C, D = (Key("bybit", "ticker", f"{coin}/USDT") for coin in ("BTC", "ETH", "SOL", "XRP"))
 
+MAX_BYTES = 10_000_000
+
 
 class Bench:
     """A memory with its clock, and the evictions since it was created."""
@@ -19,7 +21,7 @@ class Bench:
         self, clock: FakeClock, size: int = 1000, fresh_seconds: float = FRESH_SECONDS
     ) -> None:
         self.clock = clock
-        self.memory = Memory(size, fresh_seconds, KEEP_SECONDS, clock)
+        self.memory = Memory(size, MAX_BYTES, fresh_seconds, KEEP_SECONDS, clock)
         self._before = _evicted()
 
     def put(self, *keys: Key, ttl: float = TTL, late: float = 0.0) -> None:
@@ -301,7 +303,7 @@ def test_a_removed_entry_is_not_hot(bench: Bench, reason: str) -> None:
 def test_the_number_of_hot_entries_is_bounded(bench: Bench) -> None:
     """At most `MAX_HOT` are hot; one that leaves makes bench for another."""
     keys = numbered(MAX_HOT + 2)
-    bench.memory = Memory(2 * MAX_HOT, FRESH_SECONDS, KEEP_SECONDS, bench.clock)
+    bench.memory = Memory(2 * MAX_HOT, MAX_BYTES, FRESH_SECONDS, KEEP_SECONDS, bench.clock)
     bench.put(*keys)
     for number, key in enumerate(keys, start=1):
         bench.hit(key, HOT_HITS)
@@ -380,3 +382,18 @@ def test_has_usable_changes_nothing(bench: Bench) -> None:
     bench.clock.advance(END)
     assert not bench.memory.has_usable()
     assert (bench.memory.keys(), bench.memory.hot, bench.evicted()) == ([A, B], {}, {})
+
+
+def test_large_entries_replace_others(bench: Bench) -> None:
+    """All entries together have at most `max_bytes`. The newest one always stays."""
+    bench.put(A, B)
+    now = bench.clock.monotonic()
+    large = [Key("bybit", "raw", "", (str(number),)) for number in range(4)]
+    for key in large:
+        bench.memory.put(Entry.create(key, b"x" * 2_400_000, now, now, TTL))
+    assert bench.memory.keys() == large[2:]  # each counts one and a half times
+    assert 0 < bench.memory.bytes <= MAX_BYTES
+    bench.memory.put(Entry.create(A, b"x" * 2 * MAX_BYTES, now, now, TTL))
+    assert bench.memory.keys() == [A]
+    bench.memory.remove(A, "cleared")
+    assert bench.memory.bytes == 0

@@ -68,6 +68,7 @@ DATA_PATHS = (
     "/ticker/BTC-USDT?exchange=kraken",  # stale
     "/ticker/ETH-USDT?exchange=kraken",  # 503
     "/tickers?symbols=BTC-USDT,ETH-USDT",
+    "/raw/bybit/v5/market/tickers?category=spot&symbol=BTCUSDT",
     "/orderbook/BTC-USDT",
     "/orderbook/ETH-USDT?exchange=binance",  # refused; the refusal is cached
     "/ohlcv/BTC-USDT",

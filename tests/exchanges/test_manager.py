@@ -556,7 +556,7 @@ async def test_restart_needs_no_upstream_call(
 ) -> None:
     """Recent market lists come from Redis, and every kind of data works with them."""
     await start(redis_url=redis.url, load_markets=True)
-    await eventually(lambda: len(redis.client.keys("virtuoso:2:markets:*")) == 3)
+    await eventually(lambda: len(redis.client.keys("virtuoso:3:markets:*")) == 3)
     second = await start(redis_url=redis.url, load_markets=True)
     assert sum(sandbox.count(name) for name in EXCHANGES) == 0
     for name in EXCHANGES:
@@ -571,7 +571,7 @@ async def test_swaps_work_from_a_snapshot(
 ) -> None:
     """Swaps need no field of a market that a snapshot leaves out."""
     await start(redis_url=redis.url, market_types="spot,swap", load_markets=True)
-    await eventually(lambda: len(redis.client.keys("virtuoso:2:markets:*")) == 3)
+    await eventually(lambda: len(redis.client.keys("virtuoso:3:markets:*")) == 3)
     second = await start(redis_url=redis.url, market_types="spot,swap", load_markets=True)
     for name in ("bybit", "binance"):
         for path in ("ticker", "orderbook", "ohlcv", "trades"):
@@ -586,7 +586,7 @@ async def test_old_snapshot_is_replaced(
 ) -> None:
     """After the refresh time, the list is requested from the exchange."""
     first = await start(redis_url=redis.url, load_markets=True)
-    await eventually(lambda: len(redis.client.keys("virtuoso:2:markets:*")) == 3)
+    await eventually(lambda: len(redis.client.keys("virtuoso:3:markets:*")) == 3)
     await first.gateway.loader.close()  # its background tasks could refresh the list, too
     clock.advance(3601)
     await first.gateway.loader.load("bybit")
@@ -623,12 +623,12 @@ async def test_unusable_snapshot_is_ignored_and_replaced(
     start: StartGateway, sandbox: Sandbox, redis: Any, snapshot: bytes
 ) -> None:
     """A broken snapshot, or one of another format, is replaced by one from the exchange."""
-    redis.client.set("virtuoso:2:markets:{kraken}:spot", snapshot)
+    redis.client.set("virtuoso:3:markets:{kraken}:spot", snapshot)
     live = await start(
         redis_url=redis.url, bybit_enabled=False, binance_enabled=False, load_markets=True
     )
     assert live.gateway.markets.count("kraken") > 10
-    await eventually(lambda: redis.client.get("virtuoso:2:markets:{kraken}:spot") != snapshot)
+    await eventually(lambda: redis.client.get("virtuoso:3:markets:{kraken}:spot") != snapshot)
     assert (
         await restore_markets(live.gateway.manager["kraken"].client, packed(SNAPSHOT)) is not None
     )

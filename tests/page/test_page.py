@@ -434,6 +434,8 @@ async def test_gateway_view_shows_figures_and_links_to_grafana(
         await expect(page.locator("[data-fact='requests per second']")).to_have_text(
             re.compile(r"^[\d.]+$")
         )
+        saved = page.locator("[data-fact='calls saved']")
+        await expect(saved).to_have_text(re.compile(r"^\d+ of \d+ in the last \d+ s$"))
         links = page.locator(".links a")
         await expect(links).to_have_count(3)
         targets = {await link.get_attribute("href") for link in await links.all()}

@@ -53,7 +53,7 @@ async def test_every_command_works_on_both_servers(
         "stream_idle_seconds": 1,
     }
     first = await start(**settings, load_markets=True)
-    await eventually(lambda: len(server.client.keys("virtuoso:2:markets:*")) == 3)
+    await eventually(lambda: len(server.client.keys("virtuoso:3:markets:*")) == 3)
     second = await start(**settings)
     for live in (first, second):
         client = await join(live)

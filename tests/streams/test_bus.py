@@ -340,7 +340,8 @@ async def test_pubsub_keeps_its_connection_under_load(
 
 def test_event_round_trips() -> None:
     """`parse` restores the output of `dump`, and returns None for anything else."""
-    event = MarketDataEvent(TOPIC, 7, None, 1_700_000_000_000, b'{"price":1.5,"a":"\\n"}')
+    body = b'{"price":1.5,"a":"\\n"}'
+    event = MarketDataEvent(TOPIC, 7, None, 1_700_000_000_000, body, wire=[["1", "2.50"]])
     assert MarketDataEvent.parse(event.dump()) == event
     for raw in (
         None,

@@ -79,9 +79,9 @@ async def test_unknown_symbols_cost_nothing(
         "/metrics",
     ):  # these create the time series that the flood increases
         await live.get(path)
-    await eventually(lambda: redis.client.keys("virtuoso:2:data:*"))
+    await eventually(lambda: redis.client.keys("virtuoso:3:data:*"))
     series = len((await live.get("/metrics")).text.splitlines())
-    keys, entries = redis.client.keys("virtuoso:2:data:*"), len(live.gateway.cache.memory)
+    keys, entries = redis.client.keys("virtuoso:3:data:*"), len(live.gateway.cache.memory)
     paths = [
         f"/ticker/{a}{b}{c}/USDT"
         for a in string.ascii_uppercase[:10]
@@ -94,7 +94,7 @@ async def test_unknown_symbols_cost_nothing(
         )
         assert {answer.status_code for answer in answers} == {404}
     assert upstream_calls(sandbox) == 1
-    assert (redis.client.keys("virtuoso:2:data:*"), len(live.gateway.cache.memory)) == (
+    assert (redis.client.keys("virtuoso:3:data:*"), len(live.gateway.cache.memory)) == (
         keys,
         entries,
     )

@@ -652,7 +652,7 @@ async def test_admin_clears_the_cache_and_resets_breakers(
     assert (await post("/admin/cache/clear?symbol=BTC/USDT"))["cleared"] == 1
     assert (await post("/admin/cache/clear"))["cleared"] == 2
     assert redis.client.get("foreign") == b"stays"
-    assert not redis.client.keys("virtuoso:2:data:*")
+    assert not redis.client.keys("virtuoso:3:data:*")
     for wrong in ("?exchnage=kraken", "?exchange=mtgox"):
         assert (
             await live.client.post(live.url + f"/admin/cache/clear{wrong}", headers=admin)
