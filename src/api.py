@@ -115,7 +115,7 @@ def _background_loops(
         *(repeat("breaker_probe", probe, PROBE_TICK_SECONDS) for probe in probes),
         repeat("loop_lag", partial(metrics.measure_loop_lag, gateway.clock)),
         repeat("dashboard", dashboard.recent.take_sample, SAMPLE_SECONDS),
-        repeat("savings", dashboard.hour.take_sample, HOUR_SAMPLE_SECONDS),
+        repeat("dashboard", dashboard.hour.take_sample, HOUR_SAMPLE_SECONDS),
     ]
     if gateway.store.configured:
         loops.append(repeat("redis", gateway.store.ping))

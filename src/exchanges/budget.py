@@ -64,9 +64,9 @@ class RateLimiter:
         window = self._windows[pool].window
         return (window.used() + weight) / window.limit
 
-    def version(self, pool: str) -> int:
-        """Return a number that changes with each recorded weight of a pool."""
-        return self._windows[pool].window.version
+    def window(self, pool: str) -> Window:
+        """Return the window of a pool, as this process knows it."""
+        return self._windows[pool].window
 
     def usage(self, pool: str) -> tuple[int, int, float]:
         """Return the used weight, the limit, and the seconds until the whole limit is free."""

@@ -4,10 +4,8 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 from fastapi import FastAPI, Request
-from prometheus_client import Counter
 from starlette.responses import Response
 
 from src.cache.entry import LARGE_BYTES, Entry, Served
@@ -17,7 +15,7 @@ from src.exchanges.budget import RateLimiter
 from src.gateway import Gateway
 from src.raw.requests import RawRequest, check_headers, parse
 from src.raw.service import RawService, Reply
-from src.raw.wire_api import WireApi
+from src.store.window import Window
 from src.web.responses import HeaderFields, Recipe, content_headers, freshness, matches
 
 GZIP: tuple[str] = ("gzip",)  # name of the packed entry among the parts of an entry
@@ -36,14 +34,16 @@ class RawRecipe(Recipe):
 
     gateway: Gateway = field(compare=False)
     request: RawRequest = field(compare=False)
-    _hits: Counter = field(init=False, compare=False)
-    _pool: str = field(init=False, compare=False)
+    _name: tuple[str, str] = field(init=False, compare=False)
+    _window: Window = field(init=False, compare=False)
+    _state: tuple[int, int, str] = field(default=(-1, 0, ""), init=False, compare=False)
+    _fields: HeaderFields = field(default_factory=list, init=False, compare=False)
 
     def __post_init__(self) -> None:
         """Find once what every hit needs."""
-        raw = self.request
-        self._hits = metrics.raw_requests_total.labels(raw.exchange, raw.template, "hit_memory")
-        self._pool = _pool_of(self.gateway, raw)
+        self._name = (self.request.exchange, self.request.template)
+        limiter = self.gateway.manager.limiter
+        self._window = limiter.window(_pool_of(limiter, self.request))
 
     def find(self, gateway: Gateway) -> list[Entry] | None:
         """Return the answer, or None unless it is fresh in memory."""
@@ -55,10 +55,16 @@ class RawRecipe(Recipe):
         return _coded(entries[0], headers.get(b"accept-encoding", b""))
 
     def extra_fields(self, answer: Entry) -> HeaderFields:
-        """Return the exchange's own fields, and those of the coding."""
-        self._hits.inc()
-        fields = _limit_fields_now(self.gateway, self.request.api, self._pool)
-        return _coding_fields(answer) + fields
+        """Return the exchange's own fields, and those of the coding.
+
+        They are built once per second, recorded weight and answer. The list is shared.
+        """
+        metrics.raw_hits[self._name] += 1
+        state = (self._window.version, int(self.gateway.clock.time()), answer.etag)
+        if state != self._state:
+            self._state = state
+            self._fields = _coding_fields(answer) + _limit_fields(self.gateway, self.request)
+        return self._fields
 
 
 async def get_raw(request: Request, exchange: str, path: str) -> Response:
@@ -150,26 +156,18 @@ def _fields(gateway: Gateway, raw: RawRequest, outcome: str) -> HeaderFields:
     They have what all clients of the gateway have used together.
     """
     metrics.raw_requests_total.labels(raw.exchange, raw.template, outcome).inc()
-    return _limit_fields_now(gateway, raw.api, _pool_of(gateway, raw))
+    return _limit_fields(gateway, raw)
 
 
-def _pool_of(gateway: Gateway, raw: RawRequest) -> str:
-    return gateway.manager.limiter.pool_of(raw.exchange, is_swap=raw.is_swap)
+def _pool_of(limiter: RateLimiter, raw: RawRequest) -> str:
+    return limiter.pool_of(raw.exchange, is_swap=raw.is_swap)
 
 
-def _limit_fields_now(gateway: Gateway, api: WireApi, pool: str) -> HeaderFields:
+def _limit_fields(gateway: Gateway, raw: RawRequest) -> HeaderFields:
     limiter = gateway.manager.limiter
-    return _limit_fields(limiter, api, pool, limiter.version(pool), int(gateway.clock.time()))
-
-
-@lru_cache(16)
-def _limit_fields(
-    limiter: RateLimiter, api: WireApi, pool: str, _version: int, second: int
-) -> HeaderFields:
-    """Return the fields, built once per second and recorded weight. The list is shared."""
-    used, limit, seconds = limiter.usage(pool)
-    end = second + math.ceil(max(seconds, MIN_RESET_SECONDS))
-    fields = api.limit_fields(used, limit, end * 1000)
+    used, limit, seconds = limiter.usage(_pool_of(limiter, raw))
+    end = int(gateway.clock.time()) + math.ceil(max(seconds, MIN_RESET_SECONDS))
+    fields = raw.api.limit_fields(used, limit, end * 1000)
     return [(name.encode(), b"%d" % value) for name, value in fields.items()]
 
 

@@ -105,7 +105,7 @@ class CandleNames(NamedTuple):
     max_limit: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WireApi:
     """The public API of an exchange."""
 
