@@ -31,7 +31,10 @@ MAX_SECOND_CHANCES = 8  # requests that are kept before a new request is refused
 # An answer depends on the first set. Requests with a field of the second set go to the app.
 HEADERS = "host accept-encoding if-none-match x-api-key x-forwarded-for x-request-id"
 RELEVANT = frozenset(HEADERS.encode().split())
-APP_ONLY = frozenset({b"content-length", b"transfer-encoding", b"expect"})
+# The app refuses requests that are signed for an exchange, whatever the cache has.
+SIGNED = "api-key api-sign authorization x-bapi-api-key x-bapi-recv-window x-bapi-sign"
+SIGNED += " x-bapi-sign-type x-bapi-timestamp x-mbx-apikey"
+APP_ONLY = frozenset(f"content-length transfer-encoding expect {SIGNED}".encode().split())
 
 Target = tuple[bytes, bytes]  # path and query, as received
 log = logging.getLogger(__name__)
