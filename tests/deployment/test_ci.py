@@ -48,7 +48,7 @@ def test_workflow_runs_the_commands_of_the_ci_script() -> None:
     assert expected == [
         "make ci-deps",
         "make test COVERAGE=1",
-        "make test-all SOAK_SECONDS=300",
+        "make test-all SOAK_SECONDS=120",
     ]
     assert runs("test") == ["sudo make ci-deps", "make test COVERAGE=1"]
     assert runs("long") == ["sudo make ci-deps", "make test-all"]
