@@ -145,8 +145,7 @@ def _refuse(gateway: Gateway, raw: RawRequest, error: GatewayError) -> Response:
     if error.retry_after_seconds is not None:
         fields.append((b"retry-after", b"%d" % error.retry_after_seconds))
     fields.append((b"x-virtuoso-error", error.code.encode()))
-    outcome = "refused" if error.reply is None else "error"
-    response.raw_headers = fields + _fields(gateway, raw, outcome)
+    response.raw_headers = fields + _fields(gateway, raw, "error" if error.reply else "refused")
     return response
 
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import orjson
 from yarl import URL
@@ -53,7 +54,8 @@ class RawService:
         self._clock = gateway.clock
         self._settings = gateway.settings
         self._tasks: set[asyncio.Task[bytes]] = set()
-        self._changed: dict[Key, asyncio.Event] = {}  # set when a series has its next candle
+        # Set when a series has its next candle. An event is kept while a request waits for it.
+        self._changed: WeakValueDictionary[Key, asyncio.Event] = WeakValueDictionary()
         gateway.foreign[KIND] = self
 
     async def serve(self, request: RawRequest) -> Served:
@@ -100,8 +102,8 @@ class RawService:
         series.nonce, series.data_time = closed_until, event.exchange_time or 0
         series.ttl = self._seconds_until_close(key, newest)
         self.gateway.cache.add(series, share=share)
-        if series.ttl > 0 and key in self._changed:
-            self._changed.pop(key).set()
+        if series.ttl > 0:
+            self._changed.pop(key, asyncio.Event()).set()
 
     def seconds_left(self, entry: Entry) -> float:
         """Return how long the series of a live stream stays fresh."""
@@ -182,7 +184,7 @@ class RawService:
         async with client.session.get(url, proxy=client.aiohttp_proxy) as response:
             body = await response.read()
             media_type = response.headers.get("Content-Type", "application/json")
-            reply = Reply(response.status, media_type, body)
+        reply = Reply(response.status, media_type.encode("ascii", "replace").decode(), body)
         replies.append(reply)
         if 400 <= reply.status < 500 or request.api.error.match(body):
             raise ccxt.BadRequest

@@ -176,6 +176,24 @@ async def test_answers_without_json_are_not_kept(
     assert again.content != page.content
 
 
+async def test_content_type_with_odd_bytes_is_made_printable(start: StartGateway) -> None:
+    """Header fields may hold any byte above 127 (RFC 9110, section 5.5)."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/\xff\r\nContent-Length: 2\r\n\r\n{}")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        live = await start(binance_rest_url=f"http://127.0.0.1:{port}")
+        for _ in range(2):
+            reply = await raw(live, "binance", PATHS["binance"])
+            assert (reply.status_code, reply.text) == (200, "{}")
+            assert reply.headers["content-type"] == "text/?"
+
+
 async def test_stale_answers_are_never_served(
     start: StartGateway, sandbox: Sandbox, clock: FakeClock
 ) -> None:
