@@ -46,7 +46,8 @@ async def watch(symbols: list[str]) -> None:
                 command = {"op": "subscribe", "channel": "ticker", "symbols": symbols}
                 await socket.send(json.dumps(command))
                 while True:
-                    text = await asyncio.wait_for(socket.recv(), SILENT_SECONDS)
+                    async with asyncio.timeout(SILENT_SECONDS):
+                        text = await socket.recv()
                     message = json.loads(text)
                     show(message)
                     if message["type"] != "error":

@@ -88,7 +88,8 @@ class Bus:
         self._has_changes.clear()
         await self._renew()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._has_changes.wait(), LEASE_SECONDS / 3)
+            async with asyncio.timeout(LEASE_SECONDS / 3):
+                await self._has_changes.wait()
 
     async def send(self) -> None:
         """Wait for queued events, and send a batch of them to other replicas."""

@@ -122,13 +122,14 @@ class TopicRegistry:
     def __init__(self, gateway: Gateway, spawn: Spawn) -> None:
         self.topics: dict[Topic, TopicState] = {}
         self.sockets: dict[SocketKey, ExchangeSocket] = {}
-        self._dialers: dict[str, Dialer] = {}  # by exchange
         self.bus = Bus(gateway.store, self._set_held, self._is_reachable, self.receive_event)
         self.candles = CandleKeeper(gateway)
         self.gateway = gateway
         self.spawn = spawn
         self._clock = gateway.clock
         self._session = open_socket_session()
+        names = gateway.manager.names
+        self._dialers = {name: Dialer(PROFILES[name], self._clock) for name in names}
 
     async def close(self) -> None:
         """Close all sockets and release all leases."""
@@ -201,9 +202,7 @@ class TopicRegistry:
         """Return the socket of a topic, created on first use."""
         key = SocketKey.of(topic)
         if key not in self.sockets:
-            dialer = self._dialers.setdefault(
-                key.exchange, Dialer(PROFILES[key.exchange], self._clock)
-            )
+            dialer = self._dialers[key.exchange]
             socket = ExchangeSocket(key, self.gateway, self._session, dialer, self.receive_message)
             self.sockets[key] = socket
             self.spawn(repeat("streams", socket.check, CHECK_SECONDS))

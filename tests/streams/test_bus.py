@@ -19,6 +19,7 @@ from websockets.asyncio.client import connect
 
 from config import setting_names
 from src.cache.entry import Key
+from src.core.background import repeat
 from src.exchanges.profiles import PROFILES
 from src.sandbox.server import Sandbox
 from src.store.redis import RedisUnavailable
@@ -372,6 +373,23 @@ async def test_outgoing_events_are_bounded(
     for _ in range(8):
         sender.publish(event)
     assert sample("stream_dropped_total", reason="bus") == before + 3
+
+
+@pytest.mark.parametrize("steps", range(6))
+async def test_work_on_leases_ends_when_cancelled_after_a_change(
+    start: StartGateway, steps: int
+) -> None:
+    """A cancellation is not lost, however many steps of the loop ago a topic was added."""
+    live = await start()
+    keeper = bus.Bus(live.gateway.store, lambda *_: None, lambda _: True, lambda _: None)
+    work = asyncio.create_task(repeat("streams", keeper.keep_leases))
+    await asyncio.sleep(0.05)
+    keeper.add(TOPIC)
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    work.cancel()
+    done, _ = await asyncio.wait([work], timeout=0.5)
+    assert done, "the work continues"
 
 
 async def test_invalid_events_are_ignored(
