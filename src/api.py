@@ -30,6 +30,7 @@ from src.web.gate import Gate
 from src.web.handlers import HANDLERS
 from src.web.middleware import Access, Observe
 from src.web.openapi import DescribedApp
+from src.web.wire_path import WirePath
 
 STOP_SECONDS = 3.0  # for a background task to end after it was cancelled
 FOLLOW_SECONDS = 0.1  # before each attempt to listen for cache clears in Redis
@@ -69,7 +70,9 @@ def create_app(
     admin.add_routes(app)
     _add_middleware(app, settings, gate)
     metrics.initialise(settings.enabled_exchanges, tuple(KINDS), DATA_ROUTES)
-    return FastPath(app, gate, settings, clock)
+    front = FastPath(app, gate, settings, clock)
+    front.on_hit = WirePath(front).learn
+    return front
 
 
 def _add_middleware(app: DescribedApp, settings: Settings, gate: Gate) -> None:

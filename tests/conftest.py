@@ -360,25 +360,28 @@ async def serve(
     clock: Any,
     *,
     shortcut: bool = True,
+    wire: bool = True,
     port: int = 0,
     load_markets: bool = False,
     snapshots: Mapping[str, bytes] | None = None,
-    proxy_headers: bool = False,
+    **options: Any,
 ) -> AsyncIterator[Live]:
     """Run the app under uvicorn in this event loop. Without `shortcut`, without the fast path.
 
+    Without `wire`, every request is parsed. `options` are those of uvicorn.
+
     The gateway starts with `snapshots` of market lists, by default those of the sandbox. With
     `load_markets`, a child process reads them from the exchanges, as in production. `port` lets a
-    gateway replace another that has stopped. With `proxy_headers`, uvicorn replaces the client's
-    address by X-Forwarded-For.
+    gateway replace another that has stopped.
     """
     if snapshots is None and not load_markets:
         snapshots = await prepared_markets(settings, clock.time())
     front = create_app(settings, clock, snapshots)
+    if not wire:
+        front.on_hit = lambda _scope, _request: None
     app = front if shortcut else front.app
-    config = uvicorn.Config(
-        app, log_config=None, lifespan="on", timeout_keep_alive=75, proxy_headers=proxy_headers
-    )
+    fixed = {"log_config": None, "lifespan": "on", "timeout_keep_alive": 75, "proxy_headers": False}
+    config = uvicorn.Config(app, **(fixed | options))
     server = uvicorn.Server(config)
     # asyncio sets TCP_NODELAY only if the protocol is given. Without it each answer takes 40 ms.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)

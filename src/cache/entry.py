@@ -95,6 +95,8 @@ class Entry:
     """The current price in the answer, as soon as it was read: see `kinds.price_of`."""
     views: dict[tuple[Param, ...], "Entry"] = field(default_factory=dict)
     """Parts of the entry that answer other parameters, see `kinds.view`."""
+    head: tuple[float, object, int, bytes] = field(default=(0.0, None, 0, b""), init=False)
+    """The head of the last whole answer: see `wire_path`."""
 
     @classmethod
     def create(cls, key: Key, body: bytes, born: float, received: float, ttl: float) -> Self:

@@ -89,7 +89,7 @@ class Hits:
 
 hits: defaultdict[str, Hits] = defaultdict(Hits)  # by route
 clients: Counts[tuple[str, str]] = Counts()  # by name of the key, and outcome
-raw_hits: Counts[tuple[str, str]] = Counts()  # by exchange and path
+raw_hits: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0])  # by exchange and path
 streamed: Counts[str] = Counts()  # snapshots and updates, by channel
 in_progress = SimpleNamespace(count=0)  # requests in progress
 
@@ -102,9 +102,9 @@ def flush() -> None:
     for (client, outcome), count in clients.items():
         client_requests_total.labels(client, outcome).inc(count)
     clients.clear()
-    for (exchange, path), count in raw_hits.items():
-        raw_requests_total.labels(exchange, path, "hit_memory").inc(count)
-    raw_hits.clear()
+    for (exchange, path), hits_of_path in raw_hits.items():
+        raw_requests_total.labels(exchange, path, "hit_memory").inc(hits_of_path[0])
+        hits_of_path[0] = 0
     for channel, count in streamed.items():
         stream_messages_sent_total.labels(channel).inc(count)
     streamed.clear()

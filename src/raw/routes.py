@@ -21,7 +21,8 @@ from src.web.responses import HeaderFields, Recipe, content_headers, freshness, 
 GZIP: tuple[str] = ("gzip",)  # name of the packed entry among the parts of an entry
 ACCEPTS_GZIP = re.compile(rb"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
 NOT_CACHED = ((b"cache-control", b"no-store"), (b"cache-status", b"virtuoso; fwd=bypass"))
-MIN_RESET_SECONDS = 1  # pybit fails if its limit was reset in the past
+# pybit fails if its limit was reset in the past, and prepared fields are up to one second old.
+MIN_RESET_SECONDS = 2
 # Why a breaker is open -> code of the error that opened it.
 CODES_OF_CAUSES = {
     error.cause: error.code for error in (errors.ExchangeRateLimited, errors.ExchangeBanned)
@@ -34,14 +35,12 @@ class RawRecipe(Recipe):
 
     gateway: Gateway = field(compare=False)
     request: RawRequest = field(compare=False)
-    _name: tuple[str, str] = field(init=False, compare=False)
+    _hits: list[int] = field(init=False, compare=False)
     _window: Window = field(init=False, compare=False)
-    _state: tuple[int, int, str] = field(default=(-1, 0, ""), init=False, compare=False)
-    _fields: HeaderFields = field(default_factory=list, init=False, compare=False)
 
     def __post_init__(self) -> None:
         """Find once what every hit needs."""
-        self._name = (self.request.exchange, self.request.template)
+        self._hits = metrics.raw_hits[self.request.exchange, self.request.template]
         limiter = self.gateway.manager.limiter
         self._window = limiter.window(_pool_of(limiter, self.request))
 
@@ -54,17 +53,14 @@ class RawRecipe(Recipe):
         """Return the answer in the best coding that the client accepts."""
         return _coded(entries[0], headers.get(b"accept-encoding", b""))
 
-    def extra_fields(self, answer: Entry) -> HeaderFields:
-        """Return the exchange's own fields, and those of the coding.
+    def count(self) -> int:
+        """Count an answer, and return the version of its limit fields."""
+        self._hits[0] += 1
+        return self._window.version
 
-        They are built once per second, recorded weight and answer. The list is shared.
-        """
-        metrics.raw_hits[self._name] += 1
-        state = (self._window.version, int(self.gateway.clock.time()), answer.etag)
-        if state != self._state:
-            self._state = state
-            self._fields = _coding_fields(answer) + _limit_fields(self.gateway, self.request)
-        return self._fields
+    def extra_fields(self, answer: Entry) -> HeaderFields:
+        """Return the exchange's own fields, and those of the coding."""
+        return _coding_fields(answer) + _limit_fields(self.gateway, self.request)
 
 
 async def get_raw(request: Request, exchange: str, path: str) -> Response:

@@ -6,6 +6,7 @@ request are kept for `NEGATIVE_TTL_SECONDS`; all others are passed on once.
 
 import asyncio
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from src.raw.requests import KIND, RawRequest, parse
 from src.raw.wire_api import number
 
 UNKNOWN_LENGTH_SECONDS = 1.0  # TTL of candles whose closes are not known, such as months
+UNPRINTABLE = re.compile(r"[^ -~]")
 MAX_BODY_BYTES = 16 * 1024 * 1024  # the largest known list, Binance's, has 15 MB with descriptions
 # The first state of a new candle is pushed within two seconds. Clients wait for half of it, so that
 # their own timeouts are never reached.
@@ -184,7 +186,7 @@ class RawService:
         async with client.session.get(url, proxy=client.aiohttp_proxy) as response:
             body = await response.read()
             media_type = response.headers.get("Content-Type", "application/json")
-        reply = Reply(response.status, media_type.encode("ascii", "replace").decode(), body)
+        reply = Reply(response.status, UNPRINTABLE.sub("?", media_type), body)
         replies.append(reply)
         if 400 <= reply.status < 500 or request.api.error.match(body):
             raise ccxt.BadRequest

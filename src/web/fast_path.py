@@ -7,7 +7,10 @@ app unchanged, so that no decision is made in two places.
 """
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from time import perf_counter
+from typing import TypeVar
 
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
@@ -37,10 +40,25 @@ SIGNED += " x-bapi-sign-type x-bapi-timestamp x-mbx-apikey"
 APP_ONLY = frozenset(f"content-length transfer-encoding expect {SIGNED}".encode().split())
 
 Target = tuple[bytes, bytes]  # path and query, as received
+K = TypeVar("K")
 log = logging.getLogger(__name__)
 
 
-class RecipeTable(dict[Target, Recipe]):
+@dataclass(slots=True)
+class KnownRequest:
+    """A parsed request that the fast path can answer."""
+
+    target: Target
+    headers: RawHeaders
+    """The relevant fields of its header."""
+    was_used: bool = False
+    """True if it was repeated since its last turn in the table."""
+
+
+V = TypeVar("V", Recipe, KnownRequest)
+
+
+class RequestTable(dict[K, V]):
     """At most `size` remembered requests; the oldest is dropped first.
 
     A request that was repeated since its last turn stays for another turn. A flood of requests that
@@ -51,21 +69,21 @@ class RecipeTable(dict[Target, Recipe]):
         super().__init__()
         self._size = size
 
-    def add(self, target: Target, recipe: Recipe) -> None:
+    def add(self, name: K, request: V) -> None:
         """Remember a request, unless all candidates for removal are in use."""
         for _ in range(MAX_SECOND_CHANCES):
-            if self._has_room(target):
+            if self._has_room(name):
                 break
             oldest = next(iter(self))
             candidate = self.pop(oldest)
             if candidate.was_used:
                 candidate.was_used = False
                 self[oldest] = candidate
-        if self._has_room(target):
-            self[target] = recipe
+        if self._has_room(name):
+            self[name] = request
 
-    def _has_room(self, target: Target) -> bool:
-        return len(self) < self._size or target in self
+    def _has_room(self, name: K) -> bool:
+        return len(self) < self._size or name in self
 
 
 class FastPath:
@@ -73,16 +91,18 @@ class FastPath:
 
     def __init__(self, app: FastAPI, gate: Gate, settings: Settings, clock: Clock) -> None:
         self.app = app
+        self.clock = clock
+        self.on_hit: Callable[[Scope, KnownRequest], None] = lambda _scope, _request: None
         self._gate = gate
-        self._clock = clock
         self._private = bool(settings.api_keys)
         self._noted = RELEVANT | APP_ONLY
         self._common_fields: HeaderFields = []
         if settings.cors_origins:  # the CORS middleware sends Vary for requests without Origin, too
             self._noted |= {b"origin"}
             self._common_fields = [(b"vary", b"Origin")]
-        self._singles = RecipeTable(REQUESTS_PER_ENTRY * settings.cache_memory_size)
-        self._batches = RecipeTable(MAX_BATCHES)
+        self.size = REQUESTS_PER_ENTRY * settings.cache_memory_size
+        self._singles: RequestTable[Target, Recipe] = RequestTable(self.size)
+        self._batches: RequestTable[Target, Recipe] = RequestTable(MAX_BATCHES)
         self._markets_version = 0
         self._logs_requests = log.isEnabledFor(logging.DEBUG)  # only the app logs requests
 
@@ -91,39 +111,55 @@ class FastPath:
         started = perf_counter()
         scope[uvicorn_edge.SEND] = send
         is_get = scope["type"] == "http" and scope["method"] == "GET"
-        match = self._find(scope) if is_get else None
-        if match is None:
+        request = self._read(scope) if is_get else None
+        hit = None if request is None else self.find(request, scope)
+        if request is None or hit is None:
             await self._pass_on(scope, receive, send)
             return
-        recipe, entries, headers, limit_fields = match
-        age, status, fields, body = self._respond(recipe, entries, headers)
-        fields += limit_fields
-        given_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        fields.append((b"x-request-id", valid_request_id(given_id).encode()))
+        recipe, entries, limit_fields = hit
+        entry = recipe.answer(entries, request.headers)
+        recipe.count()
+        status, fields = self.respond(recipe, entry, request.headers)
+        given_id = request.headers.get(b"x-request-id", b"").decode("latin-1")
+        fields += [*limit_fields, (b"x-request-id", valid_request_id(given_id).encode())]
+        self.on_hit(scope, request)
+        age = max(0.0, self.clock.monotonic() - entry.born)
         metrics.in_progress.count += 1
         try:
             await send({"type": "http.response.start", "status": status, "headers": fields})
+            body = entry.body if status == 200 else b""
             await send({"type": "http.response.body", "body": body})
         finally:
             metrics.in_progress.count -= 1
             metrics.hits[recipe.route].count(status, age, perf_counter() - started, len(entries))
 
-    def _find(self, scope: Scope) -> tuple[Recipe, list[Entry], RawHeaders, HeaderFields] | None:
-        """Return the recipe, entries, request headers and limit fields, or None for the app."""
+    def _read(self, scope: Scope) -> KnownRequest | None:
+        """Return a request that a recipe may answer, or None for the app."""
         target = (scope["raw_path"], scope["query_string"])
-        recipe = self._singles.get(target) or self._batches.get(target)
+        if target not in self._singles and target not in self._batches:
+            return None
+        headers = self._read_headers(scope["headers"])
+        return None if headers is None else KnownRequest(target, headers)
+
+    def find(
+        self, request: KnownRequest, scope: Scope
+    ) -> tuple[Recipe, list[Entry], HeaderFields] | None:
+        """Return the recipe, the entries and the limit fields, or None for the app.
+
+        `scope` is that of a request on the same connection.
+        """
+        recipe = self._singles.get(request.target) or self._batches.get(request.target)
         if recipe is None:
             return None
         gateway: Gateway = scope["state"]["gateway"]
         if gateway.markets.version != self._markets_version:  # exchanges may list other symbols now
             return None
-        headers = self._read_headers(scope["headers"])
         entries = recipe.find(gateway)
-        if headers is None or entries is None:
+        if entries is None:
             return None
         limit_fields = self._common_fields
         if not self._gate.open:
-            limits = self._gate.try_admit(scope, headers, gateway.store)
+            limits = self._gate.try_admit(scope, request.headers, gateway.store)
             if limits is None:
                 return None
             encoded = [(name.lower().encode(), value.encode()) for name, value in limits.items()]
@@ -131,7 +167,7 @@ class FastPath:
         recipe.was_used = True
         for entry in entries:
             gateway.cache.memory.count_hit(entry)
-        return recipe, entries, headers, limit_fields
+        return recipe, entries, limit_fields
 
     def _read_headers(self, fields: HeaderFields) -> dict[bytes, bytes] | None:
         """Return the relevant header fields, or None if the app has to judge the headers."""
@@ -146,21 +182,17 @@ class FastPath:
                 headers[name] = value
         return headers if b"host" in headers and size <= MAX_HEADER_BYTES else None
 
-    def _respond(
-        self, recipe: Recipe, entries: list[Entry], headers: RawHeaders
-    ) -> tuple[float, int, HeaderFields, bytes]:
-        """Return the age, status, header fields and body of an answer."""
-        entry = recipe.answer(entries, headers)
-        age = self._clock.monotonic() - entry.born
-        if age < 0:
-            age = 0.0
+    def respond(
+        self, recipe: Recipe, entry: Entry, headers: RawHeaders
+    ) -> tuple[int, HeaderFields]:
+        """Return the status and the header fields of an answer, without those of limits."""
+        age = max(0.0, self.clock.monotonic() - entry.born)
         fields = freshness(entry.etag, age, entry.ttl - age, "hit_memory", private=self._private)
         fields += recipe.extra_fields(entry)
         condition = headers.get(b"if-none-match")
         if condition is not None and matches([condition.decode("latin-1")], entry.etag):
-            return age, 304, fields, b""
-        fields += content_headers(len(entry.body), entry.media_type)
-        return age, 200, fields, entry.body
+            return 304, fields
+        return 200, fields + content_headers(len(entry.body), entry.media_type)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the app answer, and remember the recipe that it leaves."""

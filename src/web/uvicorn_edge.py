@@ -11,6 +11,8 @@ internals at startup and logs one warning if some are missing.
 | its `transport`, WebSocket | writing ready frames | `PlainTransport`: ASGI messages |
 | its `conn.max_message_size` | refusing a large message before it is in memory | \
 uvicorn's `ws_max_size`; `/ws` refuses the message after it is read |
+| its protocol for httptools, HTTP | answering known requests by their bytes: see `wire_path` | \
+each request is parsed |
 | handlers of SIGTERM and SIGINT | notifying streaming clients before connections close | \
 uvicorn closes the connections without notice |
 """
@@ -22,7 +24,9 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any
+from urllib.parse import quote, unquote
 
 from starlette.types import Scope
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -31,6 +35,7 @@ from src.core.background import report_error
 
 log = logging.getLogger(__name__)
 
+TESTED_VERSION = "0.54.0"  # of uvicorn; wire_path uses more internals than the others
 SEND = "virtuoso.send"  # member of the scope with the ASGI `send` of the server itself
 FINISH_SECONDS = 5.0
 CLOSE_OPCODE = 0x88  # first byte of a close frame (RFC 6455 section 5.2)
@@ -79,6 +84,38 @@ def peer_of(scope: Scope) -> str:
     transport = getattr(server_of(scope), "transport", None)
     peer = scope.get("client") if transport is None else transport.get_extra_info("peername")
     return peer[0] if isinstance(peer, tuple | list) else "unknown"
+
+
+def is_tested_protocol(protocol: object) -> bool:
+    """Return True if this is the protocol for HTTP/1.1 whose internals `wire_path` uses."""
+    return type(protocol) is _find_tested_protocol()
+
+
+@cache
+def _find_tested_protocol() -> type | None:
+    try:
+        import uvicorn  # another server may run the app
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ImportError:
+        return None
+    return HttpToolsProtocol if uvicorn.__version__ == TESTED_VERSION else None
+
+
+def status_line(status: int) -> bytes:
+    """Return the first line of an answer as uvicorn writes it."""
+    from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+    return STATUS_LINE[status]
+
+
+def log_access(protocol: Any, path: bytes, query: bytes, status: int) -> None:
+    """Write the line of uvicorn's access log for an answer to a GET request."""
+    client = ":".join(map(str, protocol.client or ()))
+    target = quote(unquote(path.decode("ascii")))
+    if query:
+        target = f"{target}?{query.decode('ascii')}"
+    line = '%s - "%s %s HTTP/%s" %d'
+    protocol.access_logger.info(line, client, "GET", target, "1.1", status)
 
 
 def check_server(scope: Scope) -> None:

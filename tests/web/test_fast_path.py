@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from src.core import metrics
 from src.sandbox.server import Sandbox
-from src.web.fast_path import MAX_BATCHES, MAX_SECOND_CHANCES, RecipeTable
+from src.web.fast_path import MAX_BATCHES, MAX_SECOND_CHANCES, RequestTable, Target
 from src.web.responses import Recipe, freshness
 from tests.conftest import FakeClock, Live, StartGateway, eventually, make_settings, sample, serve
 
@@ -41,8 +41,11 @@ class Counted:
 # ---- equal answers
 
 
-class Pair:
-    """Two gateways that differ only in the fast path, with one clock and sandbox, in a thread."""
+class Trio:
+    """Three gateways, with one clock and sandbox, in a thread.
+
+    The first has all paths, the second only the fast path and the app, and the third only the app.
+    """
 
     def __init__(self, **overrides: object) -> None:
         self.clock = FakeClock()
@@ -67,8 +70,10 @@ class Pair:
         chosen = make_settings(sandbox, **fixed, **self._overrides)
         async with AsyncExitStack() as stack:
             self._lives = [
-                await stack.enter_async_context(serve(chosen, self.clock, shortcut=shortcut))
-                for shortcut in (True, False)
+                await stack.enter_async_context(
+                    serve(chosen, self.clock, wire=wire, shortcut=shortcut)
+                )
+                for wire, shortcut in ((True, True), (False, True), (False, False))
             ]
             await eventually(
                 lambda: all(len(live.gateway.markets.loaded_at) == 3 for live in self._lives)
@@ -84,7 +89,7 @@ class Pair:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
-    def ask_both(self, method: str, target: str, headers: list[tuple[str, str]]) -> list[Any]:
+    def ask_all(self, method: str, target: str, headers: list[tuple[str, str]]) -> list[Any]:
         """Send one request to each gateway; return the parts of the answers that must be equal."""
         tag = self.tags.get(target, '"none-yet"')
         headers = [(name, value.replace("TAG", tag)) for name, value in headers]
@@ -120,8 +125,8 @@ SETTINGS: dict[str, dict[str, object]] = {
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
-def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    gateways = Pair(**SETTINGS[request.param])
+def trio(request: pytest.FixtureRequest) -> Iterator[Trio]:
+    gateways = Trio(**SETTINGS[request.param])
     yield gateways
     gateways.stop()
 
@@ -203,7 +208,7 @@ steps = st.lists(
 
 
 @pytest.mark.parametrize("examples", [10, pytest.param(200, marks=pytest.mark.full)])
-def test_every_request_is_answered_like_the_app_does(pair: Pair, examples: int) -> None:
+def test_every_request_is_answered_like_the_app_does(trio: Trio, examples: int) -> None:
     """Status, header fields and body equal those of the app alone, for any sequence of requests."""
 
     @given(steps)
@@ -211,32 +216,33 @@ def test_every_request_is_answered_like_the_app_does(pair: Pair, examples: int) 
     def compare(steps: list[Any]) -> None:
         for (method, path, query, headers), times, pause in steps:
             for _ in range(times):
-                actual, expected = pair.ask_both(method, path + query, headers)
-                assert actual == expected
-            pair.clock.advance(pause)
+                by_wire, by_fast_path, expected = trio.ask_all(method, path + query, headers)
+                assert by_wire == expected
+                assert by_fast_path == expected
+            trio.clock.advance(pause)
 
     compare()
 
 
 @pytest.mark.parametrize("query", ["", "?exchange=kraken", "?symbols=BTC-USDT,ETH-USDT"])
-def test_comparison_uses_the_fast_path(pair: Pair, query: str) -> None:
+def test_comparison_uses_the_fast_path(trio: Trio, query: str) -> None:
     """The fast path does answer in the comparison above; also with key, tag and request id."""
-    pair.clock.advance(100)  # a new window of the client's limit
+    trio.clock.advance(100)  # a new window of the client's limit
     path = ("/tickers" if "symbols" in query else TICKER) + query
     headers = [("X-API-Key", KEY), ("X-Request-ID", "mine")]
-    pair.ask_both("GET", path, headers)
-    before = pair.passed_on.count
+    trio.ask_all("GET", path, headers)
+    before = trio.passed_on.count
     for more in (
         [],
         [("If-None-Match", "TAG")],
         [("If-None-Match", "*")],
         [("Range", "bytes=0-1")],
     ):
-        actual, expected = pair.ask_both("GET", path, headers + more)
-        assert actual == expected
-        assert actual[0] == (304 if more and more[0][0] == "If-None-Match" else 200)
-    assert pair.passed_on.count == before
-    assert pair.passed_on.count < pair.sent
+        answers = trio.ask_all("GET", path, headers + more)
+        assert answers == [answers[0]] * 3
+        assert answers[0][0] == (304 if more and more[0][0] == "If-None-Match" else 200)
+    assert trio.passed_on.count == before
+    assert trio.passed_on.count < trio.sent
 
 
 @pytest.mark.parametrize(
@@ -272,12 +278,12 @@ def counted(client: httpx.Client) -> dict[str, float]:
     return values
 
 
-def test_hits_are_counted_like_the_app_counts_them(pair: Pair) -> None:
+def test_hits_are_counted_like_the_app_counts_them(trio: Trio) -> None:
     """The same requests change the same metrics by the same amounts, with and without fast path."""
-    pair.clock.advance(100)
+    trio.clock.advance(100)
     moved = []
     targets = [TICKER, "/orderbook/BTC-USDT", "/tickers?symbols=BTC-USDT,ETH-USDT"]
-    for client in pair.clients:
+    for client in trio.clients:
         for target in targets:
             client.get(target, headers={"X-API-Key": KEY})
         before = counted(client)
@@ -292,7 +298,7 @@ def test_hits_are_counted_like_the_app_counts_them(pair: Pair) -> None:
                 if value != before.get(name, 0)
             }
         )
-    assert moved[0] == moved[1]
+    assert moved[0] == moved[1] == moved[2]
     assert sum(value for name, value in moved[0].items() if "http_requests_total" in name) == 9
     assert sum(value for name, value in moved[0].items() if "cache_requests" in name) == 12
 
@@ -503,7 +509,8 @@ async def test_no_request_stays_in_progress(live: Live) -> None:
 
 def test_flood_does_not_evict_repeated_requests() -> None:
     """The table keeps its size, and the requests that are repeated."""
-    table, hot = RecipeTable(50), [(b"/ticker/%d" % number, b"") for number in range(20)]
+    table: RequestTable[Target, Recipe] = RequestTable(50)
+    hot = [(b"/ticker/%d" % number, b"") for number in range(20)]
     for raw in hot:
         table.add(raw, Recipe("/ticker/{symbol}", ((),)))
     for number in range(5000):
@@ -516,7 +523,7 @@ def test_flood_does_not_evict_repeated_requests() -> None:
 
 def test_full_table_refuses_new_requests() -> None:
     """A full table of used requests refuses a new one, and takes it when another is unused."""
-    table = RecipeTable(MAX_SECOND_CHANCES + 2)
+    table: RequestTable[Target, Recipe] = RequestTable(MAX_SECOND_CHANCES + 2)
     for number in range(MAX_SECOND_CHANCES + 2):
         table.add((b"%d" % number, b""), Recipe("/ticker/{symbol}", ((),)))
         table[b"%d" % number, b""].was_used = True
