@@ -5,7 +5,7 @@ tickers are watched without a subscriber. Each value is encoded once for all sub
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -53,17 +53,18 @@ class StreamHub:
         bus = self._registry.bus
         try:
             async with self._tasks:
-                self._spawn(repeat("streams", bus.keep_leases))
-                self._spawn(repeat("streams", bus.send))
-                self._spawn(repeat("streams", bus.listen, LISTEN_SECONDS))
-                self._spawn(repeat("streams", self._monitor.check, TICK_SECONDS))
-                self._spawn(repeat("streams", self._send_pending, PENDING_SECONDS))
-                self._spawn(repeat("streams", self.send_heartbeats, HEARTBEAT_SECONDS))
+                self._spawn(repeat, "streams", bus.keep_leases)
+                self._spawn(repeat, "streams", bus.send)
+                self._spawn(repeat, "streams", bus.listen, LISTEN_SECONDS)
+                self._spawn(repeat, "streams", self._monitor.check, TICK_SECONDS)
+                self._spawn(repeat, "streams", self._send_pending, PENDING_SECONDS)
+                self._spawn(repeat, "streams", self.send_heartbeats, HEARTBEAT_SECONDS)
         finally:
             await self._registry.close()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.create_task(_report_errors(work))
+    def _spawn(self, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Start a background task."""
+        self._tasks.create_task(_report_errors(work, *arguments))
 
     def sockets_of(self, exchange: str) -> list[ExchangeSocket]:
         """Return the sockets to an exchange."""
@@ -163,7 +164,7 @@ class StreamHub:
             feeds[topic] = None
             state = self._registry.watch(topic)
             state.waiting_subscribers += 1
-            self._spawn(self._start(connection, subscription, state))
+            self._spawn(self._start, connection, subscription, state)
 
     async def _start(
         self, connection: ClientConnection, subscription: Subscription, state: TopicState
@@ -239,9 +240,9 @@ class StreamHub:
         for_each(self.connections, lambda connection: connection.send_heartbeat(message))
 
 
-async def _report_errors(work: Coroutine[Any, Any, None]) -> None:
+async def _report_errors(work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
     """Run a background task. An unexpected error is reported and does not end other tasks."""
     try:
-        await work
+        await work(*arguments)
     except Exception as error:  # noqa: BLE001 - reported
         report_error("streams", error)

@@ -60,7 +60,7 @@ class TopicMonitor:
         if now - self._polled_at >= POLL_SECONDS:
             self._polled_at = now
             for key, states in stale.items():
-                self._registry.spawn(self._poll(key, states))
+                self._registry.spawn(self._poll, key, states)
 
     # Hot tickers.
 
@@ -92,7 +92,7 @@ class TopicMonitor:
             if self._registry.make_room([topic]) and self._registry.watch(topic).live:
                 candles.renew(topic)
         for key in candles.gaps - self._repairing:
-            self._registry.spawn(self._repair(key))
+            self._registry.spawn(self._repair, key)
 
     async def _repair(self, key: Key) -> None:
         if not self._has_budget([key]):
@@ -114,7 +114,7 @@ class TopicMonitor:
         prices = self._gateway.last_prices
         earlier = keys[: keys.index(key)]
         if not prices.is_known(key) and any(map(prices.is_known, earlier)):
-            self._registry.spawn(self._fetch_price(key))
+            self._registry.spawn(self._fetch_price, key)
             return False
         return prices.compare(key, keys) is None
 

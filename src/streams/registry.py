@@ -1,7 +1,7 @@
 """The watched topics: where each is watched, and the publication of their values."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -29,8 +29,6 @@ from src.streams.topics import MarketDataEvent, SocketKey, Topic
 SPREAD_SECONDS = 1.0  # between two writes of a value to Redis, for replicas that do not listen
 
 SEEN_TRADES = 1000  # ids of each topic; exchanges repeat up to 50 trades after a reconnect
-
-Spawn = Callable[[Coroutine[Any, Any, None]], None]  # start a background task
 
 
 class TopicState:
@@ -119,7 +117,7 @@ class TopicRegistry:
     Numbers new values, and passes them on to the cache, to other replicas and to subscribers.
     """
 
-    def __init__(self, gateway: Gateway, spawn: Spawn) -> None:
+    def __init__(self, gateway: Gateway, spawn: Callable[..., None]) -> None:
         self.topics: dict[Topic, TopicState] = {}
         self.sockets: dict[SocketKey, ExchangeSocket] = {}
         self.bus = Bus(gateway.store, self._set_held, self._is_reachable, self.receive_event)
@@ -128,8 +126,9 @@ class TopicRegistry:
         self.spawn = spawn
         self._clock = gateway.clock
         self._session = open_socket_session()
-        names = gateway.manager.names
-        self._dialers = {name: Dialer(PROFILES[name], self._clock) for name in names}
+        self._dialers = {
+            name: Dialer(PROFILES[name], self._clock) for name in gateway.manager.names
+        }
 
     async def close(self) -> None:
         """Close all sockets and release all leases."""
@@ -205,7 +204,7 @@ class TopicRegistry:
             dialer = self._dialers[key.exchange]
             socket = ExchangeSocket(key, self.gateway, self._session, dialer, self.receive_message)
             self.sockets[key] = socket
-            self.spawn(repeat("streams", socket.check, CHECK_SECONDS))
+            self.spawn(repeat, "streams", socket.check, CHECK_SECONDS)
         return self.sockets[key]
 
     # Values.

@@ -1,10 +1,12 @@
 """Streams end to end: real clients, real ccxt and the sandbox's exchanges, with all failures."""
 
 import asyncio
+import gc
 import json
 import logging
 import socket
 import time
+import warnings
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -172,6 +174,22 @@ def sockets(sandbox: Sandbox) -> dict[str, int]:
 
 
 # Values.
+
+
+async def test_work_that_never_began_leaves_no_coroutine(start: StartGateway) -> None:
+    """Work that is started while the hub stops is dropped without a report of Python."""
+    live = await start(streaming=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        streams = hub.StreamHub(live.gateway)
+        task = asyncio.create_task(streams.run())
+        await asyncio.sleep(0.05)
+        task.cancel()
+        streams._spawn(background.repeat, "streams", streams.send_heartbeats)
+        await asyncio.wait([task])
+        gc.collect()
+    assert task.cancelled()
+    assert not [warning.message for warning in caught if "awaited" in str(warning.message)]
 
 
 @pytest.mark.parametrize("exchange", ["bybit", "binance", "kraken"])
