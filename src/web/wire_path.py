@@ -71,13 +71,13 @@ class WirePath:
         `defaults` are the header fields that the server adds. It makes a new list every second.
         """
         started = perf_counter()
-        front = self._front
-        hit = front.find(request, scope)
+        hit = self._front.find(request, scope)
         if hit is None:
             return None
+        request.was_used = True
         recipe, entries, limit_fields = hit
         entry = recipe.answer(entries, request.headers)
-        now = front.clock.monotonic()
+        now = self._front.clock.monotonic()
         status, head = self._find_head(request, recipe, entry, defaults, now)
         pieces = [head]
         for name, value in limit_fields:

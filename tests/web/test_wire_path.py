@@ -602,13 +602,14 @@ async def test_requests_with_a_unique_field_are_not_remembered(
 
 
 async def test_table_is_bounded(sandbox: Sandbox, clock: FakeClock) -> None:
-    """Of many different requests that come twice, so many are kept as the fast path keeps."""
+    """As many requests are kept as the fast path keeps, and those that are in use stay."""
     async with running(sandbox, clock, cache_memory_size=20) as live:
         path: WirePath = live.front.on_hit.__self__  # type: ignore[attr-defined]
         async with Connection.open(live) as connection:
             for number in range(100):
                 for _ in range(3):
                     await connection.ask(TICKER.replace(b"*/*", b"%d" % number))
+                assert (await connection.ask(RAW))[1], number
                 assert len(path.table) <= live.front.size == 40
                 assert len(path._seen) <= 40
             assert (await connection.ask(TICKER.replace(b"*/*", b"99")))[1]
