@@ -207,7 +207,7 @@ steps = st.lists(
 )
 
 
-@pytest.mark.parametrize("examples", [10, pytest.param(200, marks=pytest.mark.full)])
+@pytest.mark.parametrize("examples", [10, pytest.param(100, marks=pytest.mark.full)])
 def test_every_request_is_answered_like_the_app_does(trio: Trio, examples: int) -> None:
     """Status, header fields and body equal those of the app alone, for any sequence of requests."""
 

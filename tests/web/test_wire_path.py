@@ -34,6 +34,7 @@ BOOK = b"GET /orderbook/ETH-USDT?limit=5 HTTP/1.1\r\nhost: a\r\nConnection: keep
 BATCH = b"GET /tickers?symbols=BTC-USDT,ETH-USDT HTTP/1.1\r\nHOST: a\r\n\r\n"
 MISS = b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n"
 END = b"GET /health/live HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+STEPS = 50  # of the event loop: more than an answer takes
 KNOWN = [TICKER, RAW, BOOK, BATCH]
 POST = b"POST /ticker/BTC-USDT HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b"
 ODD = {
@@ -62,22 +63,41 @@ ODD = {
 }
 
 
+class Receiver(asyncio.Protocol):
+    """Keeps what a client receives, also if the server resets the connection after it."""
+
+    def __init__(self) -> None:
+        self.received = bytearray()
+        self.ended = asyncio.Event()
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.set()
+
+
 async def exchange(live: Live, pieces: Iterable[bytes]) -> bytes:
-    """Send each piece in a write of its own, then a last request; return all received bytes."""
+    """Send each piece in a write of its own, then a last request; return all received bytes.
+
+    The server handles a piece before the next one is sent, as far as it is complete.
+    """
     port = int(live.url.rsplit(":", 1)[1])
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    loop = asyncio.get_running_loop()
+    transport, receiver = await loop.create_connection(Receiver, "127.0.0.1", port)
     try:
         for piece in (*pieces, END):
-            if writer.is_closing():  # the server has closed the connection
+            if transport.is_closing():  # the server has closed the connection
                 break
-            writer.write(piece)
-            await asyncio.sleep(0.004)
+            transport.write(piece)
+            await asyncio.sleep(0.001)
+            for _ in range(STEPS):
+                await asyncio.sleep(0)
         async with asyncio.timeout(60):
-            return await reader.read(-1)
-    except ConnectionError:
-        return b"reset"
+            await receiver.ended.wait()
+        return bytes(receiver.received)
     finally:
-        writer.close()
+        transport.abort()
 
 
 def without_changes(text: bytes) -> bytes:
