@@ -214,7 +214,7 @@ class WireProtocol(asyncio.Protocol):
         return data if data.count(b"\r") == data.count(b"\n") == data.count(b"\r\n") else b""
 
     def _on_keep_alive_timeout(self) -> None:
-        """Close the connection if it was idle for long enough, counting answers of this class."""
+        """Close the connection if it was idle for long enough since the last answer from here."""
         inner = self._inner
         left = self._answered_at + inner.timeout_keep_alive - self._loop.time()
         if left > 0:
